@@ -1,0 +1,163 @@
+"""Per layer: every (kind, ranks) worth considering, with its error and its costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lightning_compress.config import RESOURCES
+from lightning_compress.decompositions import DECOMPOSITIONS
+from lightning_compress.decompositions.base import Floats, Ints, LayerCall
+from lightning_compress.errors import ConfigurationError
+from lightning_compress.inventory import Layer
+
+DENSE = "dense"
+"""The kind of a layer that is left alone."""
+
+MAX_RANKS = 256
+"""Ranks tabulated per kind; above that a geometric grid, finest at the small ranks."""
+
+MAX_RANKS_PER_MODE = 64
+"""Likewise for each mode of a kind with several ranks."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The candidates of one layer as parallel arrays; the last row is the dense layer.
+
+    Attributes:
+        name: The layer's name.
+        kinds: Kind of each row, length n.
+        ranks: Ranks of each row, length n.
+        errors: Relative errors in [0, 1], shape (n,).
+        costs: Absolute costs in the order of `RESOURCES`, shape (n, 3); MACs are 0 where unknown.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    ranks: tuple[tuple[int, ...], ...]
+    errors: Floats
+    costs: Floats
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    def rows_of(self, kind: str) -> Ints:
+        """Returns the rows of one kind."""
+        return np.array([row for row, k in enumerate(self.kinds) if k == kind], dtype=np.int64)
+
+
+def tabulate(layer: Layer, *, budgeted: Sequence[str], rank_multiple: int = 1) -> Candidates:
+    """Returns the candidates of a layer: smaller than dense, no more MACs, none dominated.
+
+    A candidate is dominated if another of its kind has no larger error and no larger cost in
+    any budgeted resource.
+
+    Args:
+        layer: A layer that can be factorised.
+        budgeted: The resources some budget bounds.
+        rank_multiple: Ranks are multiples of this number, for hardware that prefers them.
+
+    Raises:
+        ConfigurationError: If the layer's rank bounds leave no rank of any kind.
+    """
+    weight = layer.weight.detach().to("cpu", torch.float64)
+    columns = [RESOURCES.index(name) for name in budgeted]
+    dense = _dense_costs(layer)
+    found: list[tuple[str, Ints, Floats, Floats]] = []
+    in_bounds = False
+    for kind in layer.kinds:
+        profile = DECOMPOSITIONS[kind].profile(weight)
+        rows = np.flatnonzero(_allowed(layer, profile.ranks, rank_multiple))
+        in_bounds = in_bounds or len(rows) > 0
+        rows = rows[_thinned(profile.ranks[rows])]
+        ranks, errors = profile.ranks[rows], profile.errors[rows]
+        costs = _costs(layer, kind, ranks)
+        rows = np.flatnonzero((costs[:, 0] < dense[0]) & (costs[:, 1] <= dense[1]))
+        rows = rows[_undominated(errors[rows], costs[rows][:, columns])]
+        found.append((kind, ranks[rows], errors[rows], costs[rows]))
+    if not in_bounds:
+        msg = (
+            f"layer {layer.name!r}: no rank of {list(layer.kinds)} is a multiple of {rank_multiple} between "
+            f"min_rank={layer.min_rank} and max_rank={layer.max_rank}; "
+            f"its largest ranks are {_largest(layer)}. Loosen its override or rank_multiple."
+        )
+        raise ConfigurationError(msg)
+    return Candidates(
+        name=layer.name,
+        kinds=(*(kind for kind, ranks, _, _ in found for _ in ranks), DENSE),
+        ranks=(*(tuple(map(int, row)) for _, ranks, _, _ in found for row in ranks), ()),
+        errors=np.concatenate([*(errors for *_, errors, _ in found), np.zeros(1)]),
+        costs=np.concatenate([*(costs for *_, costs in found), dense[None]]),
+    )
+
+
+def _largest(layer: Layer) -> str:
+    return ", ".join(f"{kind} {DECOMPOSITIONS[kind].max_ranks(layer.weight_shape)}" for kind in layer.kinds)
+
+
+def _allowed(layer: Layer, ranks: Ints, multiple: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    upper = layer.max_rank if layer.max_rank is not None else np.iinfo(np.int64).max
+    # A mode smaller than the bound or the multiple is allowed at its own full size.
+    full = ranks == np.array([ranks[:, mode].max() for mode in range(ranks.shape[1])])
+    within = (ranks >= layer.min_rank) & (ranks <= upper) & (ranks % multiple == 0)
+    tolerated = full & (ranks < max(layer.min_rank, multiple)) & (ranks <= upper)
+    return (within | (tolerated & (ranks.shape[1] > 1))).all(axis=1)
+
+
+def _thinned(ranks: Ints) -> Ints:
+    """Returns the rows to keep so that no mode has more ranks than its limit."""
+    limit = MAX_RANKS if ranks.shape[1] == 1 else MAX_RANKS_PER_MODE
+    keep = np.ones(len(ranks), dtype=bool)
+    for mode in range(ranks.shape[1]):
+        values = np.unique(ranks[:, mode])
+        keep &= np.isin(ranks[:, mode], values[_geometric(len(values), limit)])
+    return np.flatnonzero(keep)
+
+
+def _geometric(n: int, limit: int) -> Ints:
+    """Returns at most `limit` indices below n: all of them, or a geometric grid with both ends."""
+    if n <= limit:
+        return np.arange(n)
+    return np.unique(np.round(np.geomspace(1, n, limit)).astype(np.int64)) - 1
+
+
+def _undominated(errors: Floats, costs: Floats) -> Ints:
+    """Returns the rows that no other row beats or equals in every column, cheapest first."""
+    points = np.column_stack([costs, errors])
+    order = np.lexsort(points.T)  # by error first, then by the costs from the last to the first
+    points = points[order]
+    front: list[int] = []
+    alive = np.ones(len(points), dtype=bool)
+    for row in range(len(points)):
+        if alive[row]:
+            front.append(row)
+            alive[row + 1 :] &= (points[row + 1 :] < points[row]).any(axis=1)
+    kept: Ints = order[front]
+    return kept[np.lexsort((errors[kept], costs[kept].sum(axis=1)))]
+
+
+def _dense_costs(layer: Layer) -> Floats:
+    params = layer.weight.numel()
+    return np.array([params, dense_macs(layer), params * layer.weight.element_size()], dtype=np.float64)
+
+
+def dense_macs(layer: Layer) -> int:
+    """Returns the MACs of the dense layer over its traced calls, 0 if none was traced."""
+    return sum(layer.weight.numel() * _positions(call) for call in layer.calls or ())
+
+
+def _positions(call: LayerCall) -> int:
+    return call.rows * int(np.prod(call.outputs, dtype=np.int64))
+
+
+def _costs(layer: Layer, kind: str, ranks: Ints) -> Floats:
+    decomposition = DECOMPOSITIONS[kind]
+    params = decomposition.parameters(layer.weight_shape, ranks)
+    macs = np.zeros(len(ranks), dtype=np.int64)
+    for call in layer.calls or ():
+        macs += decomposition.macs(layer.weight_shape, ranks, call)
+    return np.column_stack([params, macs, params * layer.weight.element_size()]).astype(np.float64)

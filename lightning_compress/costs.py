@@ -1,0 +1,77 @@
+"""What a model costs: parameters, MACs, bytes, and measured latency."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.benchmark import Timer
+
+from lightning_compress.tracing import ExampleInput, as_arguments, inference, trace
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of a whole model.
+
+    Attributes:
+        params: Number of parameters, each tied one counted once.
+        macs: Multiply-accumulates at batch 1, None where no forward pass was possible.
+        bytes: Size of parameters and persistent buffers, which the state dict holds.
+    """
+
+    params: int
+    macs: int | None
+    bytes: int
+
+    def kept_of(self, dense: Costs) -> dict[str, float | None]:
+        """Returns the fraction of each dense cost that is kept."""
+        macs = self.macs / dense.macs if self.macs is not None and dense.macs else None
+        return {"params": self.params / dense.params, "macs": macs, "bytes": self.bytes / dense.bytes}
+
+
+def measure_costs(model: nn.Module, example_input: ExampleInput | None = None, *, macs: int | None = None) -> Costs:
+    """Returns the model's costs; MACs from `macs` if known, else from a forward pass if possible.
+
+    Raises:
+        ExampleInputError: If an example input is given and the model fails on it.
+    """
+    if macs is None and example_input is not None:
+        macs = trace(model, example_input).macs
+    stored = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, torch.Tensor)}
+    return Costs(
+        params=sum(p.numel() for p in model.parameters()),
+        macs=macs,
+        bytes=sum(t.numel() * t.element_size() for t in stored.values()),
+    )
+
+
+def measure_latency(
+    models: Sequence[nn.Module], example_input: ExampleInput, *, rounds: int = 5, seconds: float = 0.2, threads: int = 1
+) -> list[float]:
+    """Returns the median seconds of one forward pass at batch 1 for each model.
+
+    The models take turns, so that a machine whose speed drifts slows all of them alike: use
+    ratios of one call, never of two.
+
+    Args:
+        models: Modules that accept the same input.
+        example_input: What to run them on.
+        rounds: Turns of each model.
+        seconds: Least time of one turn (`torch.utils.benchmark.Timer.blocked_autorange`).
+        threads: Intra-op threads.
+    """
+    timers = []
+    for model in models:
+        args, kwargs = as_arguments(model, example_input)
+        scope = {"model": model, "args": args, "kwargs": kwargs}
+        timers.append(Timer("model(*args, **kwargs)", globals=scope, num_threads=threads))
+    medians: list[list[float]] = [[] for _ in models]
+    for _ in range(rounds):
+        for model, timer, found in zip(models, timers, medians, strict=True):
+            with inference(model):
+                found.append(timer.blocked_autorange(min_run_time=seconds).median)
+    return [statistics.median(found) for found in medians]

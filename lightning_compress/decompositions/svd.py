@@ -1,0 +1,186 @@
+"""The SVD family: one matrix unfolding each, the best rank-r factors by Eckart-Young-Mirsky."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.decompositions.base import (
+    Decomposition,
+    Ints,
+    LayerCall,
+    RankProfile,
+    conv_like,
+    tail_errors,
+)
+
+
+class _MatrixDecomposition(Decomposition):
+    """A kind whose two factors are those of one matrix unfolding of the weight."""
+
+    @abstractmethod
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """Returns the unfolding, (outputs, inputs) of the rank-r bottleneck."""
+
+    @abstractmethod
+    def _matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Returns the shape of the unfolding."""
+
+    @abstractmethod
+    def _fold(self, expand: Tensor, reduce: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """Returns the child weights from the factors, (outputs, r) and (r, inputs)."""
+
+    def max_ranks(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (min(self._matrix_shape(shape)),)
+
+    def profile(self, weight: Tensor) -> RankProfile:
+        energies = torch.linalg.svdvals(self._matrix(weight)).square().numpy()
+        return RankProfile(ranks=np.arange(1, len(energies) + 1)[:, None], errors=tail_errors(energies))
+
+    def parameters(self, shape: tuple[int, ...], ranks: Ints) -> Ints:
+        return ranks[:, 0] * sum(self._matrix_shape(shape))
+
+    def factorise(self, weight: Tensor, ranks: tuple[int, ...]) -> dict[str, Tensor]:
+        u, s, vh = torch.linalg.svd(self._matrix(weight), full_matrices=False)
+        (rank,) = ranks
+        root = s[:rank].sqrt()  # shared out evenly, so that both factors train at the same scale
+        return self._fold(u[:, :rank] * root, root[:, None] * vh[:rank], tuple(weight.shape))
+
+
+class Svd(_MatrixDecomposition):
+    """W ≈ U V for nn.Linear and 1x1 convolutions: out x r times r x in.
+
+    Source: Eckart and Young 1936; for layers, Denton et al. 2014, "Exploiting Linear Structure
+    Within Convolutional Networks".
+    """
+
+    kind = "svd"
+
+    def unsupported(self, layer: nn.Module) -> str | None:
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1):
+            return "svd factorises nn.Linear and 1x1 convolutions only"
+        return None
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)  # (out, in)
+
+    def _matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return shape[0], shape[1]
+
+    def macs(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Ints:
+        positions = call.rows * int(np.prod(call.outputs, dtype=np.int64))
+        return self.parameters(shape, ranks) * positions
+
+    def _fold(self, expand: Tensor, reduce: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        tail = shape[2:]  # () for Linear, (1, 1) for Conv2d
+        return {"reduce": reduce.reshape(*reduce.shape, *tail), "expand": expand.reshape(*expand.shape, *tail)}
+
+    def children(self, layer: nn.Module, ranks: tuple[int, ...]) -> dict[str, nn.Module]:
+        (rank,) = ranks
+        bias = layer.bias is not None
+        if isinstance(layer, nn.Conv2d):
+            return {
+                "reduce": conv_like(layer, layer.in_channels, rank),
+                "expand": conv_like(layer, rank, layer.out_channels, axes=(), bias=bias),
+            }
+        linear = cast(nn.Linear, layer)
+        return {
+            "reduce": nn.Linear(linear.in_features, rank, bias=False, device="meta"),
+            "expand": nn.Linear(rank, linear.out_features, bias=bias, device="meta"),
+        }
+
+    def dense_weight(self, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        return (factors["expand"].flatten(1) @ factors["reduce"].flatten(1)).reshape(shape)
+
+
+class ChannelSvd(_MatrixDecomposition):
+    """A k_h x k_w convolution into r channels, then 1x1: SVD of the out x (in·k_h·k_w) unfolding.
+
+    Source: Zhang et al. 2015, "Accelerating Very Deep Convolutional Networks for Classification
+    and Detection", section 3.1 (without its data-driven response reconstruction).
+    """
+
+    kind = "channel_svd"
+
+    def unsupported(self, layer: nn.Module) -> str | None:
+        return needs_spatial_kernel(layer, self.kind)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)  # (out, in * k_h * k_w)
+
+    def _matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return shape[0], int(np.prod(shape[1:]))
+
+    def macs(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Ints:
+        return self.parameters(shape, ranks) * (call.rows * int(np.prod(call.outputs)))
+
+    def _fold(self, expand: Tensor, reduce: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        return {"reduce": reduce.reshape(-1, *shape[1:]), "expand": expand[:, :, None, None]}
+
+    def children(self, layer: nn.Module, ranks: tuple[int, ...]) -> dict[str, nn.Module]:
+        conv = cast(nn.Conv2d, layer)
+        (rank,) = ranks
+        return {
+            "reduce": conv_like(conv, conv.in_channels, rank),
+            "expand": conv_like(conv, rank, conv.out_channels, axes=(), bias=conv.bias is not None),
+        }
+
+    def dense_weight(self, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        return (factors["expand"].flatten(1) @ factors["reduce"].flatten(1)).reshape(shape)
+
+
+class SpatialSvd(_MatrixDecomposition):
+    """A k_h x 1 convolution into r channels, then 1 x k_w: SVD of the (out·k_w) x (in·k_h) unfolding.
+
+    Source: Jaderberg et al. 2014, "Speeding up Convolutional Neural Networks with Low Rank
+    Expansions", scheme 2.
+    """
+
+    kind = "spatial_svd"
+
+    def unsupported(self, layer: nn.Module) -> str | None:
+        return needs_spatial_kernel(layer, self.kind)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.permute(0, 3, 1, 2).reshape(self._matrix_shape(tuple(weight.shape)))  # (out * k_w, in * k_h)
+
+    def _matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        out, in_, k_h, k_w = shape
+        return out * k_w, in_ * k_h
+
+    def macs(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Ints:
+        out_kw, in_kh = self._matrix_shape(shape)
+        between = call.outputs[0] * call.inputs[1]  # the first factor strides over the height alone
+        after = call.outputs[0] * call.outputs[1]
+        return ranks[:, 0] * (call.rows * (in_kh * between + out_kw * after))
+
+    def _fold(self, expand: Tensor, reduce: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        out, in_, k_h, k_w = shape
+        return {
+            "reduce": reduce.reshape(-1, in_, k_h, 1),
+            "expand": expand.reshape(out, k_w, -1).permute(0, 2, 1)[:, :, None, :],
+        }
+
+    def children(self, layer: nn.Module, ranks: tuple[int, ...]) -> dict[str, nn.Module]:
+        conv = cast(nn.Conv2d, layer)
+        (rank,) = ranks
+        return {
+            "reduce": conv_like(conv, conv.in_channels, rank, axes=(0,)),
+            "expand": conv_like(conv, rank, conv.out_channels, axes=(1,), bias=conv.bias is not None),
+        }
+
+    def dense_weight(self, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        return torch.einsum("rih,orw->oihw", factors["reduce"][:, :, :, 0], factors["expand"][:, :, 0])
+
+
+def needs_spatial_kernel(layer: nn.Module, kind: str) -> str | None:
+    if not isinstance(layer, nn.Conv2d):
+        return f"{kind} factorises convolutions only"
+    if layer.kernel_size == (1, 1):
+        return f"{kind} of a 1x1 convolution is svd"
+    return None

@@ -1,0 +1,1 @@
+"""Networks, data modules and the task of the command `lightning-compress` and the examples."""

@@ -1,0 +1,281 @@
+"""Which layers of a model can be factorised, and why the others cannot."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_compress.config import Override
+from lightning_compress.decompositions import DECOMPOSITIONS, FactorisedLayer, LayerCall, resolve_kinds
+from lightning_compress.errors import (
+    ConfigurationError,
+    ModelError,
+    NonFiniteWeightError,
+    NothingToFactoriseError,
+    SelectionError,
+)
+from lightning_compress.tracing import Trace
+
+FACTORISABLE_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
+"""Exact types; a subclass may use its weight in its own way."""
+
+Patterns = str | type | Sequence[str | type]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One parameterised module of the model.
+
+    Attributes:
+        name: Its first name in `model.named_modules()`.
+        aliases: Every name it is registered under, the first included.
+        module: The module.
+        parameters: Number of parameters it holds itself, its children's left out.
+        kinds: Kinds of decomposition to choose from; empty if `reason` is given.
+        min_rank: Lower bound on every rank.
+        max_rank: Upper bound on every rank, None for no bound.
+        calls: Sizes of its calls in the traced forward pass, None if none was traced.
+        reason: Why the layer stays dense, None if it can be factorised.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    module: nn.Module
+    parameters: int
+    kinds: tuple[str, ...] = ()
+    min_rank: int = 1
+    max_rank: int | None = None
+    calls: tuple[LayerCall, ...] | None = None
+    reason: str | None = None
+
+    @property
+    def type(self) -> str:
+        """Name of the module's class."""
+        return type(self.module).__name__
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight."""
+        return cast(Tensor, self.module.weight)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight."""
+        return tuple(self.weight.shape)
+
+
+def take_inventory(
+    model: nn.Module,
+    *,
+    kinds: str | Sequence[str] = "auto",
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    trace: Trace | None = None,
+) -> tuple[Layer, ...]:
+    """Returns every parameterised module in order, each with its kinds or its reason.
+
+    Args:
+        model: Any module; it is not changed.
+        kinds: "auto", a kind, or a list of kinds to choose from.
+        include: Names, globs over names, class names or classes; only layers that match one
+            are factorised. None means all.
+        exclude: Likewise; layers that match one stay dense.
+        overrides: Pattern to `Override` (or a mapping of its fields, or "dense"). Where several
+            match one layer, the later ones win field by field.
+        trace: What a forward pass showed, if one was possible.
+
+    Raises:
+        ConfigurationError: If a kind or an override is malformed.
+        SelectionError: If a pattern matches no layer.
+        NothingToFactoriseError: If every layer has a reason to stay dense.
+    """
+    general = resolve_kinds(kinds)
+    layers = _parameterised(model)
+    chosen = _match_all(layers, include, "include")
+    refused = _match_all(layers, exclude, "exclude")
+    special = _overrides(layers, overrides)
+    shared = _tied_parameters(model)
+    result = []
+    for layer in layers:
+        reason = _why_dense(layer.module, shared, trace, layer.name)
+        if reason is None and include is not None and layer.name not in chosen:
+            reason = "not matched by include"
+        if reason is None and layer.name in refused:
+            reason = "matched by exclude"
+        result.append(_with_kinds(layer, reason, special.get(layer.name, Override()), general, trace))
+    if all(layer.reason for layer in result):
+        raise NothingToFactoriseError(_nothing_message(model, result))
+    return tuple(result)
+
+
+def require_usable_weights(model: nn.Module) -> None:
+    """Checks that every parameter has a shape and finite values.
+
+    Raises:
+        ModelError: If a lazy parameter has no shape yet.
+        NonFiniteWeightError: If a parameter holds NaN or infinite values.
+    """
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            msg = f"parameter {name!r} has no shape yet: run one batch through the model before compressing it."
+            raise ModelError(msg)
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            bad = int((~torch.isfinite(parameter)).sum())
+            msg = (
+                f"parameter {name!r} holds {bad} NaN or infinite values of {parameter.numel()}: "
+                "load weights of a run that converged before compressing."
+            )
+            raise NonFiniteWeightError(msg)
+
+
+def _parameterised(model: nn.Module) -> list[Layer]:
+    aliases: dict[int, list[str]] = {}
+    inside: set[int] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(id(module), []).append(name)
+        if isinstance(module, FactorisedLayer):
+            inside.update(id(child) for child in module.modules())
+            inside.discard(id(module))
+    layers = []
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=isinstance(module, FactorisedLayer)))
+        if own and id(module) not in inside:
+            count = sum(p.numel() for p in own)
+            layers.append(Layer(name, tuple(aliases[id(module)]), module, count))
+    return layers
+
+
+def matches(layer: Layer, pattern: str | type) -> bool:
+    """Returns whether a name, a glob over names, a class name or a class matches the layer."""
+    if isinstance(pattern, type):
+        return isinstance(layer.module, pattern)
+    class_name = pattern.rpartition(".")[2] if pattern.startswith(("nn.", "torch.nn.")) else pattern
+    return layer.type == class_name or any(fnmatch.fnmatchcase(alias, pattern) for alias in layer.aliases)
+
+
+def _match_all(layers: Iterable[Layer], patterns: Patterns | None, argument: str) -> set[str]:
+    if patterns is None:
+        return set()
+    listed = [patterns] if isinstance(patterns, (str, type)) else patterns
+    if not isinstance(listed, Sequence) or not all(isinstance(p, (str, type)) for p in listed):
+        msg = f"{argument}={patterns!r}: expected a name, a glob, a layer type, or a list of those."
+        raise ConfigurationError(msg)
+    found: set[str] = set()
+    for pattern in listed:
+        found |= _names_matching(list(layers), pattern, argument)
+    return found
+
+
+def _names_matching(layers: Sequence[Layer], pattern: str | type, argument: str) -> set[str]:
+    names = {layer.name for layer in layers if matches(layer, pattern)}
+    if not names:
+        known = [layer.name for layer in layers]
+        close = difflib.get_close_matches(str(pattern), known, n=3, cutoff=0.4) or known[:3]
+        msg = (
+            f"{argument}: {pattern!r} matches no layer. Names are those of model.named_modules(), "
+            f"such as {', '.join(map(repr, close))}; globs such as '*.conv1' and types such as 'Conv2d' work too."
+        )
+        raise SelectionError(msg)
+    return names
+
+
+def _overrides(layers: Sequence[Layer], overrides: Mapping[str, Any] | None) -> dict[str, Override]:
+    if overrides is None:
+        return {}
+    if not isinstance(overrides, Mapping):
+        msg = f"overrides={overrides!r}: expected a mapping from patterns to settings, as in {{'head.*': 'dense'}}."
+        raise ConfigurationError(msg)
+    merged: dict[str, Override] = {}
+    for pattern, value in overrides.items():
+        override = Override.from_value(value, pattern)
+        if override.kinds is not None:
+            resolve_kinds(override.kinds)
+        fields = {name: v for name, v in vars(override).items() if v is not None and not (name == "dense" and not v)}
+        for name in _names_matching(layers, pattern, "overrides"):
+            merged[name] = replace(merged.get(name, Override()), **fields)
+    return merged
+
+
+def _with_kinds(
+    layer: Layer, reason: str | None, override: Override, general: tuple[str, ...], trace: Trace | None
+) -> Layer:
+    if reason is None and override.dense:
+        reason = "kept dense by overrides"
+    if reason is not None:
+        return replace(layer, reason=reason)
+    wanted = resolve_kinds(override.kinds) if override.kinds is not None else general
+    refusals = {kind: DECOMPOSITIONS[kind].unsupported(layer.module) for kind in wanted}
+    kinds = tuple(kind for kind, refusal in refusals.items() if refusal is None)
+    if not kinds:
+        return replace(layer, reason="; ".join(filter(None, refusals.values())))
+    return replace(
+        layer,
+        kinds=kinds,
+        min_rank=override.min_rank or 1,
+        max_rank=override.max_rank,
+        calls=trace.calls[layer.name] if trace else None,
+    )
+
+
+def _why_dense(module: nn.Module, shared: set[int], trace: Trace | None, name: str) -> str | None:
+    if isinstance(module, FactorisedLayer):
+        return f"already factorised ({module.kind}, ranks {module.ranks})"
+    if not name:
+        return "it is the model itself, which has no parent to swap it in; wrap it, as in nn.Sequential(layer)"
+    if type(module) not in FACTORISABLE_TYPES:
+        return f"{type(module).__name__} is not one of {', '.join(t.__name__ for t in FACTORISABLE_TYPES)} (exact types)"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed from other parameters (weight_norm, spectral_norm, pruning or the like)"
+    return _why_weight_dense(module, weight, shared) or _why_use_dense(trace, name)
+
+
+def _why_weight_dense(module: nn.Module, weight: nn.Parameter, shared: set[int]) -> str | None:
+    if not weight.is_floating_point():
+        return f"its weight is of dtype {weight.dtype}"
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        return f"grouped convolution (groups={module.groups})"
+    if id(weight) in shared:
+        return "its weight is tied to another module's, factorising would untie it"
+    if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+        return "its weight carries a gradient hook, which factors would lose"
+    if "forward" in module.__dict__:
+        return "its forward method was replaced on the instance"
+    if any(getattr(module, hooks) for hooks in ("_state_dict_hooks", "_load_state_dict_pre_hooks")):
+        return "it carries state-dict hooks, which expect a dense weight"
+    return None
+
+
+def _why_use_dense(trace: Trace | None, name: str) -> str | None:
+    if trace is None:
+        return None
+    if name in trace.read_elsewhere:
+        return "its weight is used outside its own forward"
+    if not trace.calls[name]:
+        return "it is not called in the forward pass on the example input"
+    return None
+
+
+def _tied_parameters(model: nn.Module) -> set[int]:
+    """Returns the ids of parameters that more than one module holds."""
+    holders: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    return {key for key, count in holders.items() if count > 1}
+
+
+def _nothing_message(model: nn.Module, layers: Sequence[Layer]) -> str:
+    lines = [f"  {layer.name or '(the model itself)'} ({layer.type}): {layer.reason}" for layer in layers[:20]]
+    more = [f"  … and {len(layers) - 20} more"] if len(layers) > 20 else []
+    listed = "\n".join([*lines, *more]) or "  it has no parameters at all"
+    return f"{type(model).__name__} holds no layer that can be factorised:\n{listed}"

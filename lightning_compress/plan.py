@@ -1,0 +1,243 @@
+"""The plan: the only thing that crosses from search to surgery. Frozen, printable, JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_compress.candidates import DENSE
+from lightning_compress.config import Budget
+from lightning_compress.costs import Costs
+from lightning_compress.errors import LightningCompressError, PlanFormatError
+
+FORMAT = "lightning_compress/plan"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one parameterised module.
+
+    Attributes:
+        name: Its first name in `model.named_modules()`.
+        type: Name of its class.
+        kind: Kind of decomposition, "dense" if the layer is left alone.
+        ranks: Ranks of the decomposition, () for dense.
+        weight_shape: Shape of the dense weight, () for a module that cannot be factorised.
+        error: Predicted ‖W − Ŵ‖²_F / ‖W‖²_F in [0, 1], 0 for dense.
+        params_before: Parameters of the dense layer, bias included.
+        params_after: Parameters afterwards, bias included.
+        macs_before: MACs of the dense layer, None if unknown.
+        macs_after: MACs afterwards, None if unknown.
+        reason: Why the layer stays dense, None if it does not.
+    """
+
+    name: str
+    type: str
+    kind: str
+    ranks: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+    error: float
+    params_before: int
+    params_after: int
+    macs_before: int | None = None
+    macs_after: int | None = None
+    reason: str | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the layer is left alone."""
+        return self.kind == DENSE
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Kind and ranks of every layer, and how they were found.
+
+    Attributes:
+        layers: One entry for each parameterised module, in order.
+        dense: Costs of the dense model.
+        compressed: Costs of the model once the plan is applied.
+        budget: The bounds the search kept, None for a plan read off a model.
+        method: Search strategy.
+        objective: What the search minimised: "weight", the sum of the layers' errors.
+        data_free: Whether no real data was used.
+        optimality_gap: (objective − lower bound) / lower bound, 0.01 = at most 1 % above the
+            best plan possible on the separable objective; None for a plan read off a model.
+        seconds: Duration of the search.
+        seed: Its seed.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    dense: Costs
+    compressed: Costs
+    budget: Budget | None = None
+    method: str | None = None
+    objective: str | None = None
+    data_free: bool = True
+    optimality_gap: float | None = None
+    seconds: float | None = None
+    seed: int | None = None
+
+    @property
+    def factorised(self) -> tuple[LayerPlan, ...]:
+        """The layers that are replaced."""
+        return tuple(layer for layer in self.layers if not layer.is_dense)
+
+    @property
+    def kept(self) -> dict[str, float | None]:
+        """Fraction of the whole dense model that is kept, by resource; None if unknown."""
+        return self.compressed.kept_of(self.dense)
+
+    @property
+    def total_error(self) -> float:
+        """Sum of the layers' relative errors, what the search minimised."""
+        return sum(layer.error for layer in self.layers)
+
+    def to_json(self) -> str:
+        """Returns the plan as JSON text with a schema version."""
+        return json.dumps({"format": FORMAT, "schema": SCHEMA, **dataclasses.asdict(self)}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Returns the plan that `to_json` wrote.
+
+        Raises:
+            PlanFormatError: If the text is no JSON, no plan, written by a newer version, or a
+                field is missing or has a wrong type.
+        """
+        try:
+            data = json.loads(text)
+        except (json.JSONDecodeError, TypeError) as error:
+            msg = f"the plan is damaged: not JSON ({error}); it starts with {text[:40]!r}."
+            raise PlanFormatError(msg) from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            msg = f"this is no plan of lightning_compress: expected \"format\": {FORMAT!r}, got {str(data)[:60]!r}."
+            raise PlanFormatError(msg)
+        schema = data.get("schema")
+        if not isinstance(schema, int) or schema > SCHEMA:
+            msg = (
+                f"the plan has schema {schema!r}; this version reads schema {SCHEMA} and older. "
+                "Update lightning_compress, or write the plan again with this version."
+            )
+            raise PlanFormatError(msg)
+        try:
+            return _plan_from_dict(data)
+        except (KeyError, TypeError, ValueError, LightningCompressError) as error:
+            msg = f"the plan is damaged: {type(error).__name__}: {error}."
+            raise PlanFormatError(msg) from error
+
+    def __str__(self) -> str:
+        """Returns a table: layers, kinds, ranks, errors, sizes, reasons."""
+        buffer = io.StringIO()
+        console = Console(file=buffer, width=120, color_system=None, legacy_windows=False)
+        console.print(self.table())
+        console.print(self.summary(), soft_wrap=True, highlight=False)
+        return buffer.getvalue().rstrip()
+
+    def table(self) -> Table:
+        """Returns the layers as a rich table."""
+        table = Table(title="Plan", title_justify="left")
+        for name, justify in (("layer", "left"), ("type", "left"), ("kind", "left"), ("ranks", "right")):
+            table.add_column(name, justify=justify, no_wrap=name != "layer", overflow="fold")  # type: ignore[arg-type]
+        for name in ("error", "params", "kept"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("reason", overflow="fold")
+        for layer in self.layers:
+            table.add_row(
+                layer.name or "(model)",
+                layer.type,
+                layer.kind,
+                ", ".join(map(str, layer.ranks)),
+                "" if layer.is_dense else f"{layer.error:.4f}",
+                f"{layer.params_before:,} → {layer.params_after:,}" if not layer.is_dense else f"{layer.params_before:,}",
+                "" if layer.is_dense else f"{100 * layer.params_after / layer.params_before:.1f} %",
+                layer.reason or "",
+            )
+        return table
+
+    def summary(self) -> str:
+        """Returns sizes, budget and optimality in one or two lines."""
+        parts = [f"params {self.dense.params:,} → {self.compressed.params:,} ({percent(self.kept['params'])} kept)"]
+        if self.compressed.macs is not None and self.dense.macs is not None:
+            parts.append(f"MACs {self.dense.macs:,} → {self.compressed.macs:,} ({percent(self.kept['macs'])} kept)")
+        parts.append(f"bytes {self.dense.bytes:,} → {self.compressed.bytes:,} ({percent(self.kept['bytes'])} kept)")
+        lines = ["; ".join(parts)]
+        if self.budget is not None:
+            lines.append(
+                f"budget {self.budget}; method {self.method}; sum of errors {self.total_error:.4f}, "
+                f"at most {100 * (self.optimality_gap or 0):.2f} % above the optimum; {self.seconds:.2f} s"
+            )
+        return "\n".join(lines)
+
+
+def percent(fraction: float | None) -> str:
+    """Returns a kept fraction for people, "?" if unknown."""
+    return "?" if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def _plan_from_dict(data: Mapping[str, Any]) -> Plan:
+    budget = _typed(data, "budget", dict, optional=True)
+    return Plan(
+        layers=tuple(_layer_from_dict(layer) for layer in _typed(data, "layers", list)),
+        dense=_costs_from_dict(_typed(data, "dense", dict)),
+        compressed=_costs_from_dict(_typed(data, "compressed", dict)),
+        budget=Budget.from_value(budget) if budget is not None else None,
+        method=_typed(data, "method", str, optional=True),
+        objective=_typed(data, "objective", str, optional=True),
+        data_free=_typed(data, "data_free", bool),
+        optimality_gap=_typed(data, "optimality_gap", float, optional=True),
+        seconds=_typed(data, "seconds", float, optional=True),
+        seed=_typed(data, "seed", int, optional=True),
+    )
+
+
+def _layer_from_dict(data: Mapping[str, Any]) -> LayerPlan:
+    if not isinstance(data, dict):
+        msg = f"a layer is {data!r}, expected an object"
+        raise TypeError(msg)
+    return LayerPlan(
+        name=_typed(data, "name", str),
+        type=_typed(data, "type", str),
+        kind=_typed(data, "kind", str),
+        ranks=_whole_numbers(data, "ranks"),
+        weight_shape=_whole_numbers(data, "weight_shape"),
+        error=_typed(data, "error", float),
+        params_before=_typed(data, "params_before", int),
+        params_after=_typed(data, "params_after", int),
+        macs_before=_typed(data, "macs_before", int, optional=True),
+        macs_after=_typed(data, "macs_after", int, optional=True),
+        reason=_typed(data, "reason", str, optional=True),
+    )
+
+
+def _costs_from_dict(data: Mapping[str, Any]) -> Costs:
+    return Costs(
+        params=_typed(data, "params", int), macs=_typed(data, "macs", int, optional=True), bytes=_typed(data, "bytes", int)
+    )
+
+
+def _whole_numbers(data: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    values = _typed(data, key, list)
+    if not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values):
+        msg = f"{key!r} is {values!r}, expected whole numbers above 0"
+        raise ValueError(msg)
+    return tuple(values)
+
+
+def _typed(data: Mapping[str, Any], key: str, kind: type, *, optional: bool = False) -> Any:
+    value = data[key]
+    if optional and value is None:
+        return None
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        msg = f"{key!r} is {value!r}, expected {kind.__name__}"
+        raise TypeError(msg)
+    return value

@@ -1,0 +1,38 @@
+"""One energy threshold for all layers: each takes its cheapest candidate that keeps the energy."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lightning_compress.decompositions.base import Ints
+from lightning_compress.search.exact import smallest
+from lightning_compress.search.problem import Problem, Progress
+
+
+def energy(problem: Problem, *, seed: int, progress: Progress) -> Ints:
+    """Returns the choice of the smallest error threshold that keeps every budget.
+
+    A threshold τ keeps the fraction 1 − τ of every weight's squared norm; the threshold is
+    found by bisection over the errors that occur.
+    """
+    progress("energy threshold", 0.0)
+    thresholds = np.unique(np.concatenate([layer.errors for layer in problem.layers]))
+    best = smallest(problem)
+    low, high = 0, len(thresholds)
+    while low < high:
+        middle = (low + high) // 2
+        choice = _cheapest_within(problem, float(thresholds[middle]))
+        if problem.fits(choice):
+            best, high = choice, middle
+        else:
+            low = middle + 1
+    progress("energy threshold", 1.0)
+    return best
+
+
+def _cheapest_within(problem: Problem, threshold: float) -> Ints:
+    choice = []
+    for index, layer in enumerate(problem.layers):
+        relative = (problem.costs(index) / np.maximum(problem.limits, 1)).max(axis=1)
+        choice.append(int(np.where(layer.errors <= threshold, relative, np.inf).argmin()))
+    return np.array(choice)

@@ -1,0 +1,87 @@
+"""The exact optimum of the separable problem, by mixed-integer linear programming.
+
+A multiple-choice knapsack: one binary variable per candidate, one candidate per layer, one
+row per budget, solved by branch and cut (HiGHS through `scipy.optimize.milp`). Its dual bound
+is the certificate by which every other strategy is judged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array, hstack
+
+from lightning_compress.decompositions.base import Floats, Ints
+from lightning_compress.search.problem import Problem, Progress
+
+REL_GAP = 1e-4
+TIME_LIMIT = 20.0
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A choice, None if none was found in time, and a lower bound on every choice's objective."""
+
+    choice: Ints | None
+    bound: float
+
+
+def exact(problem: Problem, *, seed: int, progress: Progress) -> Ints:
+    """Returns the optimum (to a relative gap of 1e-4) of the separable problem."""
+    progress("exact search", 0.0)
+    choice = solve(problem).choice
+    progress("exact search", 1.0)
+    return choice if choice is not None else smallest(problem)
+
+
+def solve(problem: Problem) -> Solution:
+    """Returns the optimum and its lower bound."""
+    errors = np.concatenate([layer.errors for layer in problem.layers])
+    rows = [*_one_per_layer(problem), LinearConstraint(_relative_costs(problem), ub=1.0)]
+    options = {"mip_rel_gap": REL_GAP, "time_limit": TIME_LIMIT}
+    result = milp(errors, integrality=np.ones(len(errors)), bounds=Bounds(0, 1), constraints=rows, options=options)
+    bound = float(result.mip_dual_bound) if result.mip_dual_bound is not None else 0.0
+    choice = _to_choice(problem, result.x) if result.x is not None else None
+    if choice is not None and not problem.fits(choice):  # the solver's feasibility tolerance is not ours
+        choice = None
+    return Solution(choice, max(bound, 0.0))
+
+
+def smallest(problem: Problem) -> Ints:
+    """Returns the choice whose worst budget is least exceeded: the smallest reachable model."""
+    costs = _relative_costs(problem)
+    worst = np.zeros(costs.shape[1] + 1)
+    worst[-1] = 1.0  # minimise t, subject to every relative cost ≤ t
+    over = hstack([csr_array(costs), csr_array(-np.ones((costs.shape[0], 1)))])
+    rows = [
+        *_one_per_layer(problem, extra=1),
+        LinearConstraint(over, ub=0.0),
+    ]
+    upper = np.ones(costs.shape[1] + 1)
+    upper[-1] = np.inf
+    integrality = np.ones(costs.shape[1] + 1)
+    integrality[-1] = 0
+    result = milp(worst, integrality=integrality, bounds=Bounds(0, upper), constraints=rows)
+    return _to_choice(problem, result.x[:-1])
+
+
+def _one_per_layer(problem: Problem, extra: int = 0) -> list[LinearConstraint]:
+    sizes = [len(layer) for layer in problem.layers]
+    columns = np.arange(sum(sizes))
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    shape = (len(sizes), sum(sizes) + extra)
+    matrix = csr_array((np.ones(len(columns)), (owners, columns)), shape=shape)
+    return [LinearConstraint(matrix, lb=1.0, ub=1.0)]
+
+
+def _relative_costs(problem: Problem) -> Floats:
+    """Returns costs over their limits, shape (b, number of all candidates)."""
+    costs = np.concatenate([problem.costs(layer) for layer in range(len(problem.layers))])
+    return (costs / np.maximum(problem.limits, np.finfo(float).tiny)).T
+
+
+def _to_choice(problem: Problem, x: Floats) -> Ints:
+    sizes = [len(layer) for layer in problem.layers]
+    return np.array([int(part.argmax()) for part in np.split(x, np.cumsum(sizes)[:-1])], dtype=np.int64)

@@ -1,0 +1,72 @@
+"""The separable rank-selection problem every strategy solves, and what a strategy is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from lightning_compress.candidates import Candidates
+from lightning_compress.config import RESOURCES
+from lightning_compress.decompositions.base import Floats, Ints
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and how much of it is done, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """min Σ_l e_{l,c(l)} subject to Σ_l C_b(l, c(l)) ≤ B_b for every budgeted resource b.
+
+    Attributes:
+        layers: Candidates of each layer.
+        budgeted: The resources that are bounded.
+        limits: Absolute bound on what the layers may cost together (what the rest of the model
+            costs is already taken off), shape (b,).
+    """
+
+    layers: tuple[Candidates, ...]
+    budgeted: tuple[str, ...]
+    limits: Floats
+
+    def costs(self, layer: int) -> Floats:
+        """Returns the budgeted costs of one layer's candidates, shape (n, b)."""
+        return self.layers[layer].costs[:, [RESOURCES.index(name) for name in self.budgeted]]
+
+    def cost_of(self, choice: Ints) -> Floats:
+        """Returns what a choice of one row per layer costs, shape (b,)."""
+        return np.sum([self.costs(layer)[row] for layer, row in enumerate(choice)], axis=0)
+
+    def error_of(self, choice: Ints) -> float:
+        """Returns the objective of a choice."""
+        return float(sum(c.errors[row] for c, row in zip(self.layers, choice, strict=True)))
+
+    def fits(self, choice: Ints) -> bool:
+        """Returns whether a choice keeps every budget."""
+        return bool((self.cost_of(choice) <= self.limits).all())
+
+    def restricted(self, rows: Sequence[Ints]) -> Problem:
+        """Returns the same problem with only some rows of each layer."""
+        layers = tuple(
+            Candidates(
+                name=c.name,
+                kinds=tuple(c.kinds[r] for r in kept),
+                ranks=tuple(c.ranks[r] for r in kept),
+                errors=c.errors[kept],
+                costs=c.costs[kept],
+            )
+            for c, kept in zip(self.layers, rows, strict=True)
+        )
+        return Problem(layers, self.budgeted, self.limits)
+
+
+class Strategy(Protocol):
+    """A search strategy: returns one row per layer that keeps every budget.
+
+    It is only called on problems that have such a choice.
+    """
+
+    def __call__(self, problem: Problem, *, seed: int, progress: Progress) -> Ints:
+        """Returns the chosen row of each layer, shape (number of layers,)."""

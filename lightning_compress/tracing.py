@@ -1,0 +1,188 @@
+"""One forward pass of the dense model on an example input: sizes, MACs and uses of every layer.
+
+The model comes back as it was: modes, hooks and the global random state are restored, also
+after an exception, and no gradient is computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_compress.decompositions import LayerCall
+from lightning_compress.errors import ExampleInputError
+
+ExampleInput: TypeAlias = "Tensor | Mapping[str, Any] | Sequence[Any]"
+"""A tensor, a tuple or dict of positional or keyword arguments, or a shape with its batch dimension."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward pass at batch 1 showed.
+
+    Attributes:
+        calls: Sizes of each call, by module name; empty for a module that was never called.
+        read_elsewhere: Names of modules whose weight was used outside their own forward.
+        macs: Multiply-accumulates of the whole model.
+    """
+
+    calls: Mapping[str, tuple[LayerCall, ...]]
+    read_elsewhere: frozenset[str]
+    macs: int
+
+
+def trace(model: nn.Module, example_input: ExampleInput) -> Trace:
+    """Runs the model once in eval mode and records every nn.Linear and nn.Conv2d.
+
+    MACs are those of `torch.utils.flop_counter`, halved.
+
+    Raises:
+        ExampleInputError: If the example input has a wrong type or the model fails on it.
+    """
+    args, kwargs = as_arguments(model, example_input)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    uses = _WeightUses(layers)
+    calls: dict[str, list[LayerCall]] = {name: [] for name in layers}
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            uses.leave(name)
+            inputs = args[0] if args else kwargs["input"]
+            calls[name].append(_layer_call(module, inputs, output))
+
+        return hook
+
+    handles = []
+    try:
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_pre_hook(lambda *_, name=name: uses.enter(name)))
+            handles.append(layer.register_forward_hook(record(name), with_kwargs=True))
+        flops = FlopCounterMode(display=False)
+        with inference(model), uses, flops:
+            _run(model, args, kwargs, example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Trace(
+        calls={name: tuple(found) for name, found in calls.items()},
+        read_elsewhere=frozenset(uses.read_elsewhere),
+        macs=flops.get_total_flops() // 2,
+    )
+
+
+def as_arguments(model: nn.Module, example_input: ExampleInput) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns positional and keyword arguments at batch 1, on the model's device.
+
+    A sequence of whole numbers is a shape: standard normal values in the model's dtype, drawn
+    without touching the global random state. Tensors that share one leading size above 1 are
+    cut to their first sample.
+
+    Raises:
+        ExampleInputError: If the type is none of those.
+    """
+    if isinstance(example_input, Mapping):
+        args, kwargs = (), dict(example_input)
+    elif isinstance(example_input, Tensor):
+        args, kwargs = (example_input,), {}
+    elif _is_shape(example_input):
+        args, kwargs = (_draw(model, tuple(example_input)),), {}
+    elif isinstance(example_input, tuple):
+        args, kwargs = tuple(example_input), {}
+    else:
+        msg = (
+            f"example_input={example_input!r}: expected a tensor, a tuple or dict of a forward pass's arguments, "
+            "or a shape with its batch dimension such as (1, 3, 224, 224)."
+        )
+        raise ExampleInputError(msg)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    sizes = {t.shape[0] if t.ndim else None for t in tensors}
+    one_batch = len(sizes) == 1 and None not in sizes
+    return tree_map(  # type: ignore[no-any-return]
+        lambda leaf: (leaf[:1] if one_batch else leaf).to(device) if isinstance(leaf, Tensor) else leaf, (args, kwargs)
+    )
+
+
+@contextlib.contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; restores every module's mode and the global random state."""
+    modes = [(module, module.training) for module in model.modules()]
+    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        model.eval()
+        with torch.random.fork_rng(devices=cuda), torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def shape_text(example_input: ExampleInput) -> str:
+    """Returns the example input as an error message shows it: shapes instead of values."""
+    if isinstance(example_input, Sequence) and not isinstance(example_input, (str, Tensor)) and _is_shape(example_input):
+        return str(tuple(example_input))
+    shapes = tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf, example_input)
+    return str(shapes)
+
+
+def _is_shape(value: object) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and len(value) > 0
+        and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in value)
+    )
+
+
+def _draw(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], example_input: ExampleInput) -> None:
+    try:
+        model(*args, **kwargs)
+    except Exception as error:
+        msg = (
+            f"the model fails on example_input {shape_text(example_input)}: {type(error).__name__}: {error}. "
+            "Shapes include the batch dimension; pass tensors where the values or the dtype matter."
+        )
+        raise ExampleInputError(msg) from error
+
+
+def _layer_call(layer: nn.Module, inputs: Tensor, output: Tensor) -> LayerCall:
+    if isinstance(layer, nn.Conv2d):
+        return LayerCall(tuple(inputs.shape[-2:]), tuple(output.shape[-2:]), rows=output.shape[:-3].numel())
+    return LayerCall((), (), rows=output.shape[:-1].numel())
+
+
+class _WeightUses(TorchFunctionMode):
+    """Notices torch functions that take a layer's weight while another code than its forward runs."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.read_elsewhere: set[str] = set()
+        self._owners = {id(layer._parameters.get("weight")): name for name, layer in layers.items()}
+        self._running: list[str] = []
+
+    def enter(self, name: str) -> None:
+        self._running.append(name)
+
+    def leave(self, name: str) -> None:
+        self._running.remove(name)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # shape, dtype and the like do no harm
+            for leaf in tree_leaves((args, kwargs)):
+                name = self._owners.get(id(leaf)) if isinstance(leaf, nn.Parameter) else None
+                if name is not None and name not in self._running:
+                    self.read_elsewhere.add(name)
+        return result
