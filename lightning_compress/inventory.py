@@ -98,14 +98,13 @@ def take_inventory(
         NothingToFactoriseError: If every layer has a reason to stay dense.
     """
     general = resolve_kinds(kinds)
-    layers = _parameterised(model)
+    layers = list_layers(model, trace)
     chosen = _match_all(layers, include, "include")
     refused = _match_all(layers, exclude, "exclude")
     special = _overrides(layers, overrides)
-    shared = _tied_parameters(model)
     result = []
     for layer in layers:
-        reason = _why_dense(layer.module, shared, trace, layer.name)
+        reason = layer.reason
         if reason is None and include is not None and layer.name not in chosen:
             reason = "not matched by include"
         if reason is None and layer.name in refused:
@@ -136,7 +135,8 @@ def require_usable_weights(model: nn.Module) -> None:
             raise NonFiniteWeightError(msg)
 
 
-def _parameterised(model: nn.Module) -> list[Layer]:
+def list_layers(model: nn.Module, trace: Trace | None = None) -> list[Layer]:
+    """Returns every parameterised module in order, with a reason where it cannot be factorised."""
     aliases: dict[int, list[str]] = {}
     inside: set[int] = set()
     for name, module in model.named_modules(remove_duplicate=False):
@@ -144,12 +144,14 @@ def _parameterised(model: nn.Module) -> list[Layer]:
         if isinstance(module, FactorisedLayer):
             inside.update(id(child) for child in module.modules())
             inside.discard(id(module))
+    shared = _tied_parameters(model)
     layers = []
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=isinstance(module, FactorisedLayer)))
         if own and id(module) not in inside:
             count = sum(p.numel() for p in own)
-            layers.append(Layer(name, tuple(aliases[id(module)]), module, count))
+            reason = _why_dense(module, shared, trace, name)
+            layers.append(Layer(name, tuple(aliases[id(module)]), module, count, reason=reason))
     return layers
 
 

@@ -14,7 +14,6 @@ from lightning_compress.config import RESOURCES, Budget, did_you_mean
 from lightning_compress.costs import Costs, measure_costs
 from lightning_compress.decompositions.base import Floats, Ints
 from lightning_compress.errors import (
-    BudgetError,
     ConfigurationError,
     ExampleInputError,
     InfeasibleBudgetError,
@@ -22,15 +21,23 @@ from lightning_compress.errors import (
 )
 from lightning_compress.inventory import Layer, Patterns, require_usable_weights, take_inventory
 from lightning_compress.plan import LayerPlan, Plan
-from lightning_compress.search.continuous import continuous
-from lightning_compress.search.energy import energy
-from lightning_compress.search.exact import exact, smallest, solve
+from lightning_compress.search.continuous import search_continuous
+from lightning_compress.search.energy import search_energy
+from lightning_compress.search.exact import search_exact, smallest, solve
 from lightning_compress.search.problem import Problem, Progress, Strategy
-from lightning_compress.search.uniform import uniform
+from lightning_compress.search.uniform import search_uniform
 from lightning_compress.tracing import ExampleInput, Trace, trace
 
-STRATEGIES: dict[str, Strategy] = {"continuous": continuous, "exact": exact, "uniform": uniform, "energy": energy}
+STRATEGIES: dict[str, Strategy] = {
+    "continuous": search_continuous,
+    "exact": search_exact,
+    "uniform": search_uniform,
+    "energy": search_energy,
+}
 """Method to strategy."""
+
+CERTIFICATE_GAP = 1e-3
+"""Relative gap to which the lower bound of the certificate is worked out."""
 
 OBJECTIVES = ("auto", "weight")
 _RESERVED_OBJECTIVES = ("moments", "end_to_end")
@@ -86,7 +93,10 @@ def search_ranks(
     """
     start = time.perf_counter()
     budget = Budget.from_value(budget)
-    _check_arguments(model, method, objective, rank_multiple, seed)
+    if not isinstance(model, nn.Module):
+        msg = f"model={model!r}: expected a torch.nn.Module."
+        raise ConfigurationError(msg)
+    check_settings(method, objective, rank_multiple, seed)
     require_usable_weights(model)
     if "macs" in budget.limits() and example_input is None:
         msg = f"a budget in MACs ({budget}) needs example_input: a tensor, or a shape such as (1, 3, 224, 224)."
@@ -115,10 +125,13 @@ def search_ranks(
     )
 
 
-def _check_arguments(model: object, method: object, objective: object, rank_multiple: object, seed: object) -> None:
-    if not isinstance(model, nn.Module):
-        msg = f"model={model!r}: expected a torch.nn.Module."
-        raise ConfigurationError(msg)
+def check_settings(method: object, objective: object, rank_multiple: object, seed: object) -> None:
+    """Checks the settings of a search that need no model.
+
+    Raises:
+        ConfigurationError: If one is unknown or out of range.
+        UnsupportedError: If the objective is not in this version.
+    """
     if method not in STRATEGIES:
         msg = f"search method {method!r} is unknown.{did_you_mean(method, STRATEGIES)}"
         raise ConfigurationError(msg)
@@ -182,7 +195,7 @@ def _round_up(fraction: float) -> str:
 
 
 def _gap(problem: Problem, choice: Ints) -> float:
-    value, bound = problem.error_of(choice), solve(problem).bound
+    value, bound = problem.error_of(choice), solve(problem, rel_gap=CERTIFICATE_GAP).bound
     if value <= bound or value < 1e-12:
         return 0.0
     return (value - bound) / bound if bound > 0 else float("inf")
@@ -226,4 +239,4 @@ def _layer_plan(layer: Layer, table: Candidates | None, row: int, traced: Trace 
     )
 
 
-__all__ = ["OBJECTIVES", "STRATEGIES", "BudgetError", "Strategy", "search_ranks"]
+__all__ = ["OBJECTIVES", "STRATEGIES", "Strategy", "check_settings", "search_ranks"]

@@ -30,26 +30,46 @@ from lightning_compress.decompositions.base import Floats, Ints
 from lightning_compress.search.exact import smallest, solve
 from lightning_compress.search.problem import Problem, Progress
 
-STEPS = 400
+STEPS = 300
 LEARNING_RATE = 0.1
-TEMPERATURES = (1.0, 0.02)
+TEMPERATURES = (0.5, 0.01)
 """First and last temperature of the softmax over kinds; annealed geometrically."""
-PENALTIES = (1.0, 100.0)
+PENALTIES = (5.0, 100.0)
 """First and last μ, likewise."""
+LEAST_SHARE = 0.05
+LARGEST_LOGIT = 4.0
 DUAL_RATE = 0.05
-WINDOWS = (3, 12, 48)
-"""Candidates on either side of the continuous ranks that the projection may use, widened if needed."""
+WINDOWS = (4, 16, 64)
+"""Candidates on either side of the continuous ranks that the projection may use."""
+SETTLED = 1e-3
+"""The projection stops when a larger window lowers the objective by less than this fraction."""
 
 
-def continuous(problem: Problem, *, seed: int, progress: Progress) -> Ints:
+def search_continuous(problem: Problem, *, seed: int, progress: Progress) -> Ints:
     """Returns the projection of the continuous optimum of the composite loss."""
     space = _Space.of(problem)
-    log_sizes, probabilities = _descend(space, progress)
+    log_sizes = _descend(space, progress)
+    return _project(problem, space, log_sizes)
+
+
+def _project(problem: Problem, space: _Space, log_sizes: Tensor) -> Ints:
+    """Returns the best whole ranks around the continuous ones that keep every budget.
+
+    The neighbourhood grows until a larger one no longer helps, or none is left.
+    """
+    best, error = smallest(problem), np.inf
     for window in WINDOWS:
-        choice = solve(problem.restricted(rows := _around(space, log_sizes, probabilities, window))).choice
-        if choice is not None:
-            return np.array([kept[row] for kept, row in zip(rows, choice, strict=True)])
-    return smallest(problem)
+        rows = _around(space, log_sizes, window)
+        local = solve(problem.restricted(rows), rel_gap=SETTLED).choice
+        if local is None:
+            continue
+        choice = np.array([kept[row] for kept, row in zip(rows, local, strict=True)])
+        settled = problem.error_of(choice) > error * (1 - SETTLED)
+        if problem.error_of(choice) < error:
+            best, error = choice, problem.error_of(choice)
+        if settled:
+            break
+    return best
 
 
 @dataclass(frozen=True)
@@ -66,6 +86,7 @@ class _Space:
         costs: Relative to the budget, shape (P, J, b).
         layer_of: Shape (P,).
         rows: Row of each point among its layer's candidates, one array per path.
+        row_sizes: Size of each of those rows.
         layers: Number of layers.
     """
 
@@ -74,6 +95,7 @@ class _Space:
     costs: Tensor
     layer_of: Tensor
     rows: tuple[Ints, ...]
+    row_sizes: tuple[Floats, ...]
     layers: int
 
     @classmethod
@@ -83,8 +105,9 @@ class _Space:
             relative = problem.costs(index) / np.maximum(problem.limits, 1.0)
             for kind in dict.fromkeys(candidates.kinds):
                 rows = _best_path(candidates.rows_of(kind), candidates.errors, relative.mean(axis=1))
-                paths.append((index, rows, candidates.errors[rows], relative[rows]))
-        longest = max(len(rows) for _, rows, _, _ in paths)
+                hull = rows[_convex_hull(relative[rows].mean(axis=1), candidates.errors[rows])]
+                paths.append((index, rows, relative[rows].mean(axis=1), candidates.errors[hull], relative[hull]))
+        longest = max(len(errors) for *_, errors, _ in paths)
 
         def padded(values: Floats) -> Floats:
             return np.concatenate([values, np.repeat(values[-1:], longest - len(values), axis=0)])
@@ -92,10 +115,11 @@ class _Space:
         costs = np.stack([padded(c) for *_, c in paths])
         return cls(
             sizes=torch.from_numpy(costs.mean(axis=2)),
-            errors=torch.from_numpy(np.stack([padded(e) for _, _, e, _ in paths])),
+            errors=torch.from_numpy(np.stack([padded(e) for *_, e, _ in paths])),
             costs=torch.from_numpy(costs),
             layer_of=torch.tensor([index for index, *_ in paths]),
-            rows=tuple(rows for _, rows, _, _ in paths),
+            rows=tuple(rows for _, rows, *_ in paths),
+            row_sizes=tuple(sizes for _, _, sizes, *_ in paths),
             layers=len(problem.layers),
         )
 
@@ -111,13 +135,10 @@ class _Space:
         cost = torch.lerp(self.costs.gather(1, wide), self.costs.gather(1, wide + 1), weight[:, :, None])[:, 0]
         return error, cost
 
-    def softmax(self, logits: Tensor, temperature: float) -> Tensor:
+    def softmax(self, logits: Tensor) -> Tensor:
         """Returns the probability of each path among those of its layer, (P,)."""
-        scaled = logits / temperature
-        top = torch.full((self.layers,), -torch.inf, dtype=scaled.dtype)
-        top = top.scatter_reduce(0, self.layer_of, scaled.detach(), "amax")
-        weights = (scaled - top[self.layer_of]).exp()
-        totals = torch.zeros(self.layers, dtype=scaled.dtype).index_add(0, self.layer_of, weights)
+        weights = logits.exp()
+        totals = torch.zeros(self.layers, dtype=weights.dtype).index_add(0, self.layer_of, weights)
         return weights / totals[self.layer_of]
 
 
@@ -129,8 +150,23 @@ def _best_path(rows: Ints, errors: Floats, sizes: Floats) -> Ints:
     return order[improves]
 
 
-def _descend(space: _Space, progress: Progress) -> tuple[Tensor, Tensor]:
-    """Returns the log-sizes (P,) and the probabilities (P,) that minimise the composite loss."""
+def _convex_hull(sizes: Floats, errors: Floats) -> Ints:
+    """Returns the points of the lower convex hull: on it, no rank is a local optimum only."""
+    hull: list[int] = []
+    for point in range(len(sizes)):
+        while len(hull) > 1 and _is_above(sizes, errors, hull[-2], hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return np.array(hull)
+
+
+def _is_above(sizes: Floats, errors: Floats, left: int, middle: int, right: int) -> bool:
+    slope = (errors[right] - errors[left]) / (sizes[right] - sizes[left])
+    return bool(errors[middle] >= errors[left] + slope * (sizes[middle] - sizes[left]))
+
+
+def _descend(space: _Space, progress: Progress) -> Tensor:
+    """Returns the log-sizes (P,) that minimise the composite loss."""
     low, high = space.sizes[:, 0].log(), space.sizes[:, -1].log()
     log_sizes = ((low + high) / 2).requires_grad_()
     logits = torch.zeros_like(low).requires_grad_()
@@ -141,30 +177,34 @@ def _descend(space: _Space, progress: Progress) -> tuple[Tensor, Tensor]:
         temperature, penalty = (_anneal(*ends, done) for ends in (TEMPERATURES, PENALTIES))
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - done) ** 0.5
         error, cost = space.at(log_sizes)
-        probability = space.softmax(logits, temperature)
+        probability = space.softmax(logits)
         violation = (probability[:, None] * cost).sum(dim=0) - 1  # (b,)
-        loss = (probability * error).sum() + (multipliers * violation).sum()
-        loss = loss + penalty / 2 * violation.clamp_min(0).square().sum()
+        price = (multipliers + penalty * violation.clamp_min(0)).detach()
+        value = error + cost @ price  # (P,), the Lagrangian of each path
+        entropy = -(probability * probability.clamp_min(1e-12).log()).sum()
+        loss = (probability * value.detach()).sum() - temperature * entropy
+        loss = loss + (probability.detach().clamp_min(LEAST_SHARE) * value).sum()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         with torch.no_grad():
             multipliers = (multipliers + DUAL_RATE * penalty * violation.detach()).clamp_min(0)
             log_sizes.clamp_(low, high)
+            logits.clamp_(-LARGEST_LOGIT, LARGEST_LOGIT)
         if step % 20 == 0:
             progress("continuous rank search", done)
     progress("continuous rank search", 1.0)
-    return log_sizes.detach(), space.softmax(logits.detach(), TEMPERATURES[1])
+    return log_sizes.detach()
 
 
 def _anneal(first: float, last: float, done: float) -> float:
     return float(first * (last / first) ** done)
 
 
-def _around(space: _Space, log_sizes: Tensor, probabilities: Tensor, window: int) -> list[Ints]:
+def _around(space: _Space, log_sizes: Tensor, window: int) -> list[Ints]:
     """Returns, per layer, the candidates within `window` of the continuous ranks of each kind."""
     rows: list[list[int]] = [[] for _ in range(space.layers)]
     for path, own in enumerate(space.rows):
-        here = int(torch.searchsorted(space.sizes[path, : len(own)], log_sizes[path].exp()))
+        here = int(np.searchsorted(space.row_sizes[path], float(log_sizes[path].exp())))
         rows[int(space.layer_of[path])] += own[max(0, here - window) : here + window + 1].tolist()
     return [np.array(sorted(kept)) for kept in rows]

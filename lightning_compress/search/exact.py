@@ -17,7 +17,9 @@ from lightning_compress.decompositions.base import Floats, Ints
 from lightning_compress.search.problem import Problem, Progress
 
 REL_GAP = 1e-4
+"""Relative gap at which the exact strategy stops."""
 TIME_LIMIT = 20.0
+"""Seconds after which the solver gives its best choice and bound so far."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Solution:
     bound: float
 
 
-def exact(problem: Problem, *, seed: int, progress: Progress) -> Ints:
+def search_exact(problem: Problem, *, seed: int, progress: Progress) -> Ints:
     """Returns the optimum (to a relative gap of 1e-4) of the separable problem."""
     progress("exact search", 0.0)
     choice = solve(problem).choice
@@ -36,11 +38,11 @@ def exact(problem: Problem, *, seed: int, progress: Progress) -> Ints:
     return choice if choice is not None else smallest(problem)
 
 
-def solve(problem: Problem) -> Solution:
-    """Returns the optimum and its lower bound."""
+def solve(problem: Problem, *, rel_gap: float = REL_GAP) -> Solution:
+    """Returns the optimum, to a relative gap, and its lower bound."""
     errors = np.concatenate([layer.errors for layer in problem.layers])
     rows = [*_one_per_layer(problem), LinearConstraint(_relative_costs(problem), ub=1.0)]
-    options = {"mip_rel_gap": REL_GAP, "time_limit": TIME_LIMIT}
+    options = {"mip_rel_gap": rel_gap, "time_limit": TIME_LIMIT}
     result = milp(errors, integrality=np.ones(len(errors)), bounds=Bounds(0, 1), constraints=rows, options=options)
     bound = float(result.mip_dual_bound) if result.mip_dual_bound is not None else 0.0
     choice = _to_choice(problem, result.x) if result.x is not None else None
@@ -51,6 +53,8 @@ def solve(problem: Problem) -> Solution:
 
 def smallest(problem: Problem) -> Ints:
     """Returns the choice whose worst budget is least exceeded: the smallest reachable model."""
+    if len(problem.budgeted) == 1:
+        return np.array([int(problem.costs(layer)[:, 0].argmin()) for layer in range(len(problem.layers))])
     costs = _relative_costs(problem)
     worst = np.zeros(costs.shape[1] + 1)
     worst[-1] = 1.0  # minimise t, subject to every relative cost ≤ t

@@ -1,0 +1,448 @@
+"""The Lightning callback: hooks and wiring only. The one module that knows the Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from omegaconf import OmegaConf
+from rich.progress import Progress as RichProgress
+from torch import Tensor, nn
+
+from lightning_compress.config import Budget, Distill, Schedule
+from lightning_compress.decompositions import FactorisedLayer, resolve_kinds
+from lightning_compress.errors import ResumeError, UnsupportedError
+from lightning_compress.finetune.distill import Distillation, Teacher
+from lightning_compress.finetune.liveness import Liveness
+from lightning_compress.finetune.optimizers import factor_parameters, optimizer_layout, patch_optimizers_
+from lightning_compress.finetune.schedule import WarmUp, drop_gradients
+from lightning_compress.inventory import Patterns
+from lightning_compress.plan import Plan, percent
+from lightning_compress.search import check_settings, search_ranks
+from lightning_compress.search.problem import Progress
+from lightning_compress.swap import Replacement, apply_plan_, apply_shells_, install, plan_of, uninstall
+from lightning_compress.tracing import ExampleInput
+
+CHECKPOINT_KEY = "lightning_compress"
+CHECKPOINT_VERSION = 1
+
+try:
+    from lightning.pytorch.callbacks import WeightAveraging
+
+    _PAIRS_PARAMETERS: tuple[type[Callback], ...] = (StochasticWeightAveraging, ModelPruning, WeightAveraging)
+except ImportError:  # before Lightning 2.6
+    _PAIRS_PARAMETERS = (StochasticWeightAveraging, ModelPruning)
+
+
+class Compress(Callback):
+    """Searches the ranks in `on_fit_start`, swaps in factorised layers, and fine-tunes them.
+
+    Add it to any Trainer; the model, its optimizers and its data stay as they are:
+
+        trainer = L.Trainer(max_epochs=10, callbacks=[Compress(Budget(params=0.2))])
+        trainer.fit(model, datamodule)
+
+    A fit of an already compressed module (a second `fit`) only fine-tunes. Checkpoints hold the
+    plan, so `fit(ckpt_path=...)`, `test(ckpt_path="best")` and the like rebuild the structure.
+
+    Args:
+        budget: Upper bounds, a `Budget` or a mapping such as `{"params": 0.2}`.
+        kinds: "auto", a kind of decomposition, or a list of kinds to choose from.
+        include: Names, globs, class names or classes of layers to factorise, None for all.
+        exclude: Likewise for layers to leave alone.
+        overrides: Pattern to `Override`, a mapping of its fields, or "dense".
+        search: Strategy: "continuous", "exact", "uniform" or "energy".
+        objective: "weight" or "auto".
+        schedule: Warm-up and freezing, a `Schedule` or a mapping; None for neither.
+        distill: Distillation from the dense model, a `Distill` or a mapping; None for off.
+        example_input: A tensor, a tuple or dict of arguments of `forward`, or a shape with its
+            batch dimension. By default the module's `example_input_array`, else the shape of
+            the first batch of the training data (only its shape is used).
+        rank_multiple: Ranks are multiples of this number.
+        seed: Of everything random in the search.
+
+    Attributes:
+        plan: The plan of the last fit, None before.
+
+    Raises:
+        ConfigurationError: If an argument has a wrong type, name or value.
+        UnsupportedError: In `setup`, for strategies and callbacks this version cannot serve.
+    """
+
+    def __init__(
+        self,
+        budget: Budget | Mapping[str, Any],
+        *,
+        kinds: str | Sequence[str] = "auto",
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        search: str = "continuous",
+        objective: str = "auto",
+        schedule: Schedule | Mapping[str, Any] | None = None,
+        distill: Distill | Mapping[str, Any] | None = None,
+        example_input: ExampleInput | None = None,
+        rank_multiple: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.budget = Budget.from_value(_plain(budget))
+        self.kinds = _plain(kinds)
+        resolve_kinds(self.kinds)
+        self.include, self.exclude, self.overrides = _plain(include), _plain(exclude), _plain(overrides)
+        check_settings(search, objective, rank_multiple, seed)
+        self.search, self.objective, self.rank_multiple, self.seed = search, objective, rank_multiple, seed
+        self.schedule = Schedule.from_value(_plain(schedule))
+        self.distill = Distill.from_value(_plain(distill))
+        self.example_input = _plain(example_input)
+        self.plan: Plan | None = None
+        self._restored: tuple[Replacement, ...] | None = None
+        self._saved_layout: list[list[list[str]]] | None = None
+        self._teacher: Teacher | None = None
+        self._distillation: Distillation | None = None
+        self._warm_up: WarmUp | None = None
+        self._liveness: Liveness | None = None
+
+    # --- hooks -------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses what cannot work and arranges that checkpoints carry the plan."""
+        _require_supported(trainer)
+        self._restored = self._saved_layout = None
+        _install_shadows(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Searches, swaps, and hands the factors to the optimizers."""
+        if self.distill is not None and not pl_module.automatic_optimization:
+            msg = "distill= works with automatic optimization only: add the distillation term in your training_step."
+            raise UnsupportedError(msg)
+        resumed = self._restored is not None
+        if self._restored is not None:
+            replacements, self._restored = self._restored, None
+        elif any(isinstance(module, FactorisedLayer) for module in pl_module.modules()):
+            self._fine_tune_only(pl_module)
+            return
+        else:
+            replacements = self._compress(trainer, pl_module)
+        try:
+            patch_optimizers_(trainer.optimizers, replacements)
+        except BaseException:
+            if not resumed:
+                uninstall(pl_module, replacements)
+            raise
+        self._require_same_layout(trainer, pl_module)
+        self._start_fine_tuning(trainer, pl_module, replacements)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wraps the training step with the distillation loss."""
+        if self._teacher is None:
+            return
+        self._teacher.module.to(pl_module.device)
+        self._distillation = self._teacher.wrap(
+            pl_module, pl_module.training_step, lambda name, value: pl_module.log(name, value)
+        )
+        pl_module.training_step = self._distillation.step  # type: ignore[method-assign]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Checks after the first batch that the factorised layers are the ones in use."""
+        if self._liveness is not None:
+            liveness, self._liveness = self._liveness, None
+            liveness.check()
+        if self._warm_up is not None:
+            self.log("compress/lr_scale", self._warm_up.scale)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Keeps everything but the factors still while the schedule says so."""
+        if trainer.current_epoch < self.schedule.freeze_epochs:
+            factors = [
+                cast(nn.Parameter, factor)
+                for module in pl_module.modules()
+                if isinstance(module, FactorisedLayer)
+                for factor in module.factors().values()
+            ]
+            drop_gradients(pl_module.parameters(), keep=factors)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Removes everything that was only for the fit."""
+        self._stop_fine_tuning(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Likewise after an error or Ctrl-C."""
+        self._stop_fine_tuning(pl_module)
+
+    # --- parts of on_fit_start -----------------------------------------------------------------
+
+    def _compress(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Replacement, ...]:
+        example = self._example_input(trainer, pl_module)
+        with _progress(trainer) as progress:
+            plan = search_ranks(
+                pl_module,
+                self.budget,
+                example_input=example,
+                method=self.search,
+                objective=self.objective,
+                kinds=self.kinds,
+                include=self.include,
+                exclude=self.exclude,
+                overrides=self.overrides,
+                rank_multiple=self.rank_multiple,
+                seed=self.seed,
+                progress=progress,
+            )
+            teacher = Teacher(pl_module, self.distill) if self.distill is not None else None
+            replacements = apply_plan_(pl_module, plan, progress=progress)
+        self.plan, self._teacher = plan, teacher
+        _log_plan(trainer, plan)
+        return replacements
+
+    def _fine_tune_only(self, pl_module: LightningModule) -> None:
+        plan = plan_of(pl_module)
+        kept = plan.kept["params"]
+        limit = self.budget.params
+        if limit is not None and kept is not None and kept > limit:
+            msg = (
+                f"the module is already factorised with {percent(kept)} of its parameters kept, the budget is "
+                f"{self.budget}: start from the dense module to compress it further."
+            )
+            raise UnsupportedError(msg)
+        if self.distill is not None:
+            msg = "distill= needs the dense model as its teacher, but the module is already factorised: use the dense one."
+            raise UnsupportedError(msg)
+        self.plan = self.plan or plan
+        rank_zero_info(f"Compress: the module is already factorised ({percent(kept)} of its parameters kept); fine-tuning.")
+
+    def _example_input(self, trainer: Trainer, pl_module: LightningModule) -> ExampleInput | None:
+        if self.example_input is not None:
+            return self.example_input
+        if pl_module.example_input_array is not None:
+            return cast(ExampleInput, pl_module.example_input_array)
+        shape = _first_batch_shape(trainer)
+        if shape is not None:
+            rank_zero_info(f"Compress: example input of shape {shape} taken from the training data (its shape alone).")
+        return shape
+
+    def _require_same_layout(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Optimizer states are stored by position: a resumed run must have every name in its place."""
+        if self._saved_layout is None:
+            return
+        layout, saved = optimizer_layout(trainer.optimizers, pl_module), self._saved_layout
+        self._saved_layout = None
+        if layout != saved:
+            msg = (
+                "the checkpoint's optimizers hold other parameters, or in another order, than configure_optimizers "
+                f"now gives them: {_first_difference(saved, layout)}. Resume with the same optimizers."
+            )
+            raise ResumeError(msg)
+
+    def _start_fine_tuning(
+        self, trainer: Trainer, pl_module: LightningModule, replacements: Sequence[Replacement]
+    ) -> None:
+        self._liveness = Liveness(replacements)
+        factors = [factor for replacement in replacements for factor in factor_parameters(replacement)]
+        if self.schedule.warmup_steps:
+            self._warm_up = WarmUp(
+                trainer.optimizers, factors, self.schedule.warmup_steps, lambda: trainer.global_step
+            )
+
+    def _stop_fine_tuning(self, pl_module: LightningModule) -> None:
+        if self._distillation is not None:
+            self._distillation.detach()
+            pl_module.__dict__.pop("training_step", None)
+        if self._warm_up is not None:
+            self._warm_up.detach()
+        pl_module.__dict__.pop("configure_optimizers", None)
+        self._teacher = self._distillation = self._warm_up = self._liveness = None
+
+    # --- checkpoints ---------------------------------------------------------------------------
+
+    def restore(self, pl_module: LightningModule, payload: Mapping[str, Any]) -> None:
+        """Rebuilds the factorised structure from a checkpoint, before its weights are loaded.
+
+        Args:
+            pl_module: The module, dense or already factorised in the same way.
+            payload: What the checkpoint holds under `CHECKPOINT_KEY`.
+
+        Raises:
+            ResumeError: If the dense teacher cannot be rebuilt from the module as it is.
+            PlanError: If the plan cannot be read or does not fit the module.
+        """
+        fitting = pl_module.trainer.state.fn == TrainerFn.FITTING
+        plan = _plan_in(payload)
+        teacher = self._rebuilt_teacher(pl_module, payload) if fitting and self.distill is not None else None
+        replacements = apply_shells_(pl_module, plan)
+        self.plan = plan
+        if fitting:
+            self._teacher, self._restored = teacher, replacements
+            self._saved_layout = payload.get("optimizers")
+            dense_first = functools.partial(
+                _configure_as_dense, pl_module, pl_module.configure_optimizers, replacements
+            )
+            pl_module.configure_optimizers = dense_first  # type: ignore[method-assign]
+
+    def payload(self, pl_module: LightningModule, *, with_optimizers: bool) -> dict[str, Any]:
+        """Returns what a checkpoint holds under `CHECKPOINT_KEY`: primitives only."""
+        plan = plan_of(pl_module) if self.plan is None else self.plan
+        payload: dict[str, Any] = {"version": CHECKPOINT_VERSION, "plan": plan.to_json()}
+        if with_optimizers:
+            payload["optimizers"] = optimizer_layout(pl_module.trainer.optimizers, pl_module)
+        if self._teacher is not None:
+            payload["teacher"] = self._teacher.fingerprint
+        return payload
+
+    def _rebuilt_teacher(self, pl_module: LightningModule, payload: Mapping[str, Any]) -> Teacher:
+        assert self.distill is not None  # noqa: S101
+        advice = "Give fit the dense module with the weights it had when the compression began."
+        if any(isinstance(module, FactorisedLayer) for module in pl_module.modules()):
+            msg = f"the module is already factorised, so the dense teacher cannot be rebuilt from it. {advice}"
+            raise ResumeError(msg)
+        teacher = Teacher(pl_module, self.distill)
+        if teacher.fingerprint != payload.get("teacher"):
+            msg = f"the module's weights are not those of the teacher the checkpoint was distilled from. {advice}"
+            raise ResumeError(msg)
+        return teacher
+
+
+def _plain(value: Any) -> Any:
+    """Returns plain dicts and lists for what Hydra passes."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _require_supported(trainer: Trainer) -> None:
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        msg = (
+            f"Compress does not support {type(trainer.strategy).__name__} in this version: fit on one device "
+            "(devices=1). Spawned and sharded strategies would leave the model dense or out of step, silently."
+        )
+        raise UnsupportedError(msg)
+    callbacks = cast("list[Callback]", trainer.callbacks)  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, _PAIRS_PARAMETERS):
+            msg = (
+                f"Compress does not support {type(callback).__name__} beside it in this version: it pairs parameters "
+                "by position or name before the layers are replaced. Use it in a later fit."
+            )
+            raise UnsupportedError(msg)
+    if sum(isinstance(callback, Compress) for callback in callbacks) > 1:
+        msg = "the trainer has more than one Compress callback: use one, its budget may bound several resources."
+        raise UnsupportedError(msg)
+
+
+@contextlib.contextmanager
+def _progress(trainer: Trainer) -> Iterator[Progress]:
+    """Shows one bar while the search runs, if the trainer shows bars at all."""
+    bar = trainer.progress_bar_callback
+    if bar is None or bar.is_disabled or not trainer.is_global_zero:
+        yield lambda _what, _done: None
+        return
+    with RichProgress(transient=True) as progress:
+        task = progress.add_task("Compress", total=1.0)
+        yield lambda what, done: progress.update(task, description=f"Compress: {what}", completed=done)
+
+
+def _log_plan(trainer: Trainer, plan: Plan) -> None:
+    """Sends sizes and plan to the loggers and a summary to the console."""
+    dense = len(plan.layers) - len(plan.factorised)
+    rank_zero_info(
+        f"Compress: {plan.summary()}\n{len(plan.factorised)} layers factorised, {dense} left dense; "
+        "print(callback.plan) lists them with the reasons."
+    )
+    sizes = {
+        f"compress/{resource}{suffix}": float(value)
+        for suffix, values in (("", vars(plan.compressed)), ("_dense", vars(plan.dense)), ("_kept", plan.kept))
+        for resource, value in values.items()
+        if value is not None
+    }
+    sizes["compress/search_seconds"] = plan.seconds or 0.0
+    sizes["compress/optimality_gap"] = plan.optimality_gap or 0.0
+    layers = {p.name: p.kind if p.is_dense else f"{p.kind} {p.ranks}, error {p.error:.4f}" for p in plan.layers}
+    for logger in trainer.loggers:
+        logger.log_metrics(sizes, step=trainer.global_step)
+        logger.log_hyperparams({"compress": {"budget": str(plan.budget), "method": plan.method, "layers": layers}})
+
+
+def _first_batch_shape(trainer: Trainer) -> tuple[int, ...] | None:
+    """Returns the shape of the first input of one training batch, None if it is no float tensor."""
+    source = getattr(trainer.fit_loop, "_data_source", None)
+    if source is None or not source.is_defined():
+        return None
+    with torch.random.fork_rng(devices=[]):  # drawing a batch must not move the user's shuffling
+        loader = source.dataloader()
+        batch = next(iter(loader), None) if not isinstance(loader, Mapping) else None
+    first = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+    if not isinstance(first, Tensor) or not first.is_floating_point() or first.ndim == 0:
+        return None
+    return (1, *first.shape[1:])
+
+
+# --- instance shadows: checkpoints of the module carry the plan even without callback states -----
+
+
+def _install_shadows(pl_module: LightningModule) -> None:
+    """Wraps two checkpoint hooks on the instance; partials of functions survive copy and pickle."""
+    for name, function in (("on_load_checkpoint", _on_load), ("on_save_checkpoint", _on_save)):
+        own = pl_module.__dict__.get(name)
+        if not (isinstance(own, functools.partial) and own.func is function):
+            setattr(pl_module, name, functools.partial(function, pl_module))
+
+
+def _callback_of(pl_module: LightningModule) -> Compress | None:
+    trainer = pl_module._trainer
+    callbacks = trainer.callbacks if trainer is not None else []  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, Compress)), None)
+
+
+def _on_load(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    payload = checkpoint.get(CHECKPOINT_KEY)
+    callback = _callback_of(pl_module)
+    if payload is not None and callback is not None:
+        callback.restore(pl_module, payload)
+    elif payload is not None:
+        apply_shells_(pl_module, _plan_in(payload))
+    elif callback is not None and pl_module.trainer.state.fn == TrainerFn.FITTING:
+        msg = (
+            "the checkpoint is of a dense run: its optimizer states do not fit the factors. Load its weights into "
+            "the module first, then call fit without ckpt_path."
+        )
+        raise UnsupportedError(msg)
+    type(pl_module).on_load_checkpoint(pl_module, checkpoint)
+
+
+def _on_save(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    callback = _callback_of(pl_module)
+    if callback is not None and any(isinstance(module, FactorisedLayer) for module in pl_module.modules()):
+        checkpoint[CHECKPOINT_KEY] = callback.payload(pl_module, with_optimizers="optimizer_states" in checkpoint)
+    type(pl_module).on_save_checkpoint(pl_module, checkpoint)
+
+
+def _plan_in(payload: Mapping[str, Any]) -> Plan:
+    version = payload.get("version")
+    if version != CHECKPOINT_VERSION:
+        msg = f"the checkpoint's compression has version {version!r}, this library reads {CHECKPOINT_VERSION}: update it."
+        raise ResumeError(msg)
+    return Plan.from_json(payload["plan"])
+
+
+def _configure_as_dense(
+    pl_module: LightningModule, configure: Callable[[], Any], replacements: Sequence[Replacement]
+) -> Any:
+    """Builds the optimizers against the dense layers, as in the first run, so that they are patched alike."""
+    uninstall(pl_module, replacements)
+    try:
+        return configure()
+    finally:
+        install(pl_module, replacements)
+
+
+def _first_difference(saved: Sequence[Any], now: Sequence[Any]) -> str:
+    if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
+        return next(_first_difference(a, b) for a, b in zip(saved, now, strict=True) if a != b)
+    return f"{str(saved)[:120]} in the checkpoint, {str(now)[:120]} now"

@@ -1,0 +1,228 @@
+"""Surgery: checks a whole plan against the model, then replaces the layers; all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.candidates import DENSE
+from lightning_compress.config import did_you_mean
+from lightning_compress.costs import measure_costs
+from lightning_compress.decompositions import DECOMPOSITIONS, FactorisedLayer
+from lightning_compress.errors import ConfigurationError, PlanMismatchError
+from lightning_compress.inventory import Layer, list_layers, require_usable_weights
+from lightning_compress.plan import Costs, LayerPlan, Plan
+from lightning_compress.search.problem import Progress
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """One layer that was replaced.
+
+    Attributes:
+        aliases: Every name the layer is registered under.
+        dense: The module that was there.
+        factorised: The module that is there now; both hold the same bias Parameter.
+    """
+
+    aliases: tuple[str, ...]
+    dense: nn.Module
+    factorised: FactorisedLayer
+
+
+def apply_plan_(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> tuple[Replacement, ...]:
+    """Replaces the planned layers by factorised ones, in place.
+
+    The whole plan is checked and every factor computed before the first layer is touched, so a
+    failure leaves the model as it was. Biases stay the same Parameters and forward and backward
+    hooks move along with their handles; dtype, device, memory format, mode and `requires_grad`
+    are inherited; the global random state is not used. Layers that are already factorised as
+    planned are left alone.
+
+    Args:
+        model: The model the plan was made for, or one of the same architecture.
+        plan: From `search_ranks` or `Plan.from_json`.
+        progress: Called with what is being done and the fraction done.
+
+    Returns:
+        What was replaced by what.
+
+    Raises:
+        ConfigurationError: If `plan` is no Plan.
+        PlanMismatchError: If a planned layer is missing, of another type or shape, cannot be
+            factorised, or its kind or ranks are impossible.
+        NonFiniteWeightError: If a parameter holds NaN or infinite values.
+    """
+    require_usable_weights(model)
+    return _replace(model, plan, progress or (lambda _what, _done: None), decompose=True)
+
+
+def apply_shells_(model: nn.Module, plan: Plan) -> tuple[Replacement, ...]:
+    """Like `apply_plan_`, with factors of zeros: the structure that a state dict is loaded into."""
+    return _replace(model, plan, lambda _what, _done: None, decompose=False)
+
+
+def _replace(model: nn.Module, plan: Plan, progress: Progress, *, decompose: bool) -> tuple[Replacement, ...]:
+    if not isinstance(plan, Plan):
+        msg = f"plan={plan!r}: expected a Plan, as search_ranks returns it."
+        raise ConfigurationError(msg)
+    pairs = _checked(model, plan)
+    replacements = []
+    for index, (layer, planned) in enumerate(pairs):
+        progress("factorising layers", index / len(pairs))
+        replacements.append(Replacement(layer.aliases, layer.module, _build(layer, planned, decompose=decompose)))
+    progress("factorising layers", 1.0)
+    install(model, replacements)
+    return tuple(replacements)
+
+
+def install(model: nn.Module, replacements: Sequence[Replacement]) -> None:
+    """Puts the factorised layers in, under every name."""
+    for replacement in replacements:
+        _put(model, replacement, replacement.factorised)
+
+
+def uninstall(model: nn.Module, replacements: Sequence[Replacement]) -> None:
+    """Puts the dense layers back, under every name."""
+    for replacement in replacements:
+        _put(model, replacement, replacement.dense)
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """Returns the plan that an already factorised model embodies; without budget and search."""
+    layers, saved_params, saved_bytes = [], 0, 0
+    for layer in list_layers(model):
+        module = layer.module
+        if not isinstance(module, FactorisedLayer):
+            plan = LayerPlan(
+                layer.name, layer.type, DENSE, (), (), 0.0, layer.parameters, layer.parameters, reason=layer.reason
+            )
+            layers.append(plan)
+            continue
+        factors = list(module.factors().values())
+        saved = torch.Size(module.weight_shape).numel() - sum(f.numel() for f in factors)
+        saved_params += saved
+        saved_bytes += saved * factors[0].element_size()
+        layers.append(
+            LayerPlan(
+                layer.name,
+                module.dense_type,
+                module.kind,
+                module.ranks,
+                module.weight_shape,
+                module.error if module.error is not None else 0.0,
+                params_before=layer.parameters + saved,
+                params_after=layer.parameters,
+            )
+        )
+    now = measure_costs(model)
+    return Plan(tuple(layers), Costs(now.params + saved_params, None, now.bytes + saved_bytes), now)
+
+
+def _checked(model: nn.Module, plan: Plan) -> list[tuple[Layer, LayerPlan]]:
+    """Returns what is to be replaced, or raises before anything is."""
+    found = {alias: layer for layer in list_layers(model) for alias in layer.aliases}
+    pairs = []
+    planned = {p.name: p for p in plan.factorised}
+    for name, layer in found.items():
+        if isinstance(layer.module, FactorisedLayer) and name == layer.name and name not in planned:
+            msg = f"layer {name!r} is factorised in the model ({_text(layer.module)}) but dense in the plan."
+            raise PlanMismatchError(msg)
+    for name, layer_plan in planned.items():
+        known = found.get(name)
+        if known is None:
+            msg = f"the plan's layer {name!r} is not in the model.{did_you_mean(name, list(found)[:8] or ['nothing'])}"
+            raise PlanMismatchError(msg)
+        if isinstance(known.module, FactorisedLayer):
+            _require_same(known.module, layer_plan)
+        else:
+            _require_applicable(known, layer_plan)
+            pairs.append((known, layer_plan))
+    return pairs
+
+
+def _text(module: FactorisedLayer) -> str:
+    return f"{module.kind}, ranks {module.ranks}"
+
+
+def _require_same(module: FactorisedLayer, planned: LayerPlan) -> None:
+    if (module.kind, module.ranks, module.weight_shape) != (planned.kind, planned.ranks, planned.weight_shape):
+        msg = (
+            f"layer {planned.name!r} is already factorised ({_text(module)}), the plan wants "
+            f"{planned.kind}, ranks {planned.ranks}: apply the plan to the dense model."
+        )
+        raise PlanMismatchError(msg)
+
+
+def _require_applicable(layer: Layer, planned: LayerPlan) -> None:
+    where = f"layer {planned.name!r}"
+    if layer.reason is not None:
+        msg = f"{where} cannot be factorised: {layer.reason}."
+        raise PlanMismatchError(msg)
+    if layer.type != planned.type or layer.weight_shape != planned.weight_shape:
+        msg = (
+            f"{where} is a {layer.type} with weight {layer.weight_shape} in the model, "
+            f"a {planned.type} with weight {planned.weight_shape} in the plan."
+        )
+        raise PlanMismatchError(msg)
+    decomposition = DECOMPOSITIONS.get(planned.kind)
+    if decomposition is None:
+        msg = f"{where} has the unknown kind {planned.kind!r} in the plan.{did_you_mean(planned.kind, DECOMPOSITIONS)}"
+        raise PlanMismatchError(msg)
+    refusal = decomposition.unsupported(layer.module)
+    largest = decomposition.max_ranks(layer.weight_shape) if refusal is None else ()
+    fits = len(planned.ranks) == len(largest) and all(1 <= r <= m for r, m in zip(planned.ranks, largest, strict=True))
+    if refusal is not None or not fits:
+        why = refusal or f"its ranks go up to {largest}"
+        msg = f"{where} cannot become {planned.kind} with ranks {planned.ranks}: {why}."
+        raise PlanMismatchError(msg)
+
+
+def _build(layer: Layer, planned: LayerPlan, *, decompose: bool) -> FactorisedLayer:
+    dense, weight = layer.module, cast(nn.Parameter, layer.module.weight)
+    decomposition = DECOMPOSITIONS[planned.kind]
+    children = decomposition.children(dense, planned.ranks)
+    factors: dict[str, Tensor] = {}
+    if decompose:
+        factors = decomposition.factorise(weight.detach().to("cpu", torch.float64), planned.ranks)
+    for name, child in children.items():
+        shape = cast(Tensor, child.weight).shape
+        value = factors[name].reshape(shape) if decompose else torch.zeros(shape)
+        child.weight = nn.Parameter(_like(value, weight), requires_grad=weight.requires_grad)
+    last = children[list(children)[-1]]
+    last.bias = cast("nn.Parameter | None", dense.bias)
+    new = FactorisedLayer(children, dense=dense, decomposition=decomposition, ranks=planned.ranks)
+    new.error = planned.error
+    for hooks in _HOOKS:
+        new.__dict__[hooks] = dense.__dict__[hooks]  # the same dict objects, so handles keep working
+    return new.train(dense.training)
+
+
+def _like(value: Tensor, weight: Tensor) -> Tensor:
+    """Returns the value in the weight's dtype, device and memory format."""
+    value = value.to(weight.device, weight.dtype).contiguous()
+    channels_last = weight.ndim == 4 and not weight.is_contiguous()  # noqa: PLR2004
+    if channels_last and weight.is_contiguous(memory_format=torch.channels_last):
+        return value.contiguous(memory_format=torch.channels_last)
+    return value
+
+
+def _put(model: nn.Module, replacement: Replacement, module: nn.Module) -> None:
+    for alias in replacement.aliases:
+        parent, _, leaf = alias.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)
