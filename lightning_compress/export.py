@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_compress.errors import OutputFolderError, PlanFormatError, WeightsError
 from lightning_compress.plan import Plan
@@ -63,6 +65,34 @@ def load_compressed(model: nn.Module, folder: str | Path) -> Plan:
         uninstall(model, replacements)
         raise
     return plan
+
+
+def load_weights_(model: nn.Module, path: str | Path) -> None:
+    """Loads a state dict of exactly the model's tensors, in place.
+
+    Args:
+        model: Any module.
+        path: A `.safetensors` file, or a file that `torch.save` wrote: a state dict, or a
+            checkpoint with one under "state_dict". Loaded without running any pickled code.
+
+    Raises:
+        WeightsError: If the file is missing or unreadable, or its tensors do not fit; the
+            model is then as it was.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        _require_fitting(model, _stored_shapes(path), path)
+        load_model(model, str(path))
+        return
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        msg = f"cannot read the weights {str(path)!r}: {error}. Expected a state dict (.safetensors or torch.save)."
+        raise WeightsError(msg) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    _require_fitting(model, {name: tuple(value.shape) for name, value in state.items()}, path)
+    model.load_state_dict(state, strict=False)  # of tied tensors one is enough
 
 
 def read_plan(path: str | Path) -> Plan:
