@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lightning_compress.candidates import DENSE
+from lightning_compress.candidates import DENSE, signal_loss
 from lightning_compress.config import Budget
 from lightning_compress.costs import Costs
 from lightning_compress.errors import LightningCompressError, PlanFormatError
@@ -67,7 +68,7 @@ class Plan:
         compressed: Costs of the model once the plan is applied.
         budget: The bounds the search kept, None for a plan read off a model.
         method: Search strategy.
-        objective: What the search minimised: "weight", the sum of the layers' errors.
+        objective: What the search minimised: "weight" is `signal_loss` over the weights' errors.
         data_free: Whether no real data was used.
         optimality_gap: (objective − lower bound) / lower bound, 0.01 = at most 1 % above the
             best plan possible on the separable objective; None for a plan read off a model.
@@ -97,9 +98,9 @@ class Plan:
         return self.compressed.kept_of(self.dense)
 
     @property
-    def total_error(self) -> float:
-        """Sum of the layers' relative errors, what the search minimised."""
-        return sum(layer.error for layer in self.layers)
+    def signal_loss(self) -> float:
+        """Σ_l −log(1 − e_l), what the search minimised; exp of its negative is the product of 1 − e_l."""
+        return float(signal_loss(np.array([layer.error for layer in self.layers])).sum())
 
     def to_json(self) -> str:
         """Returns the plan as JSON text with a schema version."""
@@ -172,7 +173,7 @@ class Plan:
         lines = ["; ".join(parts)]
         if self.budget is not None:
             lines.append(
-                f"budget {self.budget}; method {self.method}; sum of errors {self.total_error:.4f}, "
+                f"budget {self.budget}; method {self.method}; signal loss {self.signal_loss:.4f}, "
                 f"at most {100 * (self.optimality_gap or 0):.2f} % above the optimum; {self.seconds:.2f} s"
             )
         return "\n".join(lines)

@@ -70,8 +70,8 @@ def search_ranks(
             its batch dimension. Needed for a budget in MACs; used to find layers whose weight
             is used outside their own forward.
         method: "continuous", "exact", "uniform" or "energy".
-        objective: "weight", the sum of the layers' relative weight errors; "auto" is the best
-            objective that applies, in this version always "weight".
+        objective: "weight", the sum of −log(1 − e) over the layers' relative weight errors e;
+            "auto" is the best objective that applies, in this version always "weight".
         kinds: "auto", a kind, or a list of kinds to choose from.
         include: Names, globs, class names or classes of layers to factorise, None for all.
         exclude: Likewise for layers to leave alone.
@@ -195,7 +195,7 @@ def _round_up(fraction: float) -> str:
 
 
 def _gap(problem: Problem, choice: Ints) -> float:
-    value, bound = problem.error_of(choice), solve(problem, rel_gap=CERTIFICATE_GAP).bound
+    value, bound = problem.loss_of(choice), solve(problem, rel_gap=CERTIFICATE_GAP).bound
     if value <= bound or value < 1e-12:
         return 0.0
     return (value - bound) / bound if bound > 0 else float("inf")

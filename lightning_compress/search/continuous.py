@@ -1,13 +1,13 @@
 """The default: a differentiable search over kinds and ranks in a continuous space.
 
 Every layer carries one log-rank per kind and logits over its kinds (the dense layer among
-them). Between two neighbouring ranks error and cost are interpolated, so that the composite
+them). Between two neighbouring ranks loss and cost are interpolated, so that the composite
 compression loss
 
-    L(ρ, z) = D(ρ, z) + Σ_l e_l(ρ_l, z_l) + Σ_b [ λ_b v_b + (μ/2) max(0, v_b)² ],
+    L(ρ, z) = D(ρ, z) + Σ_l ε_l(ρ_l, z_l) + Σ_b [ λ_b v_b + (μ/2) max(0, v_b)² ],
     v_b = C_b(ρ, z) / B_b − 1,
 
-is differentiable in all of them. The kinds' softmax is annealed to a hard choice, and the
+with ε = −log(1 − e), is differentiable in all of them. The kinds' softmax is annealed to a hard choice, and the
 multipliers λ_b are raised by dual ascent until the budgets are met (augmented Lagrangian;
 Nocedal and Wright, "Numerical Optimization", chapter 17). The result is projected onto whole
 ranks: the best combination of candidates around the continuous solution that keeps every
@@ -57,16 +57,16 @@ def _project(problem: Problem, space: _Space, log_sizes: Tensor) -> Ints:
 
     The neighbourhood grows until a larger one no longer helps, or none is left.
     """
-    best, error = smallest(problem), np.inf
+    best, loss = smallest(problem), np.inf
     for window in WINDOWS:
         rows = _around(space, log_sizes, window)
         local = solve(problem.restricted(rows), rel_gap=SETTLED).choice
         if local is None:
             continue
         choice = np.array([kept[row] for kept, row in zip(rows, local, strict=True)])
-        settled = problem.error_of(choice) > error * (1 - SETTLED)
-        if problem.error_of(choice) < error:
-            best, error = choice, problem.error_of(choice)
+        settled = problem.loss_of(choice) > loss * (1 - SETTLED)
+        if problem.loss_of(choice) < loss:
+            best, loss = choice, problem.loss_of(choice)
         if settled:
             break
     return best
@@ -76,13 +76,13 @@ def _project(problem: Problem, space: _Space, log_sizes: Tensor) -> Ints:
 class _Space:
     """All (layer, kind) paths as padded tensors; P paths of at most J points, b budgets.
 
-    A path lists a kind's candidates by rising size, each with a smaller error than the last.
+    A path lists a kind's candidates by rising size, each with a smaller loss than the last.
     Its coordinate, the size, is the cost relative to the budgets: for the SVD kinds the rank
     up to a constant, for kinds with several ranks the position on their best path.
 
     Attributes:
         sizes: Shape (P, J), padded by repeating the last point.
-        errors: Shape (P, J).
+        losses: −log(1 − e), shape (P, J).
         costs: Relative to the budget, shape (P, J, b).
         layer_of: Shape (P,).
         rows: Row of each point among its layer's candidates, one array per path.
@@ -91,7 +91,7 @@ class _Space:
     """
 
     sizes: Tensor
-    errors: Tensor
+    losses: Tensor
     costs: Tensor
     layer_of: Tensor
     rows: tuple[Ints, ...]
@@ -104,10 +104,10 @@ class _Space:
         for index, candidates in enumerate(problem.layers):
             relative = problem.costs(index) / np.maximum(problem.limits, 1.0)
             for kind in dict.fromkeys(candidates.kinds):
-                rows = _best_path(candidates.rows_of(kind), candidates.errors, relative.mean(axis=1))
-                hull = rows[_convex_hull(relative[rows].mean(axis=1), candidates.errors[rows])]
-                paths.append((index, rows, relative[rows].mean(axis=1), candidates.errors[hull], relative[hull]))
-        longest = max(len(errors) for *_, errors, _ in paths)
+                rows = _best_path(candidates.rows_of(kind), candidates.losses, relative.mean(axis=1))
+                hull = rows[_convex_hull(relative[rows].mean(axis=1), candidates.losses[rows])]
+                paths.append((index, rows, relative[rows].mean(axis=1), candidates.losses[hull], relative[hull]))
+        longest = max(len(losses) for *_, losses, _ in paths)
 
         def padded(values: Floats) -> Floats:
             return np.concatenate([values, np.repeat(values[-1:], longest - len(values), axis=0)])
@@ -115,7 +115,7 @@ class _Space:
         costs = np.stack([padded(c) for *_, c in paths])
         return cls(
             sizes=torch.from_numpy(costs.mean(axis=2)),
-            errors=torch.from_numpy(np.stack([padded(e) for *_, e, _ in paths])),
+            losses=torch.from_numpy(np.stack([padded(e) for *_, e, _ in paths])),
             costs=torch.from_numpy(costs),
             layer_of=torch.tensor([index for index, *_ in paths]),
             rows=tuple(rows for _, rows, *_ in paths),
@@ -124,16 +124,16 @@ class _Space:
         )
 
     def at(self, log_sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns error (P,) and cost (P, b) of every path at its size, linear in between."""
+        """Returns loss (P,) and cost (P, b) of every path at its size, linear in between."""
         size = log_sizes.exp()[:, None]  # (P, 1)
         left = (torch.searchsorted(self.sizes, size.detach(), right=True) - 1).clamp(0, self.sizes.shape[1] - 2)
         low, high = self.sizes.gather(1, left), self.sizes.gather(1, left + 1)
         step = high - low
         weight = torch.where(step > 0, (size - low) / step.clamp_min(1e-300), torch.zeros(())).clamp(0, 1)
-        error = torch.lerp(self.errors.gather(1, left), self.errors.gather(1, left + 1), weight)[:, 0]
+        loss = torch.lerp(self.losses.gather(1, left), self.losses.gather(1, left + 1), weight)[:, 0]
         wide = left[:, :, None].expand(-1, -1, self.costs.shape[2])
         cost = torch.lerp(self.costs.gather(1, wide), self.costs.gather(1, wide + 1), weight[:, :, None])[:, 0]
-        return error, cost
+        return loss, cost
 
     def softmax(self, logits: Tensor) -> Tensor:
         """Returns the probability of each path among those of its layer, (P,)."""
@@ -142,27 +142,27 @@ class _Space:
         return weights / totals[self.layer_of]
 
 
-def _best_path(rows: Ints, errors: Floats, sizes: Floats) -> Ints:
-    """Returns the rows by rising size that each lower the error of all smaller ones."""
-    order = rows[np.lexsort((errors[rows], sizes[rows]))]
-    best = np.minimum.accumulate(errors[order])
+def _best_path(rows: Ints, losses: Floats, sizes: Floats) -> Ints:
+    """Returns the rows by rising size that each lower the loss of all smaller ones."""
+    order = rows[np.lexsort((losses[rows], sizes[rows]))]
+    best = np.minimum.accumulate(losses[order])
     improves = np.append(True, (best[1:] < best[:-1]) & (np.diff(sizes[order]) > 0))
     return order[improves]
 
 
-def _convex_hull(sizes: Floats, errors: Floats) -> Ints:
+def _convex_hull(sizes: Floats, losses: Floats) -> Ints:
     """Returns the points of the lower convex hull: on it, no rank is a local optimum only."""
     hull: list[int] = []
     for point in range(len(sizes)):
-        while len(hull) > 1 and _is_above(sizes, errors, hull[-2], hull[-1], point):
+        while len(hull) > 1 and _is_above(sizes, losses, hull[-2], hull[-1], point):
             hull.pop()
         hull.append(point)
     return np.array(hull)
 
 
-def _is_above(sizes: Floats, errors: Floats, left: int, middle: int, right: int) -> bool:
-    slope = (errors[right] - errors[left]) / (sizes[right] - sizes[left])
-    return bool(errors[middle] >= errors[left] + slope * (sizes[middle] - sizes[left]))
+def _is_above(sizes: Floats, losses: Floats, left: int, middle: int, right: int) -> bool:
+    slope = (losses[right] - losses[left]) / (sizes[right] - sizes[left])
+    return bool(losses[middle] >= losses[left] + slope * (sizes[middle] - sizes[left]))
 
 
 def _descend(space: _Space, progress: Progress) -> Tensor:
@@ -176,16 +176,16 @@ def _descend(space: _Space, progress: Progress) -> Tensor:
         done = step / STEPS
         temperature, penalty = (_anneal(*ends, done) for ends in (TEMPERATURES, PENALTIES))
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - done) ** 0.5
-        error, cost = space.at(log_sizes)
+        loss, cost = space.at(log_sizes)
         probability = space.softmax(logits)
         violation = (probability[:, None] * cost).sum(dim=0) - 1  # (b,)
         price = (multipliers + penalty * violation.clamp_min(0)).detach()
-        value = error + cost @ price  # (P,), the Lagrangian of each path
+        value = loss + cost @ price  # (P,), the Lagrangian of each path
         entropy = -(probability * probability.clamp_min(1e-12).log()).sum()
-        loss = (probability * value.detach()).sum() - temperature * entropy
-        loss = loss + (probability.detach().clamp_min(LEAST_SHARE) * value).sum()
+        total = (probability * value.detach()).sum() - temperature * entropy
+        total = total + (probability.detach().clamp_min(LEAST_SHARE) * value).sum()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        total.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         with torch.no_grad():
             multipliers = (multipliers + DUAL_RATE * penalty * violation.detach()).clamp_min(0)

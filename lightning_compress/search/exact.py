@@ -40,10 +40,10 @@ def search_exact(problem: Problem, *, seed: int, progress: Progress) -> Ints:
 
 def solve(problem: Problem, *, rel_gap: float = REL_GAP) -> Solution:
     """Returns the optimum, to a relative gap, and its lower bound."""
-    errors = np.concatenate([layer.errors for layer in problem.layers])
+    losses = np.concatenate([layer.losses for layer in problem.layers])
     rows = [*_one_per_layer(problem), LinearConstraint(_relative_costs(problem), ub=1.0)]
     options = {"mip_rel_gap": rel_gap, "time_limit": TIME_LIMIT}
-    result = milp(errors, integrality=np.ones(len(errors)), bounds=Bounds(0, 1), constraints=rows, options=options)
+    result = milp(losses, integrality=np.ones(len(losses)), bounds=Bounds(0, 1), constraints=rows, options=options)
     bound = float(result.mip_dual_bound) if result.mip_dual_bound is not None else 0.0
     choice = _to_choice(problem, result.x) if result.x is not None else None
     if choice is not None and not problem.fits(choice):  # the solver's feasibility tolerance is not ours

@@ -18,7 +18,7 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Problem:
-    """min Σ_l e_{l,c(l)} subject to Σ_l C_b(l, c(l)) ≤ B_b for every budgeted resource b.
+    """min Σ_l −log(1 − e_{l,c(l)}) subject to Σ_l C_b(l, c(l)) ≤ B_b for every budgeted resource b.
 
     Attributes:
         layers: Candidates of each layer.
@@ -39,9 +39,9 @@ class Problem:
         """Returns what a choice of one row per layer costs, shape (b,)."""
         return np.sum([self.costs(layer)[row] for layer, row in enumerate(choice)], axis=0)
 
-    def error_of(self, choice: Ints) -> float:
+    def loss_of(self, choice: Ints) -> float:
         """Returns the objective of a choice."""
-        return float(sum(c.errors[row] for c, row in zip(self.layers, choice, strict=True)))
+        return float(sum(c.losses[row] for c, row in zip(self.layers, choice, strict=True)))
 
     def fits(self, choice: Ints) -> bool:
         """Returns whether a choice keeps every budget."""
