@@ -25,9 +25,11 @@ from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback as HydraCallback
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from typing_extensions import override
 
 from lightning_compress.callback import Compress
 from lightning_compress.costs import measure_costs, measure_latency
@@ -85,14 +87,22 @@ def run(cfg: DictConfig, folder: str | Path) -> Report:
     else:
         console.print(f"[bold]1/4[/] training the dense {name}, {size:,} parameters, {cfg.dense.epochs} epochs")
         task.lr = cfg.dense.lr
-        _fit(cfg, task, data, folder, cfg.dense.epochs, [])
+        _trainer(cfg, max_epochs=cfg.dense.epochs, logger=_logger(cfg, folder)).fit(task, datamodule=data)
     dense = copy.deepcopy(task.net)
     dense_metrics = _test(cfg, task, data)
 
     console.print(f"[bold]2/4[/] compressing to {compress.budget} and testing zero-shot")
     zero_shot = _ZeroShot(cfg, data, console)
     task.lr = cfg.finetune.lr
-    _fit(cfg, task, data, folder, cfg.finetune.epochs, [compress, zero_shot, *_callbacks(cfg)])
+    callbacks = [compress, zero_shot, *_callbacks(cfg)]
+    trainer = _trainer(
+        cfg,
+        max_epochs=cfg.finetune.epochs,
+        callbacks=callbacks,
+        logger=_logger(cfg, folder),
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+    )
+    trainer.fit(task, datamodule=data)
     fine_tuned_metrics = _test(cfg, task, data)
     if compress.plan is None or zero_shot.net is None:
         msg = "the fit ended without a plan: the trainer did not reach on_fit_start."
@@ -139,22 +149,14 @@ def _trainer(cfg: DictConfig, **settings: Any) -> Trainer:
     return cast(Trainer, _make(cfg.trainer, "trainer", **settings))
 
 
-def _fit(
-    cfg: DictConfig,
-    task: ClassificationTask,
-    data: LightningDataModule,
-    folder: Path,
-    epochs: int,
-    callbacks: Sequence[Callback],
-) -> None:
-    logger = _make(cfg.logger, "logger", save_dir=str(folder)) if cfg.logger is not None else False
-    if logger is not False and not isinstance(logger, Logger):
+def _logger(cfg: DictConfig, folder: Path) -> Logger | bool:
+    if cfg.logger is None:
+        return False
+    logger = _make(cfg.logger, "logger", save_dir=str(folder))
+    if not isinstance(logger, Logger):
         msg = f"logger makes a {type(logger).__name__}: expected a Lightning logger."
         raise ConfigurationError(msg)
-    trainer = _trainer(cfg, max_epochs=epochs, callbacks=list(callbacks), logger=logger, enable_checkpointing=None)
-    if not callbacks:
-        trainer = _trainer(cfg, max_epochs=epochs, logger=logger)
-    trainer.fit(task, datamodule=data)
+    return logger
 
 
 def _test(cfg: DictConfig, task: ClassificationTask, data: LightningDataModule) -> dict[str, float]:
@@ -250,10 +252,12 @@ def require_writable(folder: str | Path) -> None:
 class CheckOutputFolder(HydraCallback):
     """Checks the output folder before Hydra makes it, so that the message is ours."""
 
+    @override
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Checks the folder of a single run."""
         _or_exit(lambda: require_writable(config.hydra.run.dir))
 
+    @override
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Checks the folder of a sweep."""
         _or_exit(lambda: require_writable(config.hydra.sweep.dir))

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import OmegaConf
 from rich.progress import Progress as RichProgress
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_compress.config import Budget, Distill, Schedule
 from lightning_compress.decompositions import FactorisedLayer, resolve_kinds
@@ -67,7 +68,7 @@ class Compress(Callback):
             batch dimension. By default the module's `example_input_array`, else the shape of
             the first batch of the training data (only its shape is used).
         rank_multiple: Ranks are multiples of this number.
-        seed: Of everything random in the search.
+        seed: Recorded in the plan; the strategies of this version draw no random numbers.
 
     Attributes:
         plan: The plan of the last fit, None before.
@@ -112,6 +113,7 @@ class Compress(Callback):
 
     # --- hooks -------------------------------------------------------------------------------
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses what cannot work and arranges that checkpoints carry the plan."""
         _require_supported(trainer)
@@ -138,18 +140,18 @@ class Compress(Callback):
                 uninstall(pl_module, replacements)
             raise
         self._require_same_layout(trainer, pl_module)
-        self._start_fine_tuning(trainer, pl_module, replacements)
+        self._start_fine_tuning(trainer, replacements)
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wraps the training step with the distillation loss."""
         if self._teacher is None:
             return
         self._teacher.module.to(pl_module.device)
-        self._distillation = self._teacher.wrap(
-            pl_module, pl_module.training_step, lambda name, value: pl_module.log(name, value)
-        )
+        self._distillation = self._teacher.wrap(pl_module, pl_module.training_step, pl_module.log)
         pl_module.training_step = self._distillation.step  # type: ignore[method-assign]
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -158,8 +160,9 @@ class Compress(Callback):
             liveness, self._liveness = self._liveness, None
             liveness.check()
         if self._warm_up is not None:
-            self.log("compress/lr_scale", self._warm_up.scale)
+            pl_module.log("compress/lr_scale", self._warm_up.scale)
 
+    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Keeps everything but the factors still while the schedule says so."""
         if trainer.current_epoch < self.schedule.freeze_epochs:
@@ -171,10 +174,12 @@ class Compress(Callback):
             ]
             drop_gradients(pl_module.parameters(), keep=factors)
 
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Removes everything that was only for the fit."""
         self._stop_fine_tuning(pl_module)
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Likewise after an error or Ctrl-C."""
         self._stop_fine_tuning(pl_module)
@@ -215,14 +220,16 @@ class Compress(Callback):
             )
             raise UnsupportedError(msg)
         if self.distill is not None:
-            msg = "distill= needs the dense model as its teacher, but the module is already factorised: use the dense one."
+            msg = "distill= needs the dense module as its teacher: the module given to fit is already factorised."
             raise UnsupportedError(msg)
         self.plan = self.plan or plan
-        rank_zero_info(f"Compress: the module is already factorised ({percent(kept)} of its parameters kept); fine-tuning.")
+        rank_zero_info(
+            f"Compress: the module is already factorised ({percent(kept)} of its parameters kept); fine-tuning."
+        )
 
     def _example_input(self, trainer: Trainer, pl_module: LightningModule) -> ExampleInput | None:
         if self.example_input is not None:
-            return self.example_input
+            return cast(ExampleInput, self.example_input)
         if pl_module.example_input_array is not None:
             return cast(ExampleInput, pl_module.example_input_array)
         shape = _first_batch_shape(trainer)
@@ -243,15 +250,11 @@ class Compress(Callback):
             )
             raise ResumeError(msg)
 
-    def _start_fine_tuning(
-        self, trainer: Trainer, pl_module: LightningModule, replacements: Sequence[Replacement]
-    ) -> None:
+    def _start_fine_tuning(self, trainer: Trainer, replacements: Sequence[Replacement]) -> None:
         self._liveness = Liveness(replacements)
         factors = [factor for replacement in replacements for factor in factor_parameters(replacement)]
         if self.schedule.warmup_steps:
-            self._warm_up = WarmUp(
-                trainer.optimizers, factors, self.schedule.warmup_steps, lambda: trainer.global_step
-            )
+            self._warm_up = WarmUp(trainer.optimizers, factors, self.schedule.warmup_steps, lambda: trainer.global_step)
 
     def _stop_fine_tuning(self, pl_module: LightningModule) -> None:
         if self._distillation is not None:
@@ -299,7 +302,7 @@ class Compress(Callback):
         return payload
 
     def _rebuilt_teacher(self, pl_module: LightningModule, payload: Mapping[str, Any]) -> Teacher:
-        assert self.distill is not None  # noqa: S101
+        assert self.distill is not None
         advice = "Give fit the dense module with the weights it had when the compression began."
         if any(isinstance(module, FactorisedLayer) for module in pl_module.modules()):
             msg = f"the module is already factorised, so the dense teacher cannot be rebuilt from it. {advice}"
@@ -340,7 +343,7 @@ def _require_supported(trainer: Trainer) -> None:
 def _progress(trainer: Trainer) -> Iterator[Progress]:
     """Shows one bar while the search runs, if the trainer shows bars at all."""
     bar = trainer.progress_bar_callback
-    if bar is None or bar.is_disabled or not trainer.is_global_zero:
+    if bar is None or not getattr(bar, "is_enabled", True) or not trainer.is_global_zero:
         yield lambda _what, _done: None
         return
     with RichProgress(transient=True) as progress:
@@ -426,7 +429,9 @@ def _on_save(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
 def _plan_in(payload: Mapping[str, Any]) -> Plan:
     version = payload.get("version")
     if version != CHECKPOINT_VERSION:
-        msg = f"the checkpoint's compression has version {version!r}, this library reads {CHECKPOINT_VERSION}: update it."
+        msg = (
+            f"the checkpoint's compression has version {version!r}, this library reads {CHECKPOINT_VERSION}: update it."
+        )
         raise ResumeError(msg)
     return Plan.from_json(payload["plan"])
 

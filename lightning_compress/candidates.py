@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lightning_compress.config import RESOURCES
@@ -13,6 +14,8 @@ from lightning_compress.decompositions import DECOMPOSITIONS
 from lightning_compress.decompositions.base import Floats, Ints, LayerCall
 from lightning_compress.errors import ConfigurationError
 from lightning_compress.inventory import Layer
+
+Mask = npt.NDArray[np.bool_]
 
 DENSE = "dense"
 """The kind of a layer that is left alone."""
@@ -115,13 +118,14 @@ def _largest(layer: Layer) -> str:
     return ", ".join(f"{kind} {DECOMPOSITIONS[kind].max_ranks(layer.weight_shape)}" for kind in layer.kinds)
 
 
-def _allowed(layer: Layer, ranks: Ints, multiple: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+def _allowed(layer: Layer, ranks: Ints, multiple: int) -> Mask:
     upper = layer.max_rank if layer.max_rank is not None else np.iinfo(np.int64).max
     # A mode smaller than the bound or the multiple is allowed at its own full size.
     full = ranks == np.array([ranks[:, mode].max() for mode in range(ranks.shape[1])])
     within = (ranks >= layer.min_rank) & (ranks <= upper) & (ranks % multiple == 0)
     tolerated = full & (ranks < max(layer.min_rank, multiple)) & (ranks <= upper)
-    return (within | (tolerated & (ranks.shape[1] > 1))).all(axis=1)
+    allowed: Mask = (within | (tolerated & (ranks.shape[1] > 1))).all(axis=1)
+    return allowed
 
 
 def _thinned(ranks: Ints) -> Ints:

@@ -40,6 +40,12 @@ def _require_count(owner: str, name: str, value: object, least: int) -> None:
         raise ConfigurationError(msg)
 
 
+def _require_type(owner: str, name: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:
+    if not isinstance(value, kind):
+        msg = f"{owner}({name}={value!r}): expected {expected}."
+        raise ConfigurationError(msg)
+
+
 def _from_mapping(cls: type[_T], value: Mapping[Any, Any], owner: str) -> _T:
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in value:
@@ -158,9 +164,7 @@ class Override:
     dense: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.dense, bool):
-            msg = f"Override(dense={self.dense!r}): expected true or false."
-            raise ConfigurationError(msg)
+        _require_type("Override", "dense", self.dense, bool, "true or false")
         for name in ("min_rank", "max_rank"):
             if getattr(self, name) is not None:
                 _require_count("Override", name, getattr(self, name), 1)
@@ -252,9 +256,7 @@ class Distill:
         if not _is_number(self.temperature) or self.temperature <= 0:
             msg = f"Distill(temperature={self.temperature!r}): expected a number above 0."
             raise ConfigurationError(msg)
-        if self.module is not None and not isinstance(self.module, str):
-            msg = f"Distill(module={self.module!r}): expected the name of a submodule."
-            raise ConfigurationError(msg)
+        _require_type("Distill", "module", self.module, (str, type(None)), "the name of a submodule")
 
     @classmethod
     def from_value(cls, value: object) -> Distill | None:

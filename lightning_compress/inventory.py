@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_compress.config import Override
 from lightning_compress.decompositions import DECOMPOSITIONS, FactorisedLayer, LayerCall, resolve_kinds
@@ -25,6 +25,8 @@ from lightning_compress.tracing import Trace
 
 FACTORISABLE_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
 """Exact types; a subclass may use its weight in its own way."""
+
+_MOST_LISTED = 20  # layers in an error message
 
 Patterns = str | type | Sequence[str | type]
 
@@ -123,7 +125,7 @@ def require_usable_weights(model: nn.Module) -> None:
         NonFiniteWeightError: If a parameter holds NaN or infinite values.
     """
     for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
+        if isinstance(parameter, UninitializedParameter):
             msg = f"parameter {name!r} has no shape yet: run one batch through the model before compressing it."
             raise ModelError(msg)
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
@@ -166,7 +168,7 @@ def matches(layer: Layer, pattern: str | type) -> bool:
 def _match_all(layers: Iterable[Layer], patterns: Patterns | None, argument: str) -> set[str]:
     if patterns is None:
         return set()
-    listed = [patterns] if isinstance(patterns, (str, type)) else patterns
+    listed: Any = [patterns] if isinstance(patterns, (str, type)) else patterns
     if not isinstance(listed, Sequence) or not all(isinstance(p, (str, type)) for p in listed):
         msg = f"{argument}={patterns!r}: expected a name, a glob, a layer type, or a list of those."
         raise ConfigurationError(msg)
@@ -192,7 +194,7 @@ def _names_matching(layers: Sequence[Layer], pattern: str | type, argument: str)
 def _overrides(layers: Sequence[Layer], overrides: Mapping[str, Any] | None) -> dict[str, Override]:
     if overrides is None:
         return {}
-    if not isinstance(overrides, Mapping):
+    if not isinstance(cast(Any, overrides), Mapping):
         msg = f"overrides={overrides!r}: expected a mapping from patterns to settings, as in {{'head.*': 'dense'}}."
         raise ConfigurationError(msg)
     merged: dict[str, Override] = {}
@@ -230,17 +232,23 @@ def _with_kinds(
 def _why_dense(module: nn.Module, shared: set[int], trace: Trace | None, name: str) -> str | None:
     if isinstance(module, FactorisedLayer):
         return f"already factorised ({module.kind}, ranks {module.ranks})"
+    if type(module) not in FACTORISABLE_TYPES:
+        return (
+            f"{type(module).__name__} is not one of {', '.join(t.__name__ for t in FACTORISABLE_TYPES)} (exact types)"
+        )
     if not name:
         return "it is the model itself, which has no parent to swap it in; wrap it, as in nn.Sequential(layer)"
-    if type(module) not in FACTORISABLE_TYPES:
-        return f"{type(module).__name__} is not one of {', '.join(t.__name__ for t in FACTORISABLE_TYPES)} (exact types)"
+    if "forward" in module.__dict__:
+        return "its forward method was replaced on the instance"
+    if any(getattr(module, hooks) for hooks in ("_state_dict_hooks", "_load_state_dict_pre_hooks")):
+        return "it carries state-dict hooks, which expect a dense weight"
+    return _why_weight_dense(module, shared) or _why_use_dense(trace, name)
+
+
+def _why_weight_dense(module: nn.Module, shared: set[int]) -> str | None:
     weight = module._parameters.get("weight")
     if weight is None:
         return "its weight is computed from other parameters (weight_norm, spectral_norm, pruning or the like)"
-    return _why_weight_dense(module, weight, shared) or _why_use_dense(trace, name)
-
-
-def _why_weight_dense(module: nn.Module, weight: nn.Parameter, shared: set[int]) -> str | None:
     if not weight.is_floating_point():
         return f"its weight is of dtype {weight.dtype}"
     if isinstance(module, nn.Conv2d) and module.groups != 1:
@@ -249,10 +257,6 @@ def _why_weight_dense(module: nn.Module, weight: nn.Parameter, shared: set[int])
         return "its weight is tied to another module's, factorising would untie it"
     if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
         return "its weight carries a gradient hook, which factors would lose"
-    if "forward" in module.__dict__:
-        return "its forward method was replaced on the instance"
-    if any(getattr(module, hooks) for hooks in ("_state_dict_hooks", "_load_state_dict_pre_hooks")):
-        return "it carries state-dict hooks, which expect a dense weight"
     return None
 
 
@@ -277,7 +281,8 @@ def _tied_parameters(model: nn.Module) -> set[int]:
 
 
 def _nothing_message(model: nn.Module, layers: Sequence[Layer]) -> str:
-    lines = [f"  {layer.name or '(the model itself)'} ({layer.type}): {layer.reason}" for layer in layers[:20]]
-    more = [f"  … and {len(layers) - 20} more"] if len(layers) > 20 else []
+    shown = layers[:_MOST_LISTED]
+    lines = [f"  {layer.name or '(the model itself)'} ({layer.type}): {layer.reason}" for layer in shown]
+    more = [f"  … and {len(layers) - len(shown)} more"] if len(layers) > len(shown) else []
     listed = "\n".join([*lines, *more]) or "  it has no parameters at all"
     return f"{type(model).__name__} holds no layer that can be factorised:\n{listed}"

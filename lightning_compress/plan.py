@@ -120,7 +120,7 @@ class Plan:
             msg = f"the plan is damaged: not JSON ({error}); it starts with {text[:40]!r}."
             raise PlanFormatError(msg) from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            msg = f"this is no plan of lightning_compress: expected \"format\": {FORMAT!r}, got {str(data)[:60]!r}."
+            msg = f'this is no plan of lightning_compress: expected "format": {FORMAT!r}, got {str(data)[:60]!r}.'
             raise PlanFormatError(msg)
         schema = data.get("schema")
         if not isinstance(schema, int) or schema > SCHEMA:
@@ -158,7 +158,9 @@ class Plan:
                 layer.kind,
                 ", ".join(map(str, layer.ranks)),
                 "" if layer.is_dense else f"{layer.error:.4f}",
-                f"{layer.params_before:,} → {layer.params_after:,}" if not layer.is_dense else f"{layer.params_before:,}",
+                f"{layer.params_before:,} → {layer.params_after:,}"
+                if not layer.is_dense
+                else f"{layer.params_before:,}",
                 "" if layer.is_dense else f"{100 * layer.params_after / layer.params_before:.1f} %",
                 layer.reason or "",
             )
@@ -221,7 +223,9 @@ def _layer_from_dict(data: Mapping[str, Any]) -> LayerPlan:
 
 def _costs_from_dict(data: Mapping[str, Any]) -> Costs:
     return Costs(
-        params=_typed(data, "params", int), macs=_typed(data, "macs", int, optional=True), bytes=_typed(data, "bytes", int)
+        params=_typed(data, "params", int),
+        macs=_typed(data, "macs", int, optional=True),
+        bytes=_typed(data, "bytes", int),
     )
 
 

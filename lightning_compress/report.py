@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,9 @@ class Report:
         stages = [getattr(self, stage) for stage in STAGES]
         rows = [
             _row("parameters", [f"{s.costs.params:,}" for s in stages], _kept(self.kept["params"])),
-            _row("MACs", ["?" if s.costs.macs is None else f"{s.costs.macs:,}" for s in stages], _kept(self.kept["macs"])),
+            _row(
+                "MACs", ["?" if s.costs.macs is None else f"{s.costs.macs:,}" for s in stages], _kept(self.kept["macs"])
+            ),
             _row("bytes", [f"{s.costs.bytes:,}" for s in stages], _kept(self.kept["bytes"])),
             _row("latency, batch 1", [f"{1e3 * s.latency:.3f} ms" for s in stages], _kept(self.kept["latency"])),
         ]
@@ -189,7 +191,9 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
     for row, layer in enumerate(layers):
         if not layer.is_dense:
             text = "rank " + " x ".join(map(str, layer.ranks))
-            sizes.annotate(text, (layer.params_before, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
+            sizes.annotate(
+                text, (layer.params_before, row), (4, 0), textcoords="offset points", va="center", fontsize=8
+            )
     sizes.set(xscale="log", xlabel="parameters", title="Parameters before and after, ranks")
     sizes.set_xlim(right=4 * max(p.params_before for p in layers))
     sizes.set_yticks(rows, [p.name for p in layers], fontsize=8)
@@ -217,5 +221,5 @@ def _kept(fraction: float | None) -> str:
     return "?" if fraction is None else f"{percent(fraction)} ({1 / fraction:.2f}x)"
 
 
-def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def _markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *rows)]

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.candidates import DENSE
 from lightning_compress.config import did_you_mean
-from lightning_compress.costs import measure_costs
+from lightning_compress.costs import Costs, measure_costs
 from lightning_compress.decompositions import DECOMPOSITIONS, FactorisedLayer
 from lightning_compress.errors import ConfigurationError, PlanMismatchError
 from lightning_compress.inventory import Layer, list_layers, require_usable_weights
-from lightning_compress.plan import Costs, LayerPlan, Plan
+from lightning_compress.plan import LayerPlan, Plan
 from lightning_compress.search.problem import Progress
 
 _HOOKS = (
@@ -78,7 +78,7 @@ def apply_shells_(model: nn.Module, plan: Plan) -> tuple[Replacement, ...]:
 
 
 def _replace(model: nn.Module, plan: Plan, progress: Progress, *, decompose: bool) -> tuple[Replacement, ...]:
-    if not isinstance(plan, Plan):
+    if not isinstance(cast(Any, plan), Plan):
         msg = f"plan={plan!r}: expected a Plan, as search_ranks returns it."
         raise ConfigurationError(msg)
     pairs = _checked(model, plan)
@@ -205,7 +205,7 @@ def _build(layer: Layer, planned: LayerPlan, *, decompose: bool) -> FactorisedLa
         value = factors[name].reshape(shape) if decompose else torch.zeros(shape)
         child.weight = nn.Parameter(_like(value, weight), requires_grad=weight.requires_grad)
     last = children[list(children)[-1]]
-    last.bias = cast("nn.Parameter | None", dense.bias)
+    last.register_parameter("bias", cast("nn.Parameter | None", dense.bias))
     new = FactorisedLayer(children, dense=dense, decomposition=decomposition, ranks=planned.ranks)
     new.error = planned.error
     for hooks in _HOOKS:

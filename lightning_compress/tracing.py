@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,14 +88,16 @@ def as_arguments(model: nn.Module, example_input: ExampleInput) -> tuple[tuple[A
     Raises:
         ExampleInputError: If the type is none of those.
     """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(example_input, Mapping):
-        args, kwargs = (), dict(example_input)
+        kwargs = dict(example_input)
     elif isinstance(example_input, Tensor):
-        args, kwargs = (example_input,), {}
+        args = (example_input,)
     elif _is_shape(example_input):
-        args, kwargs = (_draw(model, tuple(example_input)),), {}
+        args = (_draw(model, tuple(example_input)),)
     elif isinstance(example_input, tuple):
-        args, kwargs = tuple(example_input), {}
+        args = example_input
     else:
         msg = (
             f"example_input={example_input!r}: expected a tensor, a tuple or dict of a forward pass's arguments, "
@@ -127,8 +129,8 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 def shape_text(example_input: ExampleInput) -> str:
     """Returns the example input as an error message shows it: shapes instead of values."""
-    if isinstance(example_input, Sequence) and not isinstance(example_input, (str, Tensor)) and _is_shape(example_input):
-        return str(tuple(example_input))
+    if _is_shape(example_input):
+        return str(tuple(cast("Sequence[int]", example_input)))
     shapes = tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf, example_input)
     return str(shapes)
 

@@ -115,7 +115,12 @@ class FactorisedLayer(nn.Sequential):
     """
 
     def __init__(
-        self, children: Mapping[str, nn.Module], *, dense: nn.Module, decomposition: Decomposition, ranks: tuple[int, ...]
+        self,
+        children: Mapping[str, nn.Module],
+        *,
+        dense: nn.Module,
+        decomposition: Decomposition,
+        ranks: tuple[int, ...],
     ) -> None:
         super().__init__()
         for name, child in children.items():
@@ -195,4 +200,5 @@ def tail_errors(energies: Floats) -> Floats:
     if total == 0:
         return np.zeros(len(energies))
     tails = np.cumsum(energies[::-1])[::-1]
-    return np.clip(np.append(tails[1:], 0.0) / total, 0.0, 1.0)
+    errors: Floats = np.clip(np.append(tails[1:], 0.0) / total, 0.0, 1.0)
+    return errors

@@ -9,6 +9,7 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_compress.decompositions.base import (
     Decomposition,
@@ -61,6 +62,7 @@ class Svd(_MatrixDecomposition):
 
     kind = "svd"
 
+    @override
     def unsupported(self, layer: nn.Module) -> str | None:
         if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1):
             return "svd factorises nn.Linear and 1x1 convolutions only"
@@ -72,6 +74,7 @@ class Svd(_MatrixDecomposition):
     def _matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return shape[0], shape[1]
 
+    @override
     def macs(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Ints:
         positions = call.rows * int(np.prod(call.outputs, dtype=np.int64))
         return self.parameters(shape, ranks) * positions
@@ -80,6 +83,7 @@ class Svd(_MatrixDecomposition):
         tail = shape[2:]  # () for Linear, (1, 1) for Conv2d
         return {"reduce": reduce.reshape(*reduce.shape, *tail), "expand": expand.reshape(*expand.shape, *tail)}
 
+    @override
     def children(self, layer: nn.Module, ranks: tuple[int, ...]) -> dict[str, nn.Module]:
         (rank,) = ranks
         bias = layer.bias is not None
@@ -94,6 +98,7 @@ class Svd(_MatrixDecomposition):
             "expand": nn.Linear(rank, linear.out_features, bias=bias, device="meta"),
         }
 
+    @override
     def dense_weight(self, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         return (factors["expand"].flatten(1) @ factors["reduce"].flatten(1)).reshape(shape)
 
@@ -107,6 +112,7 @@ class ChannelSvd(_MatrixDecomposition):
 
     kind = "channel_svd"
 
+    @override
     def unsupported(self, layer: nn.Module) -> str | None:
         return needs_spatial_kernel(layer, self.kind)
 
@@ -116,12 +122,14 @@ class ChannelSvd(_MatrixDecomposition):
     def _matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return shape[0], int(np.prod(shape[1:]))
 
+    @override
     def macs(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Ints:
         return self.parameters(shape, ranks) * (call.rows * int(np.prod(call.outputs)))
 
     def _fold(self, expand: Tensor, reduce: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
         return {"reduce": reduce.reshape(-1, *shape[1:]), "expand": expand[:, :, None, None]}
 
+    @override
     def children(self, layer: nn.Module, ranks: tuple[int, ...]) -> dict[str, nn.Module]:
         conv = cast(nn.Conv2d, layer)
         (rank,) = ranks
@@ -130,6 +138,7 @@ class ChannelSvd(_MatrixDecomposition):
             "expand": conv_like(conv, rank, conv.out_channels, axes=(), bias=conv.bias is not None),
         }
 
+    @override
     def dense_weight(self, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         return (factors["expand"].flatten(1) @ factors["reduce"].flatten(1)).reshape(shape)
 
@@ -143,6 +152,7 @@ class SpatialSvd(_MatrixDecomposition):
 
     kind = "spatial_svd"
 
+    @override
     def unsupported(self, layer: nn.Module) -> str | None:
         return needs_spatial_kernel(layer, self.kind)
 
@@ -153,6 +163,7 @@ class SpatialSvd(_MatrixDecomposition):
         out, in_, k_h, k_w = shape
         return out * k_w, in_ * k_h
 
+    @override
     def macs(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Ints:
         out_kw, in_kh = self._matrix_shape(shape)
         between = call.outputs[0] * call.inputs[1]  # the first factor strides over the height alone
@@ -166,6 +177,7 @@ class SpatialSvd(_MatrixDecomposition):
             "expand": expand.reshape(out, k_w, -1).permute(0, 2, 1)[:, :, None, :],
         }
 
+    @override
     def children(self, layer: nn.Module, ranks: tuple[int, ...]) -> dict[str, nn.Module]:
         conv = cast(nn.Conv2d, layer)
         (rank,) = ranks
@@ -174,11 +186,13 @@ class SpatialSvd(_MatrixDecomposition):
             "expand": conv_like(conv, rank, conv.out_channels, axes=(1,), bias=conv.bias is not None),
         }
 
+    @override
     def dense_weight(self, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         return torch.einsum("rih,orw->oihw", factors["reduce"][:, :, :, 0], factors["expand"][:, :, 0])
 
 
 def needs_spatial_kernel(layer: nn.Module, kind: str) -> str | None:
+    """Returns why a kind for k_h x k_w convolutions does not apply, or None if it does."""
     if not isinstance(layer, nn.Conv2d):
         return f"{kind} factorises convolutions only"
     if layer.kernel_size == (1, 1):

@@ -11,6 +11,7 @@ from tensorly.base import unfold
 from tensorly.decomposition import partial_tucker
 from tensorly.tenalg import multi_mode_dot, svd_interface
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_compress.decompositions.base import (
     Decomposition,
@@ -36,13 +37,16 @@ class Tucker2(Decomposition):
 
     kind = "tucker2"
 
+    @override
     def unsupported(self, layer: nn.Module) -> str | None:
         return needs_spatial_kernel(layer, self.kind)
 
+    @override
     def max_ranks(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         out, in_, k_h, k_w = shape
         return min(out, in_ * k_h * k_w), min(in_, out * k_h * k_w)
 
+    @override
     def profile(self, weight: Tensor) -> RankProfile:
         array = weight.numpy()
         max_out, max_in = self.max_ranks(array.shape)
@@ -55,17 +59,20 @@ class Tucker2(Decomposition):
         grid = np.indices((max_out, max_in)).reshape(2, -1).T + 1
         return RankProfile(ranks=grid, errors=errors.reshape(-1))
 
+    @override
     def parameters(self, shape: tuple[int, ...], ranks: Ints) -> Ints:
         out, in_, k_h, k_w = shape
         r_out, r_in = ranks[:, 0], ranks[:, 1]
         return in_ * r_in + k_h * k_w * r_in * r_out + out * r_out
 
+    @override
     def macs(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Ints:
         out, in_, k_h, k_w = shape
         r_out, r_in = ranks[:, 0], ranks[:, 1]
         before, after = (int(np.prod(size)) * call.rows for size in (call.inputs, call.outputs))
         return in_ * r_in * before + (k_h * k_w * r_in * r_out + out * r_out) * after
 
+    @override
     def factorise(self, weight: Tensor, ranks: tuple[int, ...]) -> dict[str, Tensor]:
         (core, (u_out, u_in)), _ = partial_tucker(
             weight.numpy(), rank=list(ranks), modes=[0, 1], n_iter_max=50, tol=1e-7
@@ -79,6 +86,7 @@ class Tucker2(Decomposition):
             "expand": (u_out * scale)[:, :, None, None],
         }
 
+    @override
     def children(self, layer: nn.Module, ranks: tuple[int, ...]) -> dict[str, nn.Module]:
         conv = cast(nn.Conv2d, layer)
         r_out, r_in = ranks
@@ -88,6 +96,7 @@ class Tucker2(Decomposition):
             "expand": conv_like(conv, r_out, conv.out_channels, axes=(), bias=conv.bias is not None),
         }
 
+    @override
     def dense_weight(self, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         reduce, expand = (factors[name][:, :, 0, 0] for name in ("reduce", "expand"))
         return torch.einsum("or,rshw,si->oihw", expand, factors["core"], reduce)

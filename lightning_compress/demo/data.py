@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+from typing_extensions import override
 
 from lightning_compress.errors import ConfigurationError, DataNotFoundError
 
@@ -47,6 +48,7 @@ class ImageDataModule(LightningDataModule):
     def load(self) -> dict[str, Batch]:
         """Returns images (N, C, H, W) and labels (N,) of "train", "val" and "test"."""
 
+    @override
     def setup(self, stage: str) -> None:
         """Loads the data once."""
         if not self._splits:
@@ -65,6 +67,7 @@ class ImageDataModule(LightningDataModule):
         """Returns test batches."""
         return DataLoader(self._splits["test"], 4 * self.batch_size)
 
+    @override
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Augments training batches: one flip and one shift of up to a tenth for the whole batch."""
         if not (self.augment and self.trainer is not None and self.trainer.training):
@@ -90,9 +93,7 @@ class DigitsDataModule(ImageDataModule):
         DataNotFoundError: In `setup`, if scikit-learn is not installed.
     """
 
-    def __init__(
-        self, batch_size: int = 64, *, augment: bool = True, limit: int | None = None, seed: int = 0
-    ) -> None:
+    def __init__(self, batch_size: int = 64, *, augment: bool = True, limit: int | None = None, seed: int = 0) -> None:
         super().__init__(batch_size, augment=augment, limit=limit)
         self.seed = seed
 

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import override
 
 Batch = tuple[Tensor, Tensor]
 
@@ -26,7 +27,13 @@ class ClassificationTask(LightningModule):
     """
 
     def __init__(
-        self, net: nn.Module, num_classes: int = 10, *, lr: float = 0.1, weight_decay: float = 5e-4, momentum: float = 0.9
+        self,
+        net: nn.Module,
+        num_classes: int = 10,
+        *,
+        lr: float = 0.1,
+        weight_decay: float = 5e-4,
+        momentum: float = 0.9,
     ) -> None:
         super().__init__()
         self.net = net
@@ -38,6 +45,7 @@ class ClassificationTask(LightningModule):
         """Returns logits, (B, num_classes)."""
         return cast(Tensor, self.net(images))
 
+    @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the cross-entropy."""
         images, labels = batch
@@ -45,12 +53,14 @@ class ClassificationTask(LightningModule):
         self.log("train_loss", loss)
         return loss
 
+    @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Logs the accuracy on the validation images."""
         images, labels = batch
         self.val_accuracy(self(images), labels)
         self.log("val_accuracy", self.val_accuracy, on_epoch=True, prog_bar=True)
 
+    @override
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Logs accuracy and cross-entropy on the test images."""
         images, labels = batch

@@ -31,7 +31,7 @@ def require_patchable(optimizers: Iterable[Optimizer], factors: Iterable[nn.Para
     for optimizer in optimizers:
         name = type(optimizer).__name__
         if name == _SHARDED:
-            msg = f"{name} keeps its own copy of the parameter shards and cannot take over factors: use a plain optimizer."
+            msg = f"{name} keeps its own parameter shards and cannot take over factors: use a plain optimizer."
             raise UnsupportedError(msg)
         if name == _MATRIX_ONLY and not matrices_only:
             msg = (

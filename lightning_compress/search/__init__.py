@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import nn
@@ -77,7 +77,7 @@ def search_ranks(
         exclude: Likewise for layers to leave alone.
         overrides: Pattern to `Override`, a mapping of its fields, or "dense".
         rank_multiple: Ranks are multiples of this number.
-        seed: Of everything random.
+        seed: Recorded in the plan; the strategies of this version draw no random numbers.
         progress: Called with what is being done and the fraction done.
 
     Returns:
@@ -93,7 +93,7 @@ def search_ranks(
     """
     start = time.perf_counter()
     budget = Budget.from_value(budget)
-    if not isinstance(model, nn.Module):
+    if not isinstance(cast(Any, model), nn.Module):
         msg = f"model={model!r}: expected a torch.nn.Module."
         raise ConfigurationError(msg)
     check_settings(method, objective, rank_multiple, seed)
@@ -102,15 +102,13 @@ def search_ranks(
         msg = f"a budget in MACs ({budget}) needs example_input: a tensor, or a shape such as (1, 3, 224, 224)."
         raise ExampleInputError(msg)
     traced = trace(model, example_input) if example_input is not None else None
-    layers = take_inventory(
-        model, kinds=kinds, include=include, exclude=exclude, overrides=overrides, trace=traced
-    )
+    layers = take_inventory(model, kinds=kinds, include=include, exclude=exclude, overrides=overrides, trace=traced)
     dense = measure_costs(model, macs=traced.macs if traced else None)
     report = progress or (lambda _what, _done: None)
     tables = _tabulate(layers, tuple(budget.limits()), rank_multiple, report)
     problem = _problem(tables, dense, budget)
     _require_feasible(problem, dense, budget)
-    choice = STRATEGIES[method](problem, seed=seed, progress=report)
+    choice = STRATEGIES[method](problem, progress=report)
     return Plan(
         layers=tuple(_layer_plans(layers, problem, choice, traced)),
         dense=dense,
@@ -196,7 +194,7 @@ def _round_up(fraction: float) -> str:
 
 def _gap(problem: Problem, choice: Ints) -> float:
     value, bound = problem.loss_of(choice), solve(problem, rel_gap=CERTIFICATE_GAP).bound
-    if value <= bound or value < 1e-12:
+    if value <= max(bound, np.finfo(float).eps):
         return 0.0
     return (value - bound) / bound if bound > 0 else float("inf")
 
@@ -209,7 +207,11 @@ def _costs_after(problem: Problem, choice: Ints, dense: Costs) -> Costs:
 
 def _layer_plans(layers: Sequence[Layer], problem: Problem, choice: Ints, traced: Trace | None) -> list[LayerPlan]:
     chosen = {table.name: (table, int(row)) for table, row in zip(problem.layers, choice, strict=True)}
-    return [_layer_plan(layer, *chosen.get(layer.name, (None, 0)), traced) for layer in layers]
+    plans = []
+    for layer in layers:
+        table, row = chosen.get(layer.name, (None, 0))
+        plans.append(_layer_plan(layer, table, row, traced))
+    return plans
 
 
 def _layer_plan(layer: Layer, table: Candidates | None, row: int, traced: Trace | None) -> LayerPlan:

@@ -45,7 +45,7 @@ SETTLED = 1e-3
 """The projection stops when a larger window lowers the objective by less than this fraction."""
 
 
-def search_continuous(problem: Problem, *, seed: int, progress: Progress) -> Ints:
+def search_continuous(problem: Problem, *, progress: Progress) -> Ints:
     """Returns the projection of the continuous optimum of the composite loss."""
     space = _Space.of(problem)
     log_sizes = _descend(space, progress)
@@ -147,7 +147,8 @@ def _best_path(rows: Ints, losses: Floats, sizes: Floats) -> Ints:
     order = rows[np.lexsort((losses[rows], sizes[rows]))]
     best = np.minimum.accumulate(losses[order])
     improves = np.append(True, (best[1:] < best[:-1]) & (np.diff(sizes[order]) > 0))
-    return order[improves]
+    path: Ints = order[improves]
+    return path
 
 
 def _convex_hull(sizes: Floats, losses: Floats) -> Ints:

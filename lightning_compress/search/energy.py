@@ -9,7 +9,7 @@ from lightning_compress.search.exact import smallest
 from lightning_compress.search.problem import Problem, Progress
 
 
-def search_energy(problem: Problem, *, seed: int, progress: Progress) -> Ints:
+def search_energy(problem: Problem, *, progress: Progress) -> Ints:
     """Returns the choice of the smallest error threshold that keeps every budget.
 
     A threshold τ keeps the fraction 1 − τ of every weight's squared norm; the threshold is

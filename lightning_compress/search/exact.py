@@ -30,7 +30,7 @@ class Solution:
     bound: float
 
 
-def search_exact(problem: Problem, *, seed: int, progress: Progress) -> Ints:
+def search_exact(problem: Problem, *, progress: Progress) -> Ints:
     """Returns the optimum (to a relative gap of 1e-4) of the separable problem."""
     progress("exact search", 0.0)
     choice = solve(problem).choice

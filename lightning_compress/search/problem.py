@@ -37,7 +37,8 @@ class Problem:
 
     def cost_of(self, choice: Ints) -> Floats:
         """Returns what a choice of one row per layer costs, shape (b,)."""
-        return np.sum([self.costs(layer)[row] for layer, row in enumerate(choice)], axis=0)
+        total: Floats = np.sum([self.costs(layer)[row] for layer, row in enumerate(choice)], axis=0)
+        return total
 
     def loss_of(self, choice: Ints) -> float:
         """Returns the objective of a choice."""
@@ -68,5 +69,5 @@ class Strategy(Protocol):
     It is only called on problems that have such a choice.
     """
 
-    def __call__(self, problem: Problem, *, seed: int, progress: Progress) -> Ints:
+    def __call__(self, problem: Problem, *, progress: Progress) -> Ints:
         """Returns the chosen row of each layer, shape (number of layers,)."""

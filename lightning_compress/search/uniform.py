@@ -10,7 +10,7 @@ from lightning_compress.search.exact import smallest
 from lightning_compress.search.problem import Problem, Progress
 
 
-def search_uniform(problem: Problem, *, seed: int, progress: Progress) -> Ints:
+def search_uniform(problem: Problem, *, progress: Progress) -> Ints:
     """Returns, for the largest fraction that keeps every budget, the largest candidates under it.
 
     Each layer uses one kind: the first of its kinds that has candidates, in the order of the
