@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_fixed_seed() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+class TinyNet(nn.Module):
+    """Conv, norm, conv, linear, linear: every kind applies somewhere. Inputs (B, 3, 8, 8), outputs (B, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False)
+        self.point = nn.Conv2d(16, 16, 1)
+        self.fc1 = nn.Linear(16, 32)
+        self.fc2 = nn.Linear(32, 4)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.conv1(x)))
+        x = F.relu(self.point(F.relu(self.conv2(x)))).mean(dim=(2, 3))
+        return self.fc2(F.relu(self.fc1(x)))
+
+
+class TinyTask(L.LightningModule):
+    """Classifies with TinyNet; `configure` receives the module and returns what configure_optimizers returns."""
+
+    def __init__(self, configure=None) -> None:
+        super().__init__()
+        self.net = TinyNet()
+        self.configure = configure
+        self.example_input_array = torch.zeros(1, 3, 8, 8)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return self.configure(self) if self.configure else torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+@pytest.fixture
+def net() -> TinyNet:
+    return TinyNet()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def loader() -> DataLoader:
+    generator = torch.Generator().manual_seed(2)
+    x, y = torch.randn(32, 3, 8, 8, generator=generator), torch.randint(0, 4, (32,), generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=8)
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    def make(*callbacks, **settings) -> L.Trainer:
+        defaults = {
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "logger": False,
+            "enable_checkpointing": any(isinstance(c, L.pytorch.callbacks.Checkpoint) for c in callbacks),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "default_root_dir": tmp_path,
+        }
+        return L.Trainer(callbacks=list(callbacks), **{**defaults, **settings})
+
+    return make
+
+
+class Unchanged:
+    """Remembers a module and says whether it is still exactly the same."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.state = copy.deepcopy(module.state_dict())
+        self.modules = [(name, m, m.training) for name, m in module.named_modules()]
+        self.parameters = [(name, p) for name, p in module.named_parameters()]
+        self.hooks = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in module.named_modules()}
+        self.rng = torch.get_rng_state()
+
+    def check(self) -> None:
+        now = self.module.state_dict()
+        assert list(now) == list(self.state)
+        assert all(torch.equal(now[name], value) for name, value in self.state.items())
+        assert [(n, id(m), m.training) for n, m in self.module.named_modules()] == [
+            (n, id(m), training) for n, m, training in self.modules
+        ]
+        assert [(n, id(p)) for n, p in self.module.named_parameters()] == [(n, id(p)) for n, p in self.parameters]
+        assert {
+            name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in self.module.named_modules()
+        } == self.hooks
+        assert torch.equal(torch.get_rng_state(), self.rng)
+
+
+@pytest.fixture
+def unchanged():
+    return Unchanged
