@@ -9,6 +9,7 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
 Floats = npt.NDArray[np.float64]
@@ -192,6 +193,17 @@ def conv_like(
         bias=bias,
         device="meta",
     )
+
+
+def singular_energies(matrix: Tensor) -> Floats:
+    """Returns the squared singular values, largest first.
+
+    They are the eigenvalues of the smaller Gram matrix, many times faster than an SVD; in
+    float64 they are exact to 1e-15 of the largest, and only sums of them are used.
+    """
+    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    energies: Floats = torch.linalg.eigvalsh(gram).clamp_min(0).flip(0).numpy()
+    return energies
 
 
 def tail_errors(energies: Floats) -> Floats:

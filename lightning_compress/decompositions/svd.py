@@ -17,6 +17,7 @@ from lightning_compress.decompositions.base import (
     LayerCall,
     RankProfile,
     conv_like,
+    singular_energies,
     tail_errors,
 )
 
@@ -40,7 +41,7 @@ class _MatrixDecomposition(Decomposition):
         return (min(self._matrix_shape(shape)),)
 
     def profile(self, weight: Tensor) -> RankProfile:
-        energies = torch.linalg.svdvals(self._matrix(weight)).square().numpy()
+        energies = singular_energies(self._matrix(weight))
         return RankProfile(ranks=np.arange(1, len(energies) + 1)[:, None], errors=tail_errors(energies))
 
     def parameters(self, shape: tuple[int, ...], ranks: Ints) -> Ints:

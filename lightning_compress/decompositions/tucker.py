@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tensorly.base import unfold
 from tensorly.decomposition import partial_tucker
-from tensorly.tenalg import multi_mode_dot, svd_interface
+from tensorly.tenalg import multi_mode_dot
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -104,5 +104,6 @@ class Tucker2(Decomposition):
 
 def _mode_basis(array: Floats, mode: int) -> Floats:
     """Returns the left singular vectors of an unfolding, (size of the mode, its rank)."""
-    u, _, _ = svd_interface(unfold(array, mode), n_eigenvecs=min(unfold(array, mode).shape))
-    return cast(Floats, u)
+    matrix = unfold(array, mode)
+    _, vectors = np.linalg.eigh(matrix @ matrix.T)  # ascending
+    return cast(Floats, vectors[:, ::-1][:, : min(matrix.shape)])

@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_compress.costs import Costs
+from lightning_compress.decompositions import DECOMPOSITIONS, LayerCall, resolve_kinds
+from lightning_compress.errors import ConfigurationError
+from lightning_compress.plan import LayerPlan, Plan
+from lightning_compress.swap import apply_plan_
+
+KERNELS = [(1, 1), (3, 3), (1, 3), (3, 1), (5, 3)]
+STRIDES = [(1, 1), (2, 1), (2, 2)]
+PADDINGS = [(0, 0), (1, 2), (2, 0), "same", "valid"]
+PADDING_MODES = ["zeros", "reflect", "replicate", "circular"]
+DILATIONS = [(1, 1), (2, 1), (2, 2)]
+KINDS_OF_KERNEL = {k: (["svd"] if k == (1, 1) else ["channel_svd", "spatial_svd", "tucker2"]) for k in KERNELS}
+CONV_KINDS = [(kind, kernel) for kernel in KERNELS for kind in KINDS_OF_KERNEL[kernel]]
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def factorised(layer, kind, ranks):
+    shape = tuple(layer.weight.shape)
+    costs = Costs(1, None, 4)
+    planned = LayerPlan("0", type(layer).__name__, kind, tuple(ranks), shape, 0.0, 1, 1)
+    model = nn.Sequential(layer)
+    apply_plan_(model, Plan((planned,), costs, costs))
+    return model[0]
+
+
+def full_rank(layer, kind):
+    return DECOMPOSITIONS[kind].max_ranks(tuple(layer.weight.shape))
+
+
+def randomised(layer, seed=0):
+    with torch.no_grad():
+        for index, parameter in enumerate(layer.parameters()):
+            parameter.copy_(normal(*parameter.shape, seed=seed + index))
+    return layer
+
+
+def require_same_output(layer, kind, x, tolerance):
+    expected = layer(x)
+    got = factorised(layer, kind, full_rank(layer, kind))(x)
+    assert got.shape == expected.shape
+    assert got.dtype == expected.dtype
+    assert float((got - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+
+@pytest.mark.parametrize(("kind", "kernel"), CONV_KINDS)
+def test_full_rank_gives_the_dense_output_for_every_geometry(kind, kernel):
+    x = normal(2, 3, 11, 10, seed=9)
+    seen = 0
+    for stride, padding, mode, dilation in itertools.product(STRIDES, PADDINGS, PADDING_MODES, DILATIONS):
+        if padding == "same" and stride != (1, 1):
+            continue  # torch refuses it
+        conv = nn.Conv2d(3, 4, kernel, stride, padding, dilation, bias=seen % 2 == 0, padding_mode=mode).double()
+        require_same_output(randomised(conv, seed=seen), kind, x, 1e-10)
+        seen += 1
+    assert seen == 4 * 3 * (3 * 4 + 1)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    kernel=st.sampled_from(KERNELS),
+    stride=st.sampled_from(STRIDES),
+    padding=st.sampled_from(PADDINGS),
+    mode=st.sampled_from(PADDING_MODES),
+    dilation=st.sampled_from(DILATIONS),
+    bias=st.booleans(),
+    channels=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 1000),
+)
+def test_full_rank_gives_the_dense_output_of_any_convolution(
+    kernel, stride, padding, mode, dilation, bias, channels, dtype, seed
+):
+    stride = (1, 1) if padding == "same" else stride
+    conv = nn.Conv2d(*channels, kernel, stride, padding, dilation, bias=bias, padding_mode=mode).to(dtype)
+    for kind in KINDS_OF_KERNEL[kernel]:
+        x = normal(2, channels[0], 12, 11, seed=seed + 1, dtype=dtype)
+        require_same_output(randomised(conv, seed), kind, x, 1e-5 if dtype == torch.float32 else 1e-10)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    sizes=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    lead=st.sampled_from([(), (3,), (2, 3), (2, 1, 3)]),
+    bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 1000),
+)
+def test_full_rank_gives_the_dense_output_of_any_linear(sizes, lead, bias, dtype, seed):
+    linear = randomised(nn.Linear(*sizes, bias=bias).to(dtype), seed)
+    x = normal(*lead, sizes[0], seed=seed + 1, dtype=dtype)
+    require_same_output(linear, "svd", x, 1e-5 if dtype == torch.float32 else 1e-10)
+
+
+def all_layers():
+    yield "svd", nn.Linear(5, 7)
+    yield "svd", nn.Linear(6, 4, bias=False)
+    for kind, kernel in CONV_KINDS:
+        yield kind, nn.Conv2d(3, 5, kernel, stride=(2, 1), padding=(1, 0))
+        yield kind, nn.Conv2d(5, 2, kernel, bias=False)
+
+
+LAYERS = [pytest.param(k, m, id=f"{k}-{tuple(m.weight.shape)}") for k, m in all_layers()]
+
+
+def example_of(layer):
+    return normal(1, 3, layer.in_features) if isinstance(layer, nn.Linear) else normal(1, layer.in_channels, 9, 8)
+
+
+@pytest.mark.parametrize(("kind", "layer"), LAYERS)
+def test_profile_lists_every_rank_once(kind, layer):
+    shape = tuple(layer.weight.shape)
+    ranks = DECOMPOSITIONS[kind].profile(normal(*shape)).ranks
+    largest = full_rank(layer, kind)
+    assert sorted(map(tuple, ranks.tolist())) == list(itertools.product(*(range(1, m + 1) for m in largest)))
+
+
+@pytest.mark.parametrize(("kind", "layer"), LAYERS)
+def test_profile_error_is_the_measured_one_at_every_rank(kind, layer):
+    weight = normal(*layer.weight.shape, seed=3)
+    decomposition = DECOMPOSITIONS[kind]
+    profile = decomposition.profile(weight)
+    for ranks, error in zip(profile.ranks.tolist(), profile.errors.tolist(), strict=True):
+        product = decomposition.dense_weight(decomposition.factorise(weight, tuple(ranks)), tuple(weight.shape))
+        measured = float((weight - product).square().sum() / weight.square().sum())
+        if kind != "tucker2":
+            assert error == pytest.approx(measured, abs=1e-12)
+        else:
+            assert measured <= error + 1e-12
+            if any(rank == largest for rank, largest in zip(ranks, full_rank(layer, kind), strict=True)):
+                assert error == pytest.approx(measured, abs=1e-12)  # one full mode leaves nothing to iterate
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 3, 3), (2, 6, 1, 3), (9, 1, 2, 2)])
+def test_tucker2_error_is_that_of_the_truncated_hosvd(shape):
+    weight = normal(*shape, seed=4).numpy()
+    profile = DECOMPOSITIONS["tucker2"].profile(torch.from_numpy(weight))
+    u_out = np.linalg.svd(weight.reshape(shape[0], -1), full_matrices=False)[0]
+    u_in = np.linalg.svd(weight.transpose(1, 0, 2, 3).reshape(shape[1], -1), full_matrices=False)[0]
+    for (r_out, r_in), error in zip(profile.ranks.tolist(), profile.errors.tolist(), strict=True):
+        p_out, p_in = u_out[:, :r_out] @ u_out[:, :r_out].T, u_in[:, :r_in] @ u_in[:, :r_in].T
+        approximation = np.einsum("ab,bchw,cd->adhw", p_out, weight, p_in)
+        assert error == pytest.approx(np.square(weight - approximation).sum() / np.square(weight).sum(), abs=1e-12)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    kernel=st.sampled_from(KERNELS), channels=st.tuples(st.integers(1, 7), st.integers(1, 7)), seed=st.integers(0, 999)
+)
+def test_error_never_rises_with_a_rank_and_ends_at_zero(kernel, channels, seed):
+    weight = normal(*channels, *kernel, seed=seed)
+    for kind in KINDS_OF_KERNEL[kernel]:
+        profile = DECOMPOSITIONS[kind].profile(weight)
+        table = profile.errors.reshape(DECOMPOSITIONS[kind].max_ranks(tuple(weight.shape)))
+        assert (table >= 0).all()
+        assert (table <= 1).all()
+        assert all((np.diff(table, axis=axis) <= 1e-12).all() for axis in range(table.ndim))
+        assert table.ravel()[-1] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "layer"), LAYERS)
+def test_parameters_and_macs_are_those_of_the_built_layers(kind, layer):
+    decomposition, shape = DECOMPOSITIONS[kind], tuple(layer.weight.shape)
+    layer = randomised(layer.double())
+    x = example_of(layer)
+    y = layer(x)
+    conv = isinstance(layer, nn.Conv2d)
+    call = LayerCall(tuple(x.shape[-2:]) if conv else (), tuple(y.shape[-2:]) if conv else (), rows=1 if conv else 3)
+    profile = decomposition.profile(layer.weight.detach())
+    parameters = decomposition.parameters(shape, profile.ranks)
+    macs = decomposition.macs(shape, profile.ranks, call)
+    assert parameters.shape == macs.shape == (len(profile.ranks),)
+    for index, ranks in enumerate(profile.ranks.tolist()):
+        new = factorised(layer, kind, ranks)
+        assert parameters[index] == sum(child.weight.numel() for child in new)
+        with FlopCounterMode(display=False) as counter:
+            new(x)
+        assert macs[index] * 2 == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("kind", "layer"), LAYERS)
+def test_dense_weight_is_the_product_and_gives_the_layers_own_output(kind, layer):
+    layer = randomised(layer.double())
+    x = example_of(layer)
+    new = factorised(layer, kind, tuple(max(1, rank // 2) for rank in full_rank(layer, kind)))
+    assert new.weight.shape == layer.weight.shape == new.weight_shape
+    assert torch.equal(new.weight, new.dense_weight())
+    layer.weight = nn.Parameter(new.dense_weight().detach())
+    torch.testing.assert_close(new(x), layer(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("kind", "layer"), LAYERS)
+def test_gradients_of_every_factor_are_those_through_the_dense_weight(kind, layer):
+    layer = randomised(layer.double())
+    x = example_of(layer)
+    new = factorised(layer, kind, tuple(max(1, rank - 1) for rank in full_rank(layer, kind)))
+    target = normal(*layer(x).shape, seed=5)
+    factors = list(new.factors().values())
+    through_layer = torch.autograd.grad(((new(x) - target) ** 2).sum(), factors)
+    if isinstance(layer, nn.Linear):
+        dense = F.linear(x, new.dense_weight(), new.bias)
+    else:
+        dense = F.conv2d(x, new.dense_weight(), new.bias, layer.stride, layer.padding)
+    through_product = torch.autograd.grad(((dense - target) ** 2).sum(), factors)
+    for name, got, expected in zip(new.factors(), through_layer, through_product, strict=True):
+        assert float(got.abs().max()) > 1e-6, name
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("kind", "layer"), LAYERS)
+def test_zero_weight_gives_zero_errors_and_only_the_bias(kind, layer):
+    layer = randomised(layer.double())
+    with torch.no_grad():
+        layer.weight.zero_()
+    assert not DECOMPOSITIONS[kind].profile(layer.weight.detach()).errors.any()
+    x = example_of(layer)
+    for ranks in ((1,) * len(full_rank(layer, kind)), full_rank(layer, kind)):
+        assert torch.equal(factorised(layer, kind, ranks)(x), layer(x))
+
+
+def test_weight_of_exactly_low_rank_is_found():
+    weight = normal(6, 2) @ normal(2, 27, seed=1)
+    errors = DECOMPOSITIONS["channel_svd"].profile(weight.reshape(6, 3, 3, 3)).errors
+    assert errors[0] > 1e-3
+    assert errors[1:] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "names"),
+    [
+        ("svd", nn.Linear(4, 6), ["reduce", "expand"]),
+        ("svd", nn.Conv2d(4, 6, 1), ["reduce", "expand"]),
+        ("channel_svd", nn.Conv2d(4, 6, 3), ["reduce", "expand"]),
+        ("spatial_svd", nn.Conv2d(4, 6, 3), ["reduce", "expand"]),
+        ("tucker2", nn.Conv2d(4, 6, 3), ["reduce", "core", "expand"]),
+    ],
+)
+def test_factorised_layer_shows_what_it_is(kind, layer, names):
+    bias = layer.bias
+    ranks = (2,) * len(full_rank(layer, kind))
+    new = factorised(layer, kind, ranks)
+    assert f"kind={kind}, ranks={ranks}" in repr(new)
+    assert repr(new).startswith("FactorisedLayer(")
+    assert (new.kind, new.ranks, new.dense_type) == (kind, ranks, type(layer).__name__)
+    assert new.bias is bias
+    assert list(new.factors()) == names
+    assert all(value is getattr(new, name).weight for name, value in new.factors().items())
+    attributes = {"in_features", "out_features"} if isinstance(layer, nn.Linear) else {"in_channels", "out_channels"}
+    attributes |= set() if isinstance(layer, nn.Linear) else {"kernel_size", "stride", "padding", "dilation", "groups"}
+    assert all(getattr(new, name) == getattr(layer, name) for name in attributes)
+    with pytest.raises(AttributeError):
+        new.weight = layer.weight
+
+
+def test_factorised_layer_without_bias_has_none():
+    assert factorised(nn.Conv2d(4, 6, 3, bias=False), "tucker2", (2, 2)).bias is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "why"),
+    [
+        ("svd", nn.Conv2d(2, 2, 3), "1x1 convolutions only"),
+        ("channel_svd", nn.Linear(2, 2), "convolutions only"),
+        ("channel_svd", nn.Conv2d(2, 2, 1), "1x1 convolution is svd"),
+        ("spatial_svd", nn.Linear(2, 2), "convolutions only"),
+        ("spatial_svd", nn.Conv2d(2, 2, 1), "1x1 convolution is svd"),
+        ("tucker2", nn.Linear(2, 2), "convolutions only"),
+        ("tucker2", nn.Conv2d(2, 2, 1), "1x1 convolution is svd"),
+    ],
+)
+def test_kind_says_why_it_does_not_apply(kind, layer, why):
+    assert why in DECOMPOSITIONS[kind].unsupported(layer)
+
+
+def test_kinds_are_resolved_in_the_order_given_without_repeats():
+    assert resolve_kinds("auto") == ("svd", "channel_svd", "spatial_svd", "tucker2")
+    assert resolve_kinds("tucker2") == ("tucker2",)
+    assert resolve_kinds(["tucker2", "svd", "tucker2"]) == ("tucker2", "svd")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        ("tuker2", r"kinds='tuker2'.*Did you mean 'tucker2'.*channel_svd"),
+        (["svd", "cp"], r"kinds=\['svd', 'cp'\]: unknown kind 'cp'.*Known: auto, svd, channel_svd, spatial_svd"),
+        ([], r"kinds=\[\]: expected 'auto', a kind, or a list of kinds"),
+        (None, r"kinds=None: expected 'auto'"),
+        (3, r"kinds=3: expected 'auto'"),
+        ([["svd"]], r"kinds=\[\['svd'\]\]"),
+        ([1], r"kinds=\[1\]: unknown kind 1"),
+    ],
+)
+def test_wrong_kinds_are_refused(kinds, message):
+    with pytest.raises(ConfigurationError, match=message):
+        resolve_kinds(kinds)
