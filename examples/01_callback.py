@@ -1,6 +1,6 @@
 """Compress in a plain Lightning trainer: one more callback, nothing else changes.
 
-    python examples/01_callback.py
+python examples/01_callback.py
 """
 
 import lightning as L

@@ -1,6 +1,6 @@
 """Compression of any nn.Module without Lightning: search, look at the plan, swap, save, load.
 
-    python examples/02_without_trainer.py
+python examples/02_without_trainer.py
 """
 
 import tempfile

@@ -150,7 +150,7 @@ def _trainer(cfg: DictConfig, **settings: Any) -> Trainer:
 
 
 def _logger(cfg: DictConfig, folder: Path) -> Logger | bool:
-    if cfg.logger is None:
+    if not cfg.logger:
         return False
     logger = _make(cfg.logger, "logger", save_dir=str(folder))
     if not isinstance(logger, Logger):

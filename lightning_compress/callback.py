@@ -7,15 +7,16 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import OmegaConf
 from rich.progress import Progress as RichProgress
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_compress.config import Budget, Distill, Schedule
@@ -373,17 +374,25 @@ def _log_plan(trainer: Trainer, plan: Plan) -> None:
 
 
 def _first_batch_shape(trainer: Trainer) -> tuple[int, ...] | None:
-    """Returns the shape of the first input of one training batch, None if it is no float tensor."""
+    """Returns the shape of the first input of a training batch of one, None if it is no float tensor.
+
+    The first item of the data set is collated by itself: no loader is iterated, no worker
+    started and no generator moved.
+    """
     source = getattr(trainer.fit_loop, "_data_source", None)
     if source is None or not source.is_defined():
         return None
-    with torch.random.fork_rng(devices=[]):  # drawing a batch must not move the user's shuffling
+    with isolate_rng():
         loader = source.dataloader()
-        batch = next(iter(loader), None) if not isinstance(loader, Mapping) else None
+        if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
+            return None
+        if isinstance(loader.dataset, IterableDataset):
+            return None
+        batch = loader.collate_fn([loader.dataset[0]])
     first = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
     if not isinstance(first, Tensor) or not first.is_floating_point() or first.ndim == 0:
         return None
-    return (1, *first.shape[1:])
+    return tuple(first.shape)
 
 
 # --- instance shadows: checkpoints of the module carry the plan even without callback states -----

@@ -11,7 +11,7 @@ import torch
 
 from lightning_compress.config import RESOURCES
 from lightning_compress.decompositions import DECOMPOSITIONS
-from lightning_compress.decompositions.base import Floats, Ints, LayerCall
+from lightning_compress.decompositions.base import Floats, Ints, LayerCall, threads_for
 from lightning_compress.errors import ConfigurationError
 from lightning_compress.inventory import Layer
 
@@ -89,7 +89,8 @@ def tabulate(layer: Layer, *, budgeted: Sequence[str], rank_multiple: int = 1) -
     found: list[tuple[str, Ints, Floats, Floats]] = []
     in_bounds = False
     for kind in layer.kinds:
-        profile = DECOMPOSITIONS[kind].profile(weight)
+        with threads_for(weight):
+            profile = DECOMPOSITIONS[kind].profile(weight)
         rows = np.flatnonzero(_allowed(layer, profile.ranks, rank_multiple))
         in_bounds = in_bounds or len(rows) > 0
         rows = rows[_thinned(profile.ranks[rows])]

@@ -13,6 +13,7 @@ from lightning_compress.candidates import DENSE
 from lightning_compress.config import did_you_mean
 from lightning_compress.costs import Costs, measure_costs
 from lightning_compress.decompositions import DECOMPOSITIONS, FactorisedLayer
+from lightning_compress.decompositions.base import threads_for
 from lightning_compress.errors import ConfigurationError, PlanMismatchError
 from lightning_compress.inventory import Layer, list_layers, require_usable_weights
 from lightning_compress.plan import LayerPlan, Plan
@@ -199,7 +200,8 @@ def _build(layer: Layer, planned: LayerPlan, *, decompose: bool) -> FactorisedLa
     children = decomposition.children(dense, planned.ranks)
     factors: dict[str, Tensor] = {}
     if decompose:
-        factors = decomposition.factorise(weight.detach().to("cpu", torch.float64), planned.ranks)
+        with threads_for(weight):
+            factors = decomposition.factorise(weight.detach().to("cpu", torch.float64), planned.ranks)
     for name, child in children.items():
         shape = cast(Tensor, child.weight).shape
         value = factors[name].reshape(shape) if decompose else torch.zeros(shape)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+
+SMALL_WEIGHT = 2**22
 
 _SHAPE_ATTRIBUTES = (
     "in_features",
@@ -56,6 +60,25 @@ class RankProfile:
 
     ranks: Ints
     errors: Floats
+
+
+@contextlib.contextmanager
+def threads_for(weight: Tensor) -> Iterator[None]:
+    """One thread for the linear algebra of small weights, whatever the process is set to.
+
+    Below about 2000 x 2000 a second thread gains nothing, and where other processes hold the
+    cores, threads that wait for each other have been seen to take ten times as long.
+    """
+    if weight.numel() > SMALL_WEIGHT:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(limits=1):
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Decomposition(ABC):
