@@ -112,6 +112,40 @@ class Compress(Callback):
         self._warm_up: WarmUp | None = None
         self._liveness: Liveness | None = None
 
+    def plan_for(
+        self,
+        model: nn.Module,
+        example_input: ExampleInput | None = None,
+        *,
+        method: str | None = None,
+        progress: Progress | None = None,
+    ) -> Plan:
+        """Returns the plan that a fit of this model would apply; the model is not changed.
+
+        Args:
+            model: A module, dense.
+            example_input: See `search_ranks`; None for the callback's own.
+            method: Another strategy than the callback's own.
+            progress: Called with what is being done and the fraction done.
+
+        Raises:
+            LightningCompressError: As `search_ranks`.
+        """
+        return search_ranks(
+            model,
+            self.budget,
+            example_input=example_input if example_input is not None else self.example_input,
+            method=method if method is not None else self.search,
+            objective=self.objective,
+            kinds=self.kinds,
+            include=self.include,
+            exclude=self.exclude,
+            overrides=self.overrides,
+            rank_multiple=self.rank_multiple,
+            seed=self.seed,
+            progress=progress,
+        )
+
     # --- hooks -------------------------------------------------------------------------------
 
     @override
@@ -190,20 +224,7 @@ class Compress(Callback):
     def _compress(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Replacement, ...]:
         example = self._example_input(trainer, pl_module)
         with _progress(trainer) as progress:
-            plan = search_ranks(
-                pl_module,
-                self.budget,
-                example_input=example,
-                method=self.search,
-                objective=self.objective,
-                kinds=self.kinds,
-                include=self.include,
-                exclude=self.exclude,
-                overrides=self.overrides,
-                rank_multiple=self.rank_multiple,
-                seed=self.seed,
-                progress=progress,
-            )
+            plan = self.plan_for(pl_module, example, progress=progress)
             teacher = Teacher(pl_module, self.distill) if self.distill is not None else None
             replacements = apply_plan_(pl_module, plan, progress=progress)
         self.plan, self._teacher = plan, teacher
@@ -365,8 +386,9 @@ def _log_plan(trainer: Trainer, plan: Plan) -> None:
         for resource, value in values.items()
         if value is not None
     }
-    sizes["compress/search_seconds"] = plan.seconds or 0.0
-    sizes["compress/optimality_gap"] = plan.optimality_gap or 0.0
+    for name, value in (("search_seconds", plan.seconds), ("optimality_gap", plan.optimality_gap)):
+        if value is not None:
+            sizes[f"compress/{name}"] = value
     layers = {p.name: p.kind if p.is_dense else f"{p.kind} {p.ranks}, error {p.error:.4f}" for p in plan.layers}
     for logger in trainer.loggers:
         logger.log_metrics(sizes, step=trainer.global_step)

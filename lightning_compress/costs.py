@@ -52,7 +52,7 @@ def measure_costs(model: nn.Module, example_input: ExampleInput | None = None, *
 def measure_latency(
     models: Sequence[nn.Module], example_input: ExampleInput, *, rounds: int = 5, seconds: float = 0.2, threads: int = 1
 ) -> list[float]:
-    """Returns the median seconds of one forward pass at batch 1 for each model.
+    """Returns the seconds of one forward pass at batch 1 for each model.
 
     The models take turns, so that a machine whose speed drifts slows all of them alike: use
     ratios of one call, never of two.
@@ -61,17 +61,19 @@ def measure_latency(
         models: Modules that accept the same input.
         example_input: What to run them on.
         rounds: Turns of each model.
-        seconds: Least time of one turn (`torch.utils.benchmark.Timer.blocked_autorange`).
+        seconds: About how long one turn takes.
         threads: Intra-op threads.
     """
-    timers = []
+    timers, numbers = [], []
     for model in models:
         args, kwargs = as_arguments(model, example_input)
         scope = {"model": model, "args": args, "kwargs": kwargs}
         timers.append(Timer("model(*args, **kwargs)", globals=scope, num_threads=threads))
-    medians: list[list[float]] = [[] for _ in models]
+        with inference(model):
+            numbers.append(max(1, round(seconds / timers[-1].timeit(3).mean)))
+    found: list[list[float]] = [[] for _ in models]
     for _ in range(rounds):
-        for model, timer, found in zip(models, timers, medians, strict=True):
+        for model, timer, number, times in zip(models, timers, numbers, found, strict=True):
             with inference(model):
-                found.append(timer.blocked_autorange(min_run_time=seconds).median)
-    return [statistics.median(found) for found in medians]
+                times.append(timer.timeit(number).mean)
+    return [statistics.median(times) for times in found]

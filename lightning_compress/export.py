@@ -56,7 +56,7 @@ def load_compressed(model: nn.Module, folder: str | Path) -> Plan:
     """
     folder = Path(folder)
     plan = read_plan(folder / PLAN_FILE)
-    shapes = _stored_shapes(folder / WEIGHTS_FILE)
+    shapes = _stored_shapes(folder / WEIGHTS_FILE, "a folder that save_compressed wrote")
     replacements = apply_shells_(model, plan)
     try:
         _require_fitting(model, shapes, folder / WEIGHTS_FILE)
@@ -81,7 +81,7 @@ def load_weights_(model: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        _require_fitting(model, _stored_shapes(path), path)
+        _require_fitting(model, _stored_shapes(path, "a state dict (.safetensors or torch.save)"), path)
         load_model(model, str(path))
         return
     try:
@@ -114,12 +114,12 @@ def read_plan(path: str | Path) -> Plan:
         raise PlanFormatError(msg) from error
 
 
-def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def _stored_shapes(path: Path, expected: str) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        msg = f"cannot read the weights {str(path)!r}: {error}. Expected a folder that save_compressed wrote."
+        msg = f"cannot read the weights {str(path)!r}: {error}. Expected {expected}."
         raise WeightsError(msg) from error
 
 

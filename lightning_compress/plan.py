@@ -173,11 +173,12 @@ class Plan:
             parts.append(f"MACs {self.dense.macs:,} → {self.compressed.macs:,} ({percent(self.kept['macs'])} kept)")
         parts.append(f"bytes {self.dense.bytes:,} → {self.compressed.bytes:,} ({percent(self.kept['bytes'])} kept)")
         lines = ["; ".join(parts)]
-        if self.budget is not None:
-            lines.append(
-                f"budget {self.budget}; method {self.method}; signal loss {self.signal_loss:.4f}, "
-                f"at most {100 * (self.optimality_gap or 0):.2f} % above the optimum; {self.seconds:.2f} s"
-            )
+        found = [f"budget {self.budget}"] if self.budget is not None else []
+        found += [f"method {self.method}"] if self.method is not None else []
+        gap = "" if self.optimality_gap is None else f", at most {100 * self.optimality_gap:.2f} % above the optimum"
+        found.append(f"signal loss {self.signal_loss:.4f}{gap}")
+        found += [f"{self.seconds:.2f} s"] if self.seconds is not None else []
+        lines.append("; ".join(found))
         return "\n".join(lines)
 
 

@@ -151,11 +151,11 @@ class Report:
     def _headline(self) -> str:
         plan = self.plan
         source = "data-free" if plan.data_free else "not data-free"
-        gap = f"{100 * (plan.optimality_gap or 0):.2f} %"
-        return (
-            f"budget {plan.budget}; {source} {plan.method} search in {plan.seconds or 0:.2f} s, at most {gap} above "
-            f"the optimum; {len(plan.factorised)} layers factorised"
-        )
+        search = f"{source} {plan.method} search" if plan.method is not None else "a given plan"
+        seconds = "" if plan.seconds is None else f" in {plan.seconds:.2f} s"
+        gap = "" if plan.optimality_gap is None else f", at most {100 * plan.optimality_gap:.2f} % above the optimum"
+        budget = "" if plan.budget is None else f"budget {plan.budget}; "
+        return f"{budget}{search}{seconds}{gap}; {len(plan.factorised)} layers factorised"
 
 
 _HEADER = ("", "dense", "zero-shot", "fine-tuned", "kept / change")

@@ -169,7 +169,8 @@ class FakeFashion(FashionMNISTDataModule):
     def load(self):
         generator = torch.Generator().manual_seed(0)
         return {
-            name: (torch.randn(64, 1, 28, 28, generator=generator), torch.arange(64)) for name in ("train", "val", "test")
+            name: (torch.randn(64, 1, 28, 28, generator=generator), torch.arange(64))
+            for name in ("train", "val", "test")
         }
 
 
@@ -342,7 +343,9 @@ def test_without_a_folder_nothing_is_downloaded(tmp_path):
 def test_download_without_torchvision_says_why_it_failed(monkeypatch, tmp_path):
     block_imports(monkeypatch, "torchvision")
     folder = tmp_path / "new"
-    with pytest.raises(DataNotFoundError, match=r"download failed \(ModuleNotFoundError: No module named 'torchvision'"):
+    with pytest.raises(
+        DataNotFoundError, match=r"download failed \(ModuleNotFoundError: No module named 'torchvision'"
+    ):
         FashionMNISTDataModule(folder=folder).setup("fit")
     assert not folder.exists()
 

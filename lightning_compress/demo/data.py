@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import struct
+import zlib
 from abc import abstractmethod
 from pathlib import Path
 
@@ -38,7 +40,8 @@ class ImageDataModule(LightningDataModule):
     def __init__(self, batch_size: int = 64, *, augment: bool = True, limit: int | None = None) -> None:
         super().__init__()
         for name, value in (("batch_size", batch_size), ("limit", limit)):
-            if value is not None and (not isinstance(value, int) or value < 1):
+            optional = name == "limit" and value is None
+            if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 msg = f"{type(self).__name__}({name}={value!r}): expected a whole number of at least 1."
                 raise ConfigurationError(msg)
         self.batch_size, self.augment, self.limit = batch_size, augment, limit
@@ -57,7 +60,8 @@ class ImageDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Returns shuffled training batches."""
-        return DataLoader(self._splits["train"], self.batch_size, shuffle=True, drop_last=True)
+        images = self._splits["train"]  # a last batch of one image would break batch norm, hence drop_last
+        return DataLoader(images, min(self.batch_size, len(images)), shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Returns validation batches."""
@@ -180,17 +184,28 @@ def _normalised(images: Tensor) -> Tensor:
 
 
 def _read_idx(folder: Path, split: str) -> Batch:
-    """Returns images and labels from gzipped IDX files (header of 16 and 8 bytes, then uint8)."""
-    arrays = []
-    for name, header in ((_IMAGES, 16), (_LABELS, 8)):
-        path = folder / name.format(split=split)
-        try:
-            content = gzip.decompress(path.read_bytes())
-        except (OSError, EOFError) as error:
-            msg = f"cannot read {str(path)!r}: {error}. Get the file again."
-            raise DataNotFoundError(msg) from error
-        arrays.append(torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header))
-    return _normalised(arrays[0]), arrays[1].long()
+    """Returns images and labels from gzipped IDX files."""
+    images = _read_idx_file(folder / _IMAGES.format(split=split), (28, 28))
+    labels = _read_idx_file(folder / _LABELS.format(split=split), ())
+    if len(images) != len(labels):
+        msg = f"{str(folder)!r} holds {len(images)} {split} images but {len(labels)} labels. Get the files again."
+        raise DataNotFoundError(msg)
+    return _normalised(images), labels.long()
+
+
+def _read_idx_file(path: Path, item: tuple[int, ...]) -> Tensor:
+    """Returns the items of one file: two zero bytes, type, dimensions, big-endian sizes, then uint8."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+        sizes = struct.unpack_from(f">{1 + len(item)}I", content, offset=4)
+        values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 * (2 + len(item)))
+        if sizes[1:] != item:
+            msg = f"its items are of size {sizes[1:]}, not {item}"
+            raise ValueError(msg)
+        return values.view(sizes)
+    except (OSError, EOFError, zlib.error, struct.error, ValueError, RuntimeError) as error:
+        msg = f"cannot read {str(path)!r}: {error}. Get the file again."
+        raise DataNotFoundError(msg) from error
 
 
 def _download(folder: Path) -> tuple[Batch, Batch]:

@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import hydra
+import lightning as L
+import pytest
+import torch
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import MissingConfigException
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_compress.callback import Compress
+from lightning_compress.config import Budget, Distill, Schedule
+from lightning_compress.demo.data import DigitsDataModule, FashionMNISTDataModule
+from lightning_compress.demo.models import MLP, VGG, ResNet20, SmallCNN
+from lightning_compress.errors import ConfigurationError
+from lightning_compress.export import load_weights_
+from lightning_compress.hydra_config import CONFIG_FOLDER
+
+GROUPS = {
+    path.name: sorted(file.stem for file in path.glob("*.yaml"))
+    for path in sorted(CONFIG_FOLDER.iterdir())
+    if path.is_dir()
+}
+FILES = sorted(CONFIG_FOLDER.rglob("*.yaml"))
+# not options of their own: base is what the other compressions inherit, hydra/default is always there
+NOT_CHOSEN = {Path("compression/base.yaml"), Path("hydra/default.yaml")}
+BUDGETS = [name for name in GROUPS["compression"] if name != "base"]
+
+
+def relative(path):
+    return path.relative_to(CONFIG_FOLDER)
+
+
+@pytest.fixture(autouse=True)
+def _clear_hydra():
+    GlobalHydra.instance().clear()
+    yield
+    GlobalHydra.instance().clear()
+
+
+def compose(*overrides, **settings):
+    with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        return hydra.compose("config", list(overrides), **settings)
+
+
+def test_no_option_is_left_out_of_these_tests():
+    assert GROUPS == {
+        "callbacks": ["checkpoint", "lr_monitor", "none"],
+        "compression": ["base", "edge", "macs_30", "params_20", "params_28", "params_50", "ratio_5x"],
+        "data": ["digits", "fashion_mnist"],
+        "experiment": ["budget_sweep", "fashion_resnet20", "fashion_vgg"],
+        "hydra": ["default"],
+        "logger": ["csv", "none", "tensorboard"],
+        "model": ["mlp", "resnet20", "small_cnn", "vgg"],
+        "trainer": ["cpu", "debug", "default"],
+    }
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if relative(f) not in NOT_CHOSEN], ids=lambda f: str(relative(f)))
+def test_first_comment_is_a_command_that_chooses_the_file_and_composes(path):
+    comments = [line for line in path.read_text("utf-8").splitlines() if not line.startswith("# @package")]
+    assert comments[0].startswith("# lightning-compress")
+    words = shlex.split(comments[0].removeprefix("# ").split("(")[0])
+    assert words[0] == "lightning-compress"
+    if relative(path) != Path("config.yaml"):
+        assert words[1] == f"{path.parent.name}={path.stem}"
+    cfg = compose(*words[1:], return_hydra_config=True)
+    if relative(path) != Path("config.yaml"):
+        assert cfg.hydra.runtime.choices[path.parent.name] == path.stem
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda f: str(relative(f)))
+def test_every_file_begins_with_a_comment(path):
+    assert path.read_text("utf-8").startswith("# ")
+
+
+def test_default_job_is_a_small_cnn_on_digits_five_times_smaller():
+    cfg = compose(return_hydra_config=True)
+    choices = cfg.hydra.runtime.choices
+    expected = {
+        "model": "small_cnn",
+        "data": "digits",
+        "compression": "params_20",
+        "trainer": "default",
+        "callbacks": "none",
+        "logger": "csv",
+        "experiment": None,
+    }
+    assert {key: choices[key] for key in expected} == expected
+    assert set(cfg) - {"hydra"} == {
+        *("model", "data", "task", "dense", "compression", "finetune", "trainer", "callbacks", "logger", "seed", "plot")
+    }
+    assert cfg.hydra.job.chdir is False
+    assert "outputs/" in cfg.hydra.run.dir
+
+
+@pytest.mark.parametrize("data", GROUPS["data"])
+@pytest.mark.parametrize(
+    ("model", "expected"), [("mlp", MLP), ("resnet20", ResNet20), ("small_cnn", SmallCNN), ("vgg", VGG)]
+)
+def test_models_run_on_the_shape_of_every_data_set(model, expected, data):
+    cfg = compose(f"model={model}", f"data={data}")
+    net = instantiate(cfg.model.net, _convert_="all").eval()
+    assert type(net) is expected
+    assert cfg.model.weights is None
+    logits = net(torch.zeros(2, cfg.data.channels, cfg.data.size, cfg.data.size))
+    assert logits.shape == (2, cfg.data.classes)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected", "shape"),
+    [("digits", DigitsDataModule, (1, 8, 8)), ("fashion_mnist", FashionMNISTDataModule, (1, 28, 28))],
+)
+def test_data_modules_are_made_without_reading_anything(data, expected, shape):
+    cfg = compose(f"data={data}")
+    module = instantiate(cfg.data.module, _convert_="all")
+    assert type(module) is expected
+    assert module._splits == {}
+    assert (module.batch_size, module.augment, module.limit) == (cfg.data.module.batch_size, True, None)
+    assert (cfg.data.channels, cfg.data.size, cfg.data.size) == shape
+    assert cfg.data.features == cfg.data.channels * cfg.data.size**2
+    assert cfg.task.num_classes == cfg.data.classes == 10
+
+
+def test_digits_have_the_shape_the_configuration_says():
+    cfg = compose("data=digits")
+    module = instantiate(cfg.data.module, _convert_="all")
+    module.setup("fit")
+    images, labels = module.test_dataloader().dataset.tensors
+    assert images.shape[1:] == (cfg.data.channels, cfg.data.size, cfg.data.size)
+    assert sorted(labels.unique().tolist()) == list(range(cfg.data.classes))
+
+
+@pytest.mark.parametrize("option", BUDGETS)
+def test_compression_is_a_callback_with_the_budget_of_the_file(option):
+    raw = yaml.safe_load((CONFIG_FOLDER / "compression" / f"{option}.yaml").read_text("utf-8"))
+    callback = instantiate(compose(f"compression={option}", "seed=7").compression, _convert_="all")
+    assert type(callback) is Compress
+    assert callback.budget == Budget(**raw["budget"])
+    assert callback.rank_multiple == raw.get("rank_multiple", 1)
+    assert (callback.search, callback.objective, callback.kinds) == ("continuous", "auto", "auto")
+    assert (callback.include, callback.exclude, callback.overrides) == (None, None, None)
+    assert callback.schedule == Schedule(warmup_steps=20, freeze_epochs=0)
+    assert callback.distill == Distill(weight=0.5, temperature=2.0)
+    assert callback.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("option", "limits"),
+    [
+        ("edge", {"params": 0.25, "macs": 0.3, "bytes": 0.3}),
+        ("macs_30", {"macs": 0.3}),
+        ("params_20", {"params": 0.2}),
+        ("params_28", {"params": 0.28}),
+        ("params_50", {"params": 0.5}),
+        ("ratio_5x", {"params": 0.2}),
+    ],
+)
+def test_names_of_the_compressions_say_their_budget(option, limits):
+    assert instantiate(compose(f"compression={option}").compression, _convert_="all").budget.limits() == limits
+
+
+def test_base_alone_lacks_a_budget_and_says_what_to_choose(tmp_path):
+    from lightning_compress.app import run
+
+    with pytest.raises(
+        ConfigurationError, match=r"compression has no budget, only _target_, kinds.*: try compression=params_20"
+    ):
+        run(compose("compression=base"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# the last is about a GPU of this machine, or its absence
+@pytest.mark.filterwarnings("ignore:.*GPU available but not used.*")
+@pytest.mark.parametrize(
+    ("option", "batches", "bar"), [("default", 1.0, True), ("cpu", 1.0, True), ("debug", 2, False)]
+)
+def test_trainers_are_made(option, batches, bar):
+    trainer = instantiate(compose(f"trainer={option}").trainer, _convert_="all", logger=False, max_epochs=3)
+    assert type(trainer) is L.Trainer
+    assert (trainer.limit_train_batches, trainer.limit_val_batches, trainer.limit_test_batches) == (batches,) * 3
+    assert (trainer.progress_bar_callback is not None) is bar
+    assert trainer.num_devices == 1
+    assert trainer.num_sanity_val_steps == 0
+    assert trainer.log_every_n_steps == 10
+    if option != "default":
+        assert isinstance(trainer.accelerator, L.pytorch.accelerators.CPUAccelerator)
+
+
+def test_csv_logger_writes_where_it_is_told(tmp_path):
+    logger = instantiate(compose("logger=csv").logger, _convert_="all", save_dir=str(tmp_path))
+    assert type(logger) is CSVLogger
+    assert Path(logger.root_dir) == tmp_path / "logs"
+
+
+def test_tensorboard_logger_writes_where_it_is_told(tmp_path):
+    pytest.importorskip("tensorboard")
+    logger = instantiate(compose("logger=tensorboard").logger, _convert_="all", save_dir=str(tmp_path))
+    assert type(logger) is L.pytorch.loggers.TensorBoardLogger
+    assert Path(logger.root_dir) == tmp_path / "logs"
+
+
+def test_logger_none_is_empty():
+    assert not compose("logger=none").logger
+
+
+def test_callbacks_none_makes_nothing():
+    assert dict(compose("callbacks=none").callbacks) == {"checkpoint": None}
+
+
+def test_callbacks_lr_monitor():
+    (settings,) = compose("callbacks=lr_monitor").callbacks.values()
+    callback = instantiate(settings, _convert_="all")
+    assert type(callback) is L.pytorch.callbacks.LearningRateMonitor
+    assert callback.logging_interval == "step"
+
+
+def test_callbacks_checkpoint_watches_a_metric_the_task_logs(tmp_path):
+    cfg = compose("callbacks=checkpoint", f"callbacks.checkpoint.dirpath={tmp_path}")
+    callback = instantiate(cfg.callbacks.checkpoint, _convert_="all")
+    assert type(callback) is L.pytorch.callbacks.ModelCheckpoint
+    assert (callback.monitor, callback.mode, callback.save_last) == ("val_accuracy", "max", True)
+    assert callback.dirpath == str(tmp_path)
+
+
+def test_checkpoints_go_to_the_output_folder():
+    raw = yaml.safe_load((CONFIG_FOLDER / "callbacks" / "checkpoint.yaml").read_text("utf-8"))
+    assert raw["checkpoint"]["dirpath"] == "${hydra:runtime.output_dir}/checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("experiment", "net", "params", "limit"),
+    [("fashion_vgg", VGG, 420_778, 0.2), ("fashion_resnet20", ResNet20, 272_186, 0.28)],
+)
+def test_fashion_experiments(experiment, net, params, limit):
+    cfg = compose(f"experiment={experiment}")
+    made = instantiate(cfg.model.net, _convert_="all")
+    assert type(made) is net
+    assert sum(p.numel() for p in made.parameters()) == params
+    assert type(instantiate(cfg.data.module, _convert_="all")) is FashionMNISTDataModule
+    compress = instantiate(cfg.compression, _convert_="all")
+    assert compress.budget == Budget(params=limit)
+    assert compress.distill is not None
+    assert (cfg.dense.epochs, cfg.finetune.epochs, cfg.finetune.lr) == (15, 4, 0.05)
+
+
+@pytest.mark.parametrize("experiment", ["fashion_vgg", "fashion_resnet20"])
+def test_weights_in_the_commands_of_the_experiments_fit(experiment):
+    text = (CONFIG_FOLDER / "experiment" / f"{experiment}.yaml").read_text("utf-8")
+    command = shlex.split(next(line for line in text.splitlines() if "lightning-compress" in line))
+    cfg = compose(*command[2:])
+    weights = CONFIG_FOLDER.parent / cfg.model.weights
+    if not weights.is_file():
+        pytest.skip("the weights are in the repository only")
+    net = instantiate(cfg.model.net, _convert_="all")
+    load_weights_(net, weights)
+    assert float(next(iter(net.buffers())).abs().sum()) > 0  # running statistics of a trained net
+
+
+def test_budget_sweep_is_a_multirun_over_budgets():
+    cfg = compose("experiment=budget_sweep", return_hydra_config=True)
+    assert cfg.hydra.mode.name == "MULTIRUN"
+    assert dict(cfg.hydra.sweeper.params) == {"compression.budget.params": "0.5,0.3,0.2,0.1"}
+
+
+def test_experiment_overrides_the_settings_of_the_main_job():
+    assert compose("experiment=fashion_vgg").dense.epochs != compose().dense.epochs
+    assert compose("experiment=fashion_vgg", "dense.epochs=3").dense.epochs == 3
+
+
+@pytest.mark.parametrize("group", ["model", "data", "compression", "trainer", "experiment", "callbacks", "logger"])
+def test_unknown_option_lists_the_known_ones(group):
+    with pytest.raises(MissingConfigException) as caught:
+        compose(f"{group}=nope")
+    assert f"{group}/nope" in str(caught.value)
+    assert all(option in str(caught.value) for option in GROUPS[group])
