@@ -169,7 +169,7 @@ def test_base_alone_lacks_a_budget_and_says_what_to_choose(tmp_path):
     from lightning_compress.app import run
 
     with pytest.raises(
-        ConfigurationError, match=r"compression has no budget, only _target_, kinds.*: try compression=params_20"
+        ConfigurationError, match=r"has no budget, only _target_, kinds.*: try compression=params_20"
     ):
         run(compose("compression=base"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
