@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,22 +19,26 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
+from lightning_compress.checkpoint import (
+    RestoringCallback,
+    configure_as_dense,
+    install_shadows,
+    plan_in,
+    require_same_layout,
+)
 from lightning_compress.config import Budget, Distill, Schedule
 from lightning_compress.decompositions import FactorisedLayer, resolve_kinds
-from lightning_compress.errors import ResumeError, UnsupportedError
+from lightning_compress.errors import ExampleInputError, ResumeError, UnsupportedError
 from lightning_compress.finetune.distill import Distillation, Teacher
 from lightning_compress.finetune.liveness import Liveness
-from lightning_compress.finetune.optimizers import factor_parameters, optimizer_layout, patch_optimizers_
+from lightning_compress.finetune.optimizers import optimizer_layout, patch_optimizers_
 from lightning_compress.finetune.schedule import WarmUp, drop_gradients
 from lightning_compress.inventory import Patterns
 from lightning_compress.plan import Plan, percent
 from lightning_compress.search import check_settings, search_ranks
 from lightning_compress.search.problem import Progress
-from lightning_compress.swap import Replacement, apply_plan_, apply_shells_, install, plan_of, uninstall
-from lightning_compress.tracing import ExampleInput
-
-CHECKPOINT_KEY = "lightning_compress"
-CHECKPOINT_VERSION = 1
+from lightning_compress.swap import Replacement, apply_plan_, apply_shells_, plan_of, uninstall
+from lightning_compress.tracing import ExampleInput, is_shape, trace
 
 try:
     from lightning.pytorch.callbacks import WeightAveraging
@@ -44,7 +48,7 @@ except ImportError:  # before Lightning 2.6
     _PAIRS_PARAMETERS = (StochasticWeightAveraging, ModelPruning)
 
 
-class Compress(Callback):
+class Compress(RestoringCallback):
     """Searches the ranks in `on_fit_start`, swaps in factorised layers, and fine-tunes them.
 
     Add it to any Trainer; the model, its optimizers and its data stay as they are:
@@ -106,8 +110,11 @@ class Compress(Callback):
         self.example_input = _plain(example_input)
         self.plan: Plan | None = None
         self._restored: tuple[Replacement, ...] | None = None
-        self._saved_layout: list[list[list[str]]] | None = None
+        self._saved_layout: list[dict[str, Any]] | None = None
+        self._scheduled = False
+        self._shadowed = _Shadowed()
         self._teacher: Teacher | None = None
+        self._fingerprint: str | None = None
         self._distillation: Distillation | None = None
         self._warm_up: WarmUp | None = None
         self._liveness: Liveness | None = None
@@ -152,8 +159,9 @@ class Compress(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses what cannot work and arranges that checkpoints carry the plan."""
         _require_supported(trainer)
-        self._restored = self._saved_layout = None
-        _install_shadows(pl_module)
+        self._restored = self._saved_layout = self._fingerprint = None
+        self._scheduled = False
+        install_shadows(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Searches, swaps, and hands the factors to the optimizers."""
@@ -163,8 +171,8 @@ class Compress(Callback):
         resumed = self._restored is not None
         if self._restored is not None:
             replacements, self._restored = self._restored, None
-        elif any(isinstance(module, FactorisedLayer) for module in pl_module.modules()):
-            self._fine_tune_only(pl_module)
+        elif _factor_layers(pl_module):
+            self._fine_tune_only(trainer, pl_module)
             return
         else:
             replacements = self._compress(trainer, pl_module)
@@ -174,8 +182,10 @@ class Compress(Callback):
             if not resumed:
                 uninstall(pl_module, replacements)
             raise
-        self._require_same_layout(trainer, pl_module)
-        self._start_fine_tuning(trainer, replacements)
+        if self._saved_layout is not None:
+            saved, self._saved_layout = self._saved_layout, None
+            require_same_layout(saved, optimizer_layout(trainer.optimizers, pl_module))
+        self._start_fine_tuning(trainer, pl_module, replacements)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -184,7 +194,7 @@ class Compress(Callback):
             return
         self._teacher.module.to(pl_module.device)
         self._distillation = self._teacher.wrap(pl_module, pl_module.training_step, pl_module.log)
-        pl_module.training_step = self._distillation.step  # type: ignore[method-assign]
+        self._shadowed.put(pl_module, "training_step", self._distillation.step)
 
     @override
     def on_train_batch_end(
@@ -200,14 +210,8 @@ class Compress(Callback):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Keeps everything but the factors still while the schedule says so."""
-        if trainer.current_epoch < self.schedule.freeze_epochs:
-            factors = [
-                cast(nn.Parameter, factor)
-                for module in pl_module.modules()
-                if isinstance(module, FactorisedLayer)
-                for factor in module.factors().values()
-            ]
-            drop_gradients(pl_module.parameters(), keep=factors)
+        if self._scheduled and trainer.current_epoch < self.schedule.freeze_epochs:
+            drop_gradients(pl_module.parameters(), keep=_factors(pl_module))
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -227,68 +231,68 @@ class Compress(Callback):
             plan = self.plan_for(pl_module, example, progress=progress)
             teacher = Teacher(pl_module, self.distill) if self.distill is not None else None
             replacements = apply_plan_(pl_module, plan, progress=progress)
-        self.plan, self._teacher = plan, teacher
+        self.plan = plan
+        self._use_teacher(teacher)
         _log_plan(trainer, plan)
         return replacements
 
-    def _fine_tune_only(self, pl_module: LightningModule) -> None:
-        plan = plan_of(pl_module)
-        kept = plan.kept["params"]
-        limit = self.budget.params
-        if limit is not None and kept is not None and kept > limit:
-            msg = (
-                f"the module is already factorised with {percent(kept)} of its parameters kept, the budget is "
-                f"{self.budget}: start from the dense module to compress it further."
-            )
-            raise UnsupportedError(msg)
+    def _fine_tune_only(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        example = self._example_input(trainer, pl_module) if "macs" in self.budget.limits() else None
+        plan = plan_of(pl_module, example)
+        for resource, limit in self.budget.limits().items():
+            kept = plan.kept[resource]
+            if kept is None or kept > limit:
+                msg = (
+                    f"the module is already factorised with {percent(kept)} of its {resource} kept, the budget is "
+                    f"{self.budget}: start from the dense module to compress it further."
+                )
+                raise UnsupportedError(msg)
         if self.distill is not None:
             msg = "distill= needs the dense module as its teacher: the module given to fit is already factorised."
             raise UnsupportedError(msg)
         self.plan = self.plan or plan
         rank_zero_info(
-            f"Compress: the module is already factorised ({percent(kept)} of its parameters kept); fine-tuning."
+            f"Compress: the module is already factorised ({percent(plan.kept['params'])} of its parameters "
+            "kept); fine-tuning."
         )
 
     def _example_input(self, trainer: Trainer, pl_module: LightningModule) -> ExampleInput | None:
-        if self.example_input is not None:
-            return cast(ExampleInput, self.example_input)
-        if pl_module.example_input_array is not None:
-            return cast(ExampleInput, pl_module.example_input_array)
+        given = self.example_input if self.example_input is not None else pl_module.example_input_array
+        if given is not None:
+            return cast(ExampleInput, given if is_shape(given) else trainer.precision_plugin.convert_input(given))
         shape = _first_batch_shape(trainer)
-        if shape is not None:
-            rank_zero_info(f"Compress: example input of shape {shape} taken from the training data (its shape alone).")
+        if shape is None:
+            return None
+        if "macs" not in self.budget.limits():  # a guess that is not needed must do no harm
+            try:
+                trace(pl_module, shape)
+            except ExampleInputError:
+                return None
+        rank_zero_info(f"Compress: example input of shape {shape} taken from the training data (its shape alone).")
         return shape
 
-    def _require_same_layout(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Optimizer states are stored by position: a resumed run must have every name in its place."""
-        if self._saved_layout is None:
-            return
-        layout, saved = optimizer_layout(trainer.optimizers, pl_module), self._saved_layout
-        self._saved_layout = None
-        if layout != saved:
-            msg = (
-                "the checkpoint's optimizers hold other parameters, or in another order, than configure_optimizers "
-                f"now gives them: {_first_difference(saved, layout)}. Resume with the same optimizers."
-            )
-            raise ResumeError(msg)
-
-    def _start_fine_tuning(self, trainer: Trainer, replacements: Sequence[Replacement]) -> None:
+    def _start_fine_tuning(
+        self, trainer: Trainer, pl_module: LightningModule, replacements: Sequence[Replacement]
+    ) -> None:
+        self._scheduled = True
         self._liveness = Liveness(replacements)
-        factors = [factor for replacement in replacements for factor in factor_parameters(replacement)]
-        if self.schedule.warmup_steps:
-            self._warm_up = WarmUp(trainer.optimizers, factors, self.schedule.warmup_steps, lambda: trainer.global_step)
+        steps = self.schedule.warmup_steps
+        if steps:
+            self._warm_up = WarmUp(trainer.optimizers, _factors(pl_module), steps, lambda: trainer.global_step)
 
     def _stop_fine_tuning(self, pl_module: LightningModule) -> None:
         if self._distillation is not None:
             self._distillation.detach()
-            pl_module.__dict__.pop("training_step", None)
         if self._warm_up is not None:
             self._warm_up.detach()
-        pl_module.__dict__.pop("configure_optimizers", None)
+        for name in ("training_step", "configure_optimizers"):
+            self._shadowed.restore(pl_module, name)
+        self._scheduled = False
         self._teacher = self._distillation = self._warm_up = self._liveness = None
 
     # --- checkpoints ---------------------------------------------------------------------------
 
+    @override
     def restore(self, pl_module: LightningModule, payload: Mapping[str, Any]) -> None:
         """Rebuilds the factorised structure from a checkpoint, before its weights are loaded.
 
@@ -301,39 +305,66 @@ class Compress(Callback):
             PlanError: If the plan cannot be read or does not fit the module.
         """
         fitting = pl_module.trainer.state.fn == TrainerFn.FITTING
-        plan = _plan_in(payload)
+        plan = plan_in(payload)
         teacher = self._rebuilt_teacher(pl_module, payload) if fitting and self.distill is not None else None
         replacements = apply_shells_(pl_module, plan)
         self.plan = plan
         if fitting:
-            self._teacher, self._restored = teacher, replacements
-            self._saved_layout = payload.get("optimizers")
-            dense_first = functools.partial(
-                _configure_as_dense, pl_module, pl_module.configure_optimizers, replacements
-            )
-            pl_module.configure_optimizers = dense_first  # type: ignore[method-assign]
+            self._use_teacher(teacher)
+            self._restored, self._saved_layout = replacements, payload.get("optimizers")
+            configure = functools.partial(configure_as_dense, pl_module, pl_module.configure_optimizers, replacements)
+            self._shadowed.put(pl_module, "configure_optimizers", configure)
 
-    def payload(self, pl_module: LightningModule, *, with_optimizers: bool) -> dict[str, Any]:
-        """Returns what a checkpoint holds under `CHECKPOINT_KEY`: primitives only."""
-        plan = plan_of(pl_module) if self.plan is None else self.plan
-        payload: dict[str, Any] = {"version": CHECKPOINT_VERSION, "plan": plan.to_json()}
-        if with_optimizers:
-            payload["optimizers"] = optimizer_layout(pl_module.trainer.optimizers, pl_module)
-        if self._teacher is not None:
-            payload["teacher"] = self._teacher.fingerprint
-        return payload
+    @override
+    def extend_payload(self, payload: dict[str, Any]) -> None:
+        """Adds the plan as it was found and the teacher's fingerprint."""
+        if self.plan is not None:
+            payload["plan"] = self.plan.to_json()
+        if self._fingerprint is not None:
+            payload["teacher"] = self._fingerprint
+
+    def _use_teacher(self, teacher: Teacher | None) -> None:
+        self._teacher = teacher
+        self._fingerprint = teacher.fingerprint if teacher is not None else None
 
     def _rebuilt_teacher(self, pl_module: LightningModule, payload: Mapping[str, Any]) -> Teacher:
-        assert self.distill is not None
         advice = "Give fit the dense module with the weights it had when the compression began."
-        if any(isinstance(module, FactorisedLayer) for module in pl_module.modules()):
+        if _factor_layers(pl_module):
             msg = f"the module is already factorised, so the dense teacher cannot be rebuilt from it. {advice}"
             raise ResumeError(msg)
-        teacher = Teacher(pl_module, self.distill)
+        convert = pl_module.trainer.precision_plugin.convert_module  # the first run's teacher was converted too
+        teacher = Teacher(pl_module, cast(Distill, self.distill), convert=convert)
         if teacher.fingerprint != payload.get("teacher"):
             msg = f"the module's weights are not those of the teacher the checkpoint was distilled from. {advice}"
             raise ResumeError(msg)
         return teacher
+
+
+class _Shadowed:
+    """Attributes replaced on a module's instance for the time of a fit, put back afterwards."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, Any] = {}
+
+    def put(self, pl_module: LightningModule, name: str, value: Any) -> None:
+        self._before.setdefault(name, pl_module.__dict__.get(name))
+        setattr(pl_module, name, value)
+
+    def restore(self, pl_module: LightningModule, name: str) -> None:
+        if name in self._before:
+            before = self._before.pop(name)
+            if before is None:
+                pl_module.__dict__.pop(name, None)
+            else:
+                setattr(pl_module, name, before)
+
+
+def _factor_layers(module: nn.Module) -> list[FactorisedLayer]:
+    return [m for m in module.modules() if isinstance(m, FactorisedLayer)]
+
+
+def _factors(module: nn.Module) -> list[nn.Parameter]:
+    return [cast(nn.Parameter, factor) for m in _factor_layers(module) for factor in m.factors().values()]
 
 
 def _plain(value: Any) -> Any:
@@ -415,70 +446,3 @@ def _first_batch_shape(trainer: Trainer) -> tuple[int, ...] | None:
     if not isinstance(first, Tensor) or not first.is_floating_point() or first.ndim == 0:
         return None
     return tuple(first.shape)
-
-
-# --- instance shadows: checkpoints of the module carry the plan even without callback states -----
-
-
-def _install_shadows(pl_module: LightningModule) -> None:
-    """Wraps two checkpoint hooks on the instance; partials of functions survive copy and pickle."""
-    for name, function in (("on_load_checkpoint", _on_load), ("on_save_checkpoint", _on_save)):
-        own = pl_module.__dict__.get(name)
-        if not (isinstance(own, functools.partial) and own.func is function):
-            setattr(pl_module, name, functools.partial(function, pl_module))
-
-
-def _callback_of(pl_module: LightningModule) -> Compress | None:
-    trainer = pl_module._trainer
-    callbacks = trainer.callbacks if trainer is not None else []  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, Compress)), None)
-
-
-def _on_load(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-    payload = checkpoint.get(CHECKPOINT_KEY)
-    callback = _callback_of(pl_module)
-    if payload is not None and callback is not None:
-        callback.restore(pl_module, payload)
-    elif payload is not None:
-        apply_shells_(pl_module, _plan_in(payload))
-    elif callback is not None and pl_module.trainer.state.fn == TrainerFn.FITTING:
-        msg = (
-            "the checkpoint is of a dense run: its optimizer states do not fit the factors. Load its weights into "
-            "the module first, then call fit without ckpt_path."
-        )
-        raise UnsupportedError(msg)
-    type(pl_module).on_load_checkpoint(pl_module, checkpoint)
-
-
-def _on_save(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-    callback = _callback_of(pl_module)
-    if callback is not None and any(isinstance(module, FactorisedLayer) for module in pl_module.modules()):
-        checkpoint[CHECKPOINT_KEY] = callback.payload(pl_module, with_optimizers="optimizer_states" in checkpoint)
-    type(pl_module).on_save_checkpoint(pl_module, checkpoint)
-
-
-def _plan_in(payload: Mapping[str, Any]) -> Plan:
-    version = payload.get("version")
-    if version != CHECKPOINT_VERSION:
-        msg = (
-            f"the checkpoint's compression has version {version!r}, this library reads {CHECKPOINT_VERSION}: update it."
-        )
-        raise ResumeError(msg)
-    return Plan.from_json(payload["plan"])
-
-
-def _configure_as_dense(
-    pl_module: LightningModule, configure: Callable[[], Any], replacements: Sequence[Replacement]
-) -> Any:
-    """Builds the optimizers against the dense layers, as in the first run, so that they are patched alike."""
-    uninstall(pl_module, replacements)
-    try:
-        return configure()
-    finally:
-        install(pl_module, replacements)
-
-
-def _first_difference(saved: Sequence[Any], now: Sequence[Any]) -> str:
-    if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
-        return next(_first_difference(a, b) for a, b in zip(saved, now, strict=True) if a != b)
-    return f"{str(saved)[:120]} in the checkpoint, {str(now)[:120]} now"

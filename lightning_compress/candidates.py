@@ -11,7 +11,7 @@ import torch
 
 from lightning_compress.config import RESOURCES
 from lightning_compress.decompositions import DECOMPOSITIONS
-from lightning_compress.decompositions.base import Floats, Ints, LayerCall, threads_for
+from lightning_compress.decompositions.base import Floats, Ints, threads_for
 from lightning_compress.errors import ConfigurationError
 from lightning_compress.inventory import Layer
 
@@ -168,11 +168,7 @@ def _dense_costs(layer: Layer) -> Floats:
 
 def dense_macs(layer: Layer) -> int:
     """Returns the MACs of the dense layer over its traced calls, 0 if none was traced."""
-    return sum(layer.weight.numel() * _positions(call) for call in layer.calls or ())
-
-
-def _positions(call: LayerCall) -> int:
-    return call.rows * int(np.prod(call.outputs, dtype=np.int64))
+    return sum(layer.weight.numel() * call.positions for call in layer.calls or ())
 
 
 def _costs(layer: Layer, kind: str, ranks: Ints) -> Floats:

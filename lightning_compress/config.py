@@ -195,7 +195,8 @@ class Schedule:
 
     Attributes:
         warmup_steps: Optimizer steps over which the learning rate of every param group that
-            holds a factor rises linearly to what the user's optimizer and scheduler ask for.
+            holds a factor rises linearly to what the user's optimizer and scheduler ask for;
+            with several optimizers their steps count together, as in `trainer.global_step`.
         freeze_epochs: Epochs in which only the factors are updated; all other parameters
             keep their values (running statistics of norm layers still follow the data).
 

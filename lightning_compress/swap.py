@@ -18,6 +18,7 @@ from lightning_compress.errors import ConfigurationError, PlanMismatchError
 from lightning_compress.inventory import Layer, list_layers, require_usable_weights
 from lightning_compress.plan import LayerPlan, Plan
 from lightning_compress.search.problem import Progress
+from lightning_compress.tracing import ExampleInput, Trace, trace
 
 _HOOKS = (
     "_forward_hooks",
@@ -104,9 +105,18 @@ def uninstall(model: nn.Module, replacements: Sequence[Replacement]) -> None:
         _put(model, replacement, replacement.dense)
 
 
-def plan_of(model: nn.Module) -> Plan:
-    """Returns the plan that an already factorised model embodies; without budget and search."""
-    layers, saved_params, saved_bytes = [], 0, 0
+def plan_of(model: nn.Module, example_input: ExampleInput | None = None) -> Plan:
+    """Returns the plan that an already factorised model embodies; without budget and search.
+
+    Args:
+        model: A model after `apply_plan_`.
+        example_input: See `search_ranks`; without it MACs are unknown.
+
+    Raises:
+        ExampleInputError: If the model fails on the example input.
+    """
+    traced = trace(model, example_input) if example_input is not None else None
+    layers, saved_params, saved_bytes, saved_macs = [], 0, 0, 0
     for layer in list_layers(model):
         module = layer.module
         if not isinstance(module, FactorisedLayer):
@@ -119,6 +129,8 @@ def plan_of(model: nn.Module) -> Plan:
         saved = torch.Size(module.weight_shape).numel() - sum(f.numel() for f in factors)
         saved_params += saved
         saved_bytes += saved * factors[0].element_size()
+        before, after = _macs_of(layer.name, module, traced) if traced is not None else (None, None)
+        saved_macs += (before or 0) - (after or 0)
         layers.append(
             LayerPlan(
                 layer.name,
@@ -129,10 +141,26 @@ def plan_of(model: nn.Module) -> Plan:
                 module.error if module.error is not None else 0.0,
                 params_before=layer.parameters + saved,
                 params_after=layer.parameters,
+                macs_before=before,
+                macs_after=after,
             )
         )
-    now = measure_costs(model)
-    return Plan(tuple(layers), Costs(now.params + saved_params, None, now.bytes + saved_bytes), now)
+    now = measure_costs(model, macs=traced.macs if traced is not None else None)
+    macs = now.macs + saved_macs if now.macs is not None else None
+    return Plan(tuple(layers), Costs(now.params + saved_params, macs, now.bytes + saved_bytes), now)
+
+
+def _macs_of(name: str, module: FactorisedLayer, traced: Trace) -> tuple[int, int]:
+    """Returns the MACs of the dense layer and of its factors, over all traced calls."""
+    prefix = f"{name}." if name else ""
+    after = sum(
+        factor.numel() * call.positions
+        for child, factor in module.factors().items()
+        for call in traced.calls[f"{prefix}{child}"]
+    )
+    last = list(module.factors())[-1]
+    positions = sum(call.positions for call in traced.calls[f"{prefix}{last}"])
+    return torch.Size(module.weight_shape).numel() * positions, after
 
 
 def _checked(model: nn.Module, plan: Plan) -> list[tuple[Layer, LayerPlan]]:

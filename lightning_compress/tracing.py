@@ -94,7 +94,7 @@ def as_arguments(model: nn.Module, example_input: ExampleInput) -> tuple[tuple[A
         kwargs = dict(example_input)
     elif isinstance(example_input, Tensor):
         args = (example_input,)
-    elif _is_shape(example_input):
+    elif is_shape(example_input):
         args = (_draw(model, tuple(example_input)),)
     elif isinstance(example_input, tuple):
         args = example_input
@@ -129,13 +129,14 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 def shape_text(example_input: ExampleInput) -> str:
     """Returns the example input as an error message shows it: shapes instead of values."""
-    if _is_shape(example_input):
+    if is_shape(example_input):
         return str(tuple(cast("Sequence[int]", example_input)))
     shapes = tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf, example_input)
     return str(shapes)
 
 
-def _is_shape(value: object) -> bool:
+def is_shape(value: object) -> bool:
+    """Returns whether an example input is a shape: a sequence of whole numbers above 0."""
     return (
         isinstance(value, Sequence)
         and len(value) > 0

@@ -236,6 +236,15 @@ def test_include_and_exclude_take_names_globs_types_and_classes(net, pattern, ex
     assert {reasons_of(net, exclude=pattern)[name] for name in expected} == {"matched by exclude"}
 
 
+def test_own_reason_of_a_layer_comes_before_that_of_a_pattern(net):
+    reasons = (
+        reasons_of(net, exclude="norm"),
+        reasons_of(net, include="fc1"),
+        reasons_of(net, overrides={"norm": "dense"}),
+    )
+    assert {r["norm"] for r in reasons} == {"BatchNorm2d is not one of Linear, Conv2d (exact types)"}
+
+
 def test_exclude_wins_over_include(net):
     assert chosen_in(net, include="fc*", exclude="fc2") == ["fc1"]
 

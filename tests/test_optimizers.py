@@ -522,8 +522,8 @@ def test_layout_is_the_parameter_names_of_every_group():
     first = SGD([{"params": [net.fc2.bias, net.conv1.weight]}, {"params": [net.norm.bias]}], lr=0.1)
     second = Adam([net.fc1.weight, nn.Parameter(torch.zeros(1))])
     assert optimizer_layout([first, second], net) == [
-        [["fc2.bias", "conv1.weight"], ["norm.bias"]],
-        [["fc1.weight", "?"]],
+        {"type": "SGD", "groups": [["fc2.bias", "conv1.weight"], ["norm.bias"]]},
+        {"type": "Adam", "groups": [["fc1.weight", "?"]]},
     ]
     assert optimizer_layout([], net) == []
 
@@ -533,7 +533,7 @@ def test_patched_layout_is_that_of_an_optimizer_built_from_the_factors():
     optimizer = SGD(net.parameters(), lr=0.1)
     replacements = apply_plan_(net, plan)
     patch_optimizers_([optimizer], replacements)
-    expected = [[[name for name, _ in net.named_parameters()]]]
+    expected = [{"type": "SGD", "groups": [[name for name, _ in net.named_parameters()]]}]
     assert optimizer_layout([optimizer], net) == expected
 
 

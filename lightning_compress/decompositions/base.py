@@ -48,6 +48,11 @@ class LayerCall:
     outputs: tuple[int, ...]
     rows: int
 
+    @property
+    def positions(self) -> int:
+        """How often the weight is applied: rows times output positions."""
+        return self.rows * int(np.prod(self.outputs, dtype=np.int64))
+
 
 @dataclass(frozen=True)
 class RankProfile:

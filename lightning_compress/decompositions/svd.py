@@ -77,8 +77,7 @@ class Svd(_MatrixDecomposition):
 
     @override
     def macs(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Ints:
-        positions = call.rows * int(np.prod(call.outputs, dtype=np.int64))
-        return self.parameters(shape, ranks) * positions
+        return self.parameters(shape, ranks) * call.positions
 
     def _fold(self, expand: Tensor, reduce: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
         tail = shape[2:]  # () for Linear, (1, 1) for Conv2d
@@ -125,7 +124,7 @@ class ChannelSvd(_MatrixDecomposition):
 
     @override
     def macs(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Ints:
-        return self.parameters(shape, ranks) * (call.rows * int(np.prod(call.outputs)))
+        return self.parameters(shape, ranks) * call.positions
 
     def _fold(self, expand: Tensor, reduce: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
         return {"reduce": reduce.reshape(-1, *shape[1:]), "expand": expand[:, :, None, None]}

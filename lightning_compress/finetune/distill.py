@@ -54,12 +54,15 @@ class Teacher:
     Args:
         root: The model, not yet factorised.
         settings: What to distil and how.
+        convert: Applied to the copy, such as a conversion of its precision.
 
     Raises:
         ConfigurationError: If `settings.module` is no submodule of the model.
     """
 
-    def __init__(self, root: nn.Module, settings: Distill) -> None:
+    def __init__(
+        self, root: nn.Module, settings: Distill, *, convert: Callable[[nn.Module], nn.Module] = lambda module: module
+    ) -> None:
         self.settings = settings
         try:
             target = root.get_submodule(settings.module or "")
@@ -67,7 +70,7 @@ class Teacher:
             known = ", ".join(name for name, _ in root.named_children())
             msg = f"Distill(module={settings.module!r}): {type(root).__name__} has no such submodule. It has: {known}."
             raise ConfigurationError(msg) from error
-        self.module = _copy_without_trainer(target).eval().requires_grad_(False)
+        self.module = convert(_copy_without_trainer(target)).eval().requires_grad_(False)
         self.fingerprint = fingerprint(self.module)
 
     def wrap(self, root: nn.Module, step: Callable[..., Any], log: Callable[[str, Tensor], None]) -> Distillation:

@@ -20,15 +20,17 @@ _MATRIX_ONLY = "Muon"
 _SHARDED = "ZeroRedundancyOptimizer"
 
 
-def require_patchable(optimizers: Iterable[Optimizer], factors: Iterable[nn.Parameter]) -> None:
-    """Checks that every optimizer can take over the factors.
+def require_patchable(optimizers: Iterable[Optimizer], replacements: Sequence[Replacement]) -> None:
+    """Checks that every optimizer can take over the factors of the weights it holds.
 
     Raises:
         UnsupportedError: If an optimizer shards its parameters, or accepts matrices only and
-            some factor is none.
+            some factor it would receive is none.
     """
-    matrices_only = all(factor.ndim == 2 for factor in factors)  # noqa: PLR2004
     for optimizer in optimizers:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        factors = [f for r in replacements if id(r.dense.weight) in held for f in factor_parameters(r)]
+        matrices_only = all(factor.ndim == 2 for factor in factors)  # noqa: PLR2004
         name = type(optimizer).__name__
         if name == _SHARDED:
             msg = f"{name} keeps its own parameter shards and cannot take over factors: use a plain optimizer."
@@ -51,7 +53,7 @@ def patch_optimizers_(optimizers: Sequence[Optimizer], replacements: Sequence[Re
         UnsupportedError: If an optimizer cannot take over factors; nothing is changed then.
         OrphanParameterError: If a factor did not reach the optimizer that held its weight.
     """
-    require_patchable(optimizers, [f for r in replacements for f in factor_parameters(r)])
+    require_patchable(optimizers, replacements)
     by_weight = {id(r.dense.weight): r for r in replacements}
     held = [{id(p) for group in o.param_groups for p in group["params"]} for o in optimizers]
     for optimizer in optimizers:
@@ -69,10 +71,16 @@ def factor_parameters(replacement: Replacement) -> list[nn.Parameter]:
     return [cast(nn.Parameter, factor) for factor in replacement.factorised.factors().values()]
 
 
-def optimizer_layout(optimizers: Sequence[Optimizer], model: nn.Module) -> list[list[list[str]]]:
-    """Returns the parameter names of each group of each optimizer; "?" for one the model lacks."""
+def optimizer_layout(optimizers: Sequence[Optimizer], model: nn.Module) -> list[dict[str, Any]]:
+    """Returns class and parameter names by group of each optimizer; "?" for one the model lacks."""
     names = {id(p): name for name, p in model.named_parameters()}
-    return [[[names.get(id(p), "?") for p in group["params"]] for group in o.param_groups] for o in optimizers]
+    return [
+        {
+            "type": type(optimizer).__name__,
+            "groups": [[names.get(id(p), "?") for p in group["params"]] for group in optimizer.param_groups],
+        }
+        for optimizer in optimizers
+    ]
 
 
 def _patch_group(group: dict[str, Any], by_weight: Mapping[int, Replacement]) -> None:

@@ -29,7 +29,7 @@ class WarmUp:
         self._ids = {id(factor) for factor in factors}
         self._steps = steps
         self._step = step
-        self._saved: list[tuple[dict[str, Any], Any]] = []
+        self._saved: dict[int, list[tuple[dict[str, Any], Any]]] = {}  # by optimizer
         self._handles: list[RemovableHandle] = []
         for optimizer in optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._scale))
@@ -42,24 +42,27 @@ class WarmUp:
 
     def detach(self) -> None:
         """Removes the hooks and undoes a scaling that an exception left behind."""
-        self._restore()
+        for key in list(self._saved):
+            self._undo(key)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def _scale(self, optimizer: Optimizer, *_: Any) -> None:
         scale = self.scale
-        if scale == 1.0:
+        if scale == 1.0 or id(optimizer) in self._saved:  # an optimizer may call its base class's step
             return
-        for group in optimizer.param_groups:
-            if any(id(p) in self._ids for p in group["params"]):
-                self._saved.append((group, group["lr"]))
-                group["lr"] = group["lr"] * scale
+        groups = [group for group in optimizer.param_groups if any(id(p) in self._ids for p in group["params"])]
+        self._saved[id(optimizer)] = [(group, group["lr"]) for group in groups]
+        for group in groups:
+            group["lr"] = group["lr"] * scale
 
-    def _restore(self, *_: Any) -> None:
-        for group, lr in self._saved:
+    def _restore(self, optimizer: Optimizer, *_: Any) -> None:
+        self._undo(id(optimizer))
+
+    def _undo(self, key: int) -> None:
+        for group, lr in self._saved.pop(key, []):
             group["lr"] = lr
-        self._saved.clear()
 
 
 def drop_gradients(parameters: Iterable[nn.Parameter], keep: Iterable[nn.Parameter]) -> None:
