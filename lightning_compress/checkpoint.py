@@ -53,9 +53,7 @@ def plan_in(payload: Mapping[str, Any]) -> Plan:
     """
     version = payload.get("version")
     if version != CHECKPOINT_VERSION:
-        msg = (
-            f"the checkpoint's compression has version {version!r}, this library reads {CHECKPOINT_VERSION}: update."
-        )
+        msg = f"the checkpoint's compression has version {version!r}, this library reads {CHECKPOINT_VERSION}: update."
         raise ResumeError(msg)
     return Plan.from_json(payload["plan"])
 

@@ -22,12 +22,13 @@ RESOURCES = ("params", "macs", "bytes")
 _T = TypeVar("_T")
 
 
-def did_you_mean(word: object, known: Iterable[str]) -> str:
+def did_you_mean(word: object, known: Iterable[str], *, most: int = 20) -> str:
     """Returns the end of an error message: a suggestion if one is close, then the known names."""
     known = list(known)
     close = difflib.get_close_matches(str(word), known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{hint} Known: {', '.join(known)}."
+    more = f", … ({len(known) - most} more)" if len(known) > most else ""
+    return f"{hint} Known: {', '.join(known[:most])}{more}."
 
 
 def _is_number(value: object) -> bool:
@@ -152,7 +153,7 @@ class Override:
         kinds: Kinds to choose from, instead of the general ones.
         min_rank: Lower bound on every rank.
         max_rank: Upper bound on every rank.
-        dense: Leave the layer alone.
+        dense: Leave the layer alone; false takes back what an earlier pattern said.
 
     Raises:
         ConfigurationError: If a bound is no whole number of at least 1, or the two cross.
@@ -161,10 +162,10 @@ class Override:
     kinds: str | Sequence[str] | None = None
     min_rank: int | None = None
     max_rank: int | None = None
-    dense: bool = False
+    dense: bool | None = None
 
     def __post_init__(self) -> None:
-        _require_type("Override", "dense", self.dense, bool, "true or false")
+        _require_type("Override", "dense", self.dense, (bool, type(None)), "true or false")
         for name in ("min_rank", "max_rank"):
             if getattr(self, name) is not None:
                 _require_count("Override", name, getattr(self, name), 1)

@@ -27,9 +27,14 @@ def save_compressed(model: nn.Module, folder: str | Path) -> None:
 
     Raises:
         OutputFolderError: If the folder cannot be made or written.
+        WeightsError: If the state dict holds something else than tensors.
     """
     folder = Path(folder)
     plan = plan_of(model)
+    others = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
+    if others:
+        msg = f"the state dict holds {others[0]!r}, no tensor (get_extra_state?): safetensors holds tensors only."
+        raise WeightsError(msg)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_model(model, str(folder / WEIGHTS_FILE))
@@ -86,10 +91,15 @@ def load_weights_(model: nn.Module, path: str | Path) -> None:
         return
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        msg = f"cannot read the weights {str(path)!r}: {error}. Expected a state dict (.safetensors or torch.save)."
+    except Exception as error:  # a damaged file fails in any of a dozen ways
+        pickled = isinstance(error, pickle.UnpicklingError)
+        why = "it is damaged, or holds pickled objects, which are not loaded" if pickled else str(error)
+        msg = f"cannot read the weights {str(path)!r}: {why}. Expected a state dict (.safetensors or torch.save)."
         raise WeightsError(msg) from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    state = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
+        msg = f"{str(path)!r} holds no tensors by name: expected a state dict, or a checkpoint with a 'state_dict'."
+        raise WeightsError(msg)
     state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     _require_fitting(model, {name: tuple(value.shape) for name, value in state.items()}, path)
     model.load_state_dict(state, strict=False)  # of tied tensors one is enough

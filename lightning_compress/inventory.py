@@ -26,6 +26,13 @@ from lightning_compress.tracing import Trace
 FACTORISABLE_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
 """Exact types; a subclass may use its weight in its own way."""
 
+_STATE_DICT_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
 _MOST_LISTED = 20  # layers in an error message
 
 Patterns = str | type | Sequence[str | type]
@@ -117,17 +124,32 @@ def take_inventory(
     return tuple(result)
 
 
+def require_module(model: object) -> None:
+    """Checks that a model is a module whose parameters all have a shape.
+
+    Raises:
+        ConfigurationError: If it is no module.
+        ModelError: If a lazy parameter has no shape yet.
+    """
+    if not isinstance(model, nn.Module):
+        msg = f"model={model!r}: expected a torch.nn.Module."
+        raise ConfigurationError(msg)
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            msg = f"parameter {name!r} has no shape yet: run one batch through the model first."
+            raise ModelError(msg)
+
+
 def require_usable_weights(model: nn.Module) -> None:
     """Checks that every parameter has a shape and finite values.
 
     Raises:
+        ConfigurationError: If the model is no module.
         ModelError: If a lazy parameter has no shape yet.
         NonFiniteWeightError: If a parameter holds NaN or infinite values.
     """
+    require_module(model)
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedParameter):
-            msg = f"parameter {name!r} has no shape yet: run one batch through the model before compressing it."
-            raise ModelError(msg)
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             bad = int((~torch.isfinite(parameter)).sum())
             msg = (
@@ -199,10 +221,13 @@ def _overrides(layers: Sequence[Layer], overrides: Mapping[str, Any] | None) -> 
         raise ConfigurationError(msg)
     merged: dict[str, Override] = {}
     for pattern, value in overrides.items():
+        if not isinstance(cast(Any, pattern), (str, type)):
+            msg = f"overrides: the pattern {pattern!r} is no string; quote it, as in {{'{pattern}': 'dense'}}."
+            raise ConfigurationError(msg)
         override = Override.from_value(value, pattern)
         if override.kinds is not None:
             resolve_kinds(override.kinds)
-        fields = {name: v for name, v in vars(override).items() if v is not None and not (name == "dense" and not v)}
+        fields = {name: v for name, v in vars(override).items() if v is not None}
         for name in _names_matching(layers, pattern, "overrides"):
             merged[name] = replace(merged.get(name, Override()), **fields)
     return merged
@@ -240,7 +265,7 @@ def _why_dense(module: nn.Module, shared: set[int], trace: Trace | None, name: s
         return "it is the model itself, which has no parent to swap it in; wrap it, as in nn.Sequential(layer)"
     if "forward" in module.__dict__:
         return "its forward method was replaced on the instance"
-    if any(getattr(module, hooks) for hooks in ("_state_dict_hooks", "_load_state_dict_pre_hooks")):
+    if any(getattr(module, hooks, None) for hooks in _STATE_DICT_HOOKS):
         return "it carries state-dict hooks, which expect a dense weight"
     return _why_weight_dense(module, shared) or _why_use_dense(trace, name)
 

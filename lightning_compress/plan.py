@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lightning_compress.candidates import DENSE, signal_loss
 from lightning_compress.config import Budget
@@ -116,14 +117,14 @@ class Plan:
         """
         try:
             data = json.loads(text)
-        except (json.JSONDecodeError, TypeError) as error:
-            msg = f"the plan is damaged: not JSON ({error}); it starts with {text[:40]!r}."
+        except (ValueError, TypeError, RecursionError) as error:
+            msg = f"the plan is damaged: not JSON ({error}); it starts with {str(text)[:40]!r}."
             raise PlanFormatError(msg) from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             msg = f'this is no plan of lightning_compress: expected "format": {FORMAT!r}, got {str(data)[:60]!r}.'
             raise PlanFormatError(msg)
         schema = data.get("schema")
-        if not isinstance(schema, int) or schema > SCHEMA:
+        if type(schema) is not int or not 1 <= schema <= SCHEMA:
             msg = (
                 f"the plan has schema {schema!r}; this version reads schema {SCHEMA} and older. "
                 "Update lightning_compress, or write the plan again with this version."
@@ -140,7 +141,7 @@ class Plan:
         buffer = io.StringIO()
         console = Console(file=buffer, width=120, color_system=None, legacy_windows=False)
         console.print(self.table())
-        console.print(self.summary(), soft_wrap=True, highlight=False)
+        console.print(self.summary(), soft_wrap=True, highlight=False, markup=False)
         return buffer.getvalue().rstrip()
 
     def table(self) -> Table:
@@ -153,7 +154,7 @@ class Plan:
         table.add_column("reason", overflow="fold")
         for layer in self.layers:
             table.add_row(
-                layer.name or "(model)",
+                Text(layer.name or "(model)"),
                 layer.type,
                 layer.kind,
                 ", ".join(map(str, layer.ranks)),
@@ -162,7 +163,7 @@ class Plan:
                 if not layer.is_dense
                 else f"{layer.params_before:,}",
                 "" if layer.is_dense else f"{100 * layer.params_after / layer.params_before:.1f} %",
-                layer.reason or "",
+                Text(layer.reason or ""),
             )
         return table
 
@@ -213,7 +214,7 @@ def _layer_from_dict(data: Mapping[str, Any]) -> LayerPlan:
         kind=_typed(data, "kind", str),
         ranks=_whole_numbers(data, "ranks"),
         weight_shape=_whole_numbers(data, "weight_shape"),
-        error=_typed(data, "error", float),
+        error=_share(data, "error"),
         params_before=_typed(data, "params_before", int),
         params_after=_typed(data, "params_after", int),
         macs_before=_typed(data, "macs_before", int, optional=True),
@@ -236,6 +237,14 @@ def _whole_numbers(data: Mapping[str, Any], key: str) -> tuple[int, ...]:
         msg = f"{key!r} is {values!r}, expected whole numbers above 0"
         raise ValueError(msg)
     return tuple(values)
+
+
+def _share(data: Mapping[str, Any], key: str) -> float:
+    value = float(_typed(data, key, float))
+    if not 0 <= value <= 1:
+        msg = f"{key!r} is {value!r}, expected a number in [0, 1]"
+        raise ValueError(msg)
+    return value
 
 
 def _typed(data: Mapping[str, Any], key: str, kind: type, *, optional: bool = False) -> Any:

@@ -15,7 +15,7 @@ from lightning_compress.costs import Costs, measure_costs
 from lightning_compress.decompositions import DECOMPOSITIONS, FactorisedLayer
 from lightning_compress.decompositions.base import threads_for
 from lightning_compress.errors import ConfigurationError, PlanMismatchError
-from lightning_compress.inventory import Layer, list_layers, require_usable_weights
+from lightning_compress.inventory import Layer, list_layers, require_module, require_usable_weights
 from lightning_compress.plan import LayerPlan, Plan
 from lightning_compress.search.problem import Progress
 from lightning_compress.tracing import ExampleInput, Trace, trace
@@ -76,6 +76,7 @@ def apply_plan_(model: nn.Module, plan: Plan, *, progress: Progress | None = Non
 
 def apply_shells_(model: nn.Module, plan: Plan) -> tuple[Replacement, ...]:
     """Like `apply_plan_`, with factors of zeros: the structure that a state dict is loaded into."""
+    require_module(model)
     return _replace(model, plan, lambda _what, _done: None, decompose=False)
 
 
@@ -87,7 +88,8 @@ def _replace(model: nn.Module, plan: Plan, progress: Progress, *, decompose: boo
     replacements = []
     for index, (layer, planned) in enumerate(pairs):
         progress("factorising layers", index / len(pairs))
-        replacements.append(Replacement(layer.aliases, layer.module, _build(layer, planned, decompose=decompose)))
+        with torch.inference_mode(mode=False):  # parameters made in inference mode could never be trained
+            replacements.append(Replacement(layer.aliases, layer.module, _build(layer, planned, decompose=decompose)))
     progress("factorising layers", 1.0)
     install(model, replacements)
     return tuple(replacements)
@@ -168,14 +170,16 @@ def _checked(model: nn.Module, plan: Plan) -> list[tuple[Layer, LayerPlan]]:
     found = {alias: layer for layer in list_layers(model) for alias in layer.aliases}
     pairs = []
     planned = {p.name: p for p in plan.factorised}
+    kept = {p.name for p in plan.layers if p.is_dense and p.type == FactorisedLayer.__name__}  # by an earlier plan
     for name, layer in found.items():
-        if isinstance(layer.module, FactorisedLayer) and name == layer.name and name not in planned:
+        expected = name in planned or name in kept
+        if isinstance(layer.module, FactorisedLayer) and name == layer.name and not expected:
             msg = f"layer {name!r} is factorised in the model ({_text(layer.module)}) but dense in the plan."
             raise PlanMismatchError(msg)
     for name, layer_plan in planned.items():
         known = found.get(name)
         if known is None:
-            msg = f"the plan's layer {name!r} is not in the model.{did_you_mean(name, list(found)[:8] or ['nothing'])}"
+            msg = f"the plan's layer {name!r} is not in the model.{did_you_mean(name, found)}"
             raise PlanMismatchError(msg)
         if isinstance(known.module, FactorisedLayer):
             _require_same(known.module, layer_plan)

@@ -168,9 +168,7 @@ def test_names_of_the_compressions_say_their_budget(option, limits):
 def test_base_alone_lacks_a_budget_and_says_what_to_choose(tmp_path):
     from lightning_compress.app import run
 
-    with pytest.raises(
-        ConfigurationError, match=r"has no budget, only _target_, kinds.*: try compression=params_20"
-    ):
+    with pytest.raises(ConfigurationError, match=r"has no budget, only _target_, kinds.*: try compression=params_20"):
         run(compose("compression=base"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -90,7 +90,11 @@ def test_print_without_macs_and_search_shows_neither():
     assert "MACs" not in str(bare)
     assert "budget" not in str(bare)
     assert "(model)" in str(bare)
-    assert str(bare).splitlines()[-1] == "params 10 → 5 (50.0 % kept); bytes 40 → 20 (50.0 % kept)"
+    assert "method" not in str(bare)
+    assert str(bare).splitlines()[-2:] == [
+        "params 10 → 5 (50.0 % kept); bytes 40 → 20 (50.0 % kept)",
+        "signal loss 0.2877",  # -log(1 - 0.25)
+    ]
 
 
 @pytest.mark.parametrize("field", ["seconds", "optimality_gap", "method", "seed"])

@@ -25,14 +25,14 @@ def resolve_kinds(kinds: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         ConfigurationError: If a kind is unknown, the sequence is empty, or the type is wrong.
     """
-    if kinds == "auto":
+    if kinds in ("auto", ["auto"], ("auto",)):
         return tuple(DECOMPOSITIONS)
     names = [kinds] if isinstance(kinds, str) else kinds
     if not isinstance(names, Sequence) or not names:
         msg = f"kinds={kinds!r}: expected 'auto', a kind, or a list of kinds.{did_you_mean('', DECOMPOSITIONS)}"
         raise ConfigurationError(msg)
     for name in names:
-        if name not in DECOMPOSITIONS:
+        if not isinstance(name, str) or name not in DECOMPOSITIONS:
             msg = f"kinds={kinds!r}: unknown kind {name!r}.{did_you_mean(name, ['auto', *DECOMPOSITIONS])}"
             raise ConfigurationError(msg)
     return tuple(dict.fromkeys(names))

@@ -234,6 +234,19 @@ def singular_energies(matrix: Tensor) -> Floats:
     return energies
 
 
+def balanced(expand: Tensor, reduce: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the factors, (outputs, r) and (r, inputs), with their norms shared out evenly per component.
+
+    Both then train at the same scale. A component of zero keeps its column in `expand`: were both
+    factors zero, neither would ever receive a gradient.
+    """
+    tiny = torch.finfo(expand.dtype).tiny
+    root = (reduce.norm(dim=1) / expand.norm(dim=0).clamp_min(tiny)).sqrt()
+    floor = 1e-2 * root.max() if bool(root.any()) else torch.ones((), dtype=root.dtype)
+    root = root.clamp_min(floor)
+    return expand * root, reduce / root[:, None]
+
+
 def tail_errors(energies: Floats) -> Floats:
     """Returns the relative error left after keeping the first 1, 2, … n of sorted energies."""
     total = energies.sum()

@@ -16,6 +16,7 @@ from lightning_compress.decompositions.base import (
     Ints,
     LayerCall,
     RankProfile,
+    balanced,
     conv_like,
     singular_energies,
     tail_errors,
@@ -50,8 +51,7 @@ class _MatrixDecomposition(Decomposition):
     def factorise(self, weight: Tensor, ranks: tuple[int, ...]) -> dict[str, Tensor]:
         u, s, vh = torch.linalg.svd(self._matrix(weight), full_matrices=False)
         (rank,) = ranks
-        root = s[:rank].sqrt()  # shared out evenly, so that both factors train at the same scale
-        return self._fold(u[:, :rank] * root, root[:, None] * vh[:rank], tuple(weight.shape))
+        return self._fold(*balanced(u[:, :rank], s[:rank, None] * vh[:rank]), tuple(weight.shape))
 
 
 class Svd(_MatrixDecomposition):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import cast
 
@@ -74,11 +75,20 @@ class Tucker2(Decomposition):
 
     @override
     def factorise(self, weight: Tensor, ranks: tuple[int, ...]) -> dict[str, Tensor]:
-        (core, (u_out, u_in)), _ = partial_tucker(
-            weight.numpy(), rank=list(ranks), modes=[0, 1], n_iter_max=50, tol=1e-7
-        )
+        if not bool(weight.any()):  # nothing to iterate on; bases that are not zero let the core train
+            (r_out, r_in), (out, in_, k_h, k_w) = ranks, weight.shape
+            return {
+                "reduce": torch.eye(r_in, in_, dtype=weight.dtype)[:, :, None, None],
+                "core": torch.zeros(r_out, r_in, k_h, k_w, dtype=weight.dtype),
+                "expand": torch.eye(out, r_out, dtype=weight.dtype)[:, :, None, None],
+            }
+        with warnings.catch_warnings():  # ranks beyond what the other mode allows are harmless
+            warnings.filterwarnings("ignore", message="Trying to compute SVD with n_eigenvecs")
+            (core, (u_out, u_in)), _ = partial_tucker(
+                weight.numpy(), rank=list(ranks), modes=[0, 1], n_iter_max=50, tol=1e-7
+            )
         # The bases are orthonormal: put the core's scale into all three factors, so that they train alike.
-        scale = (np.linalg.norm(core) / np.sqrt(core.size)) ** (1 / 3) if core.any() else 1.0
+        scale = (np.linalg.norm(core) / np.sqrt(core.size)) ** (1 / 3)
         core, u_out, u_in = (torch.from_numpy(np.ascontiguousarray(a)) for a in (core, u_out, u_in))
         return {
             "reduce": (u_in.T * scale)[:, :, None, None],

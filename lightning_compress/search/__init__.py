@@ -93,16 +93,15 @@ def search_ranks(
     """
     start = time.perf_counter()
     budget = Budget.from_value(budget)
-    if not isinstance(cast(Any, model), nn.Module):
-        msg = f"model={model!r}: expected a torch.nn.Module."
-        raise ConfigurationError(msg)
     check_settings(method, objective, rank_multiple, seed)
     require_usable_weights(model)
+    selection: dict[str, Any] = {"kinds": kinds, "include": include, "exclude": exclude, "overrides": overrides}
+    take_inventory(model, **selection)  # a wrong pattern shows before the model is run
     if "macs" in budget.limits() and example_input is None:
         msg = f"a budget in MACs ({budget}) needs example_input: a tensor, or a shape such as (1, 3, 224, 224)."
         raise ExampleInputError(msg)
     traced = trace(model, example_input) if example_input is not None else None
-    layers = take_inventory(model, kinds=kinds, include=include, exclude=exclude, overrides=overrides, trace=traced)
+    layers = take_inventory(model, **selection, trace=traced)
     dense = measure_costs(model, macs=traced.macs if traced else None)
     report = progress or (lambda _what, _done: None)
     tables = _tabulate(layers, tuple(budget.limits()), rank_multiple, report)
@@ -130,7 +129,7 @@ def check_settings(method: object, objective: object, rank_multiple: object, see
         ConfigurationError: If one is unknown or out of range.
         UnsupportedError: If the objective is not in this version.
     """
-    if method not in STRATEGIES:
+    if not isinstance(method, str) or method not in STRATEGIES:
         msg = f"search method {method!r} is unknown.{did_you_mean(method, STRATEGIES)}"
         raise ConfigurationError(msg)
     if objective in _RESERVED_OBJECTIVES:

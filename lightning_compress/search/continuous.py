@@ -47,8 +47,9 @@ SETTLED = 1e-3
 
 def search_continuous(problem: Problem, *, progress: Progress) -> Ints:
     """Returns the projection of the continuous optimum of the composite loss."""
-    space = _Space.of(problem)
-    log_sizes = _descend(space, progress)
+    with torch.inference_mode(mode=False), torch.enable_grad():  # whatever the caller is in
+        space = _Space.of(problem)
+        log_sizes = _descend(space, progress)
     return _project(problem, space, log_sizes)
 
 
@@ -107,7 +108,7 @@ class _Space:
                 rows = _best_path(candidates.rows_of(kind), candidates.losses, relative.mean(axis=1))
                 hull = rows[_convex_hull(relative[rows].mean(axis=1), candidates.losses[rows])]
                 paths.append((index, rows, relative[rows].mean(axis=1), candidates.losses[hull], relative[hull]))
-        longest = max(len(losses) for *_, losses, _ in paths)
+        longest = max(2, *(len(losses) for *_, losses, _ in paths))
 
         def padded(values: Floats) -> Floats:
             return np.concatenate([values, np.repeat(values[-1:], longest - len(values), axis=0)])
