@@ -324,7 +324,7 @@ def test_overrides_of_several_patterns_that_cross_are_an_error(net):
         (
             {0: "dense"},
             r"overrides: the pattern 0 is no string; quote it, as in \{'0': 'dense'\}",
-        ),  # what YAML makes of `0: dense`
+        ),
     ],
 )
 def test_malformed_overrides_are_errors(net, overrides, message):
