@@ -52,7 +52,7 @@ def publish(name: str, title: str, rows: Sequence[Mapping[str, Any]], **more: An
         table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
-    console = Console()
+    console = Console(width=140)
     console.print(table)
     on = machine()
     console.print(", ".join(f"{key} {value}" for key, value in on.items() if value), soft_wrap=True, highlight=False)
