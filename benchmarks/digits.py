@@ -42,4 +42,4 @@ def main(seeds: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(seed) for seed in sys.argv[1:]] or [0, 1, 2])
+    main([int(seed) for seed in sys.argv[1:]] or [0, 1, 2, 3, 4])

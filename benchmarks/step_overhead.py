@@ -25,7 +25,7 @@ from lightning_compress import Budget, Compress, FactorisedLayer, Schedule
 from lightning_compress.demo.task import ClassificationTask
 
 STEPS = 60
-ROUNDS = 7
+ROUNDS = 9
 BATCH = 64
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     """Prints the ratio of each round and the median of all."""
     images, labels = torch.randn(STEPS * BATCH, 1, 28, 28), torch.randint(0, 10, (STEPS * BATCH,))
     loader = DataLoader(TensorDataset(images, labels), BATCH)
-    dense = ClassificationTask(reference("resnet20"), lr=1e-3)
+    dense = ClassificationTask(reference("resnet20").train(), lr=1e-3)
     dense.example_input_array = torch.zeros(1, 1, 28, 28)
     by_hand = copy.deepcopy(dense)
     _fit(by_hand, loader, [Compress(Budget(params=0.28))], steps=1)
