@@ -26,18 +26,19 @@ from lightning_compress.checkpoint import (
     plan_in,
     require_same_layout,
 )
+from lightning_compress.compression import Compression, compress_model_
 from lightning_compress.config import Budget, Distill, Schedule
 from lightning_compress.decompositions import FactorisedLayer, resolve_kinds
-from lightning_compress.errors import ExampleInputError, ResumeError, UnsupportedError
+from lightning_compress.errors import ConfigurationError, ExampleInputError, ResumeError, UnsupportedError
 from lightning_compress.finetune.distill import Distillation, Teacher
 from lightning_compress.finetune.liveness import Liveness
 from lightning_compress.finetune.optimizers import optimizer_layout, patch_optimizers_
 from lightning_compress.finetune.schedule import WarmUp, drop_gradients
 from lightning_compress.inventory import Patterns
 from lightning_compress.plan import Plan, percent
+from lightning_compress.progress import Progress
 from lightning_compress.search import check_settings, search_ranks
-from lightning_compress.search.problem import Progress
-from lightning_compress.swap import Replacement, apply_plan_, apply_shells_, plan_of, uninstall
+from lightning_compress.swap import Replacement, apply_shells_, plan_of, uninstall
 from lightning_compress.tracing import ExampleInput, is_shape, trace
 
 try:
@@ -66,7 +67,9 @@ class Compress(RestoringCallback):
         exclude: Likewise for layers to leave alone.
         overrides: Pattern to `Override`, a mapping of its fields, or "dense".
         search: Strategy: "continuous", "exact", "uniform" or "energy".
-        objective: "weight" or "auto".
+        objective: "weight" (also "auto"), or "moments": errors are those of the layers' outputs on
+            synthetic inputs, made from the module's own batch-norm statistics.
+        heal: Whether to repair the factors on synthetic inputs before fine-tuning.
         schedule: Warm-up and freezing, a `Schedule` or a mapping; None for neither.
         distill: Distillation from the dense model, a `Distill` or a mapping; None for off.
         example_input: A tensor, a tuple or dict of arguments of `forward`, or a shape with its
@@ -93,6 +96,7 @@ class Compress(RestoringCallback):
         overrides: Mapping[str, Any] | None = None,
         search: str = "continuous",
         objective: str = "auto",
+        heal: bool = False,
         schedule: Schedule | Mapping[str, Any] | None = None,
         distill: Distill | Mapping[str, Any] | None = None,
         example_input: ExampleInput | None = None,
@@ -104,7 +108,11 @@ class Compress(RestoringCallback):
         resolve_kinds(self.kinds)
         self.include, self.exclude, self.overrides = _plain(include), _plain(exclude), _plain(overrides)
         check_settings(search, objective, rank_multiple, seed)
+        if not isinstance(cast(Any, heal), bool):
+            msg = f"heal={heal!r}: expected true or false."
+            raise ConfigurationError(msg)
         self.search, self.objective, self.rank_multiple, self.seed = search, objective, rank_multiple, seed
+        self.heal = heal
         self.schedule = Schedule.from_value(_plain(schedule))
         self.distill = Distill.from_value(_plain(distill))
         self.example_input = _plain(example_input)
@@ -142,16 +150,21 @@ class Compress(RestoringCallback):
             model,
             self.budget,
             example_input=example_input if example_input is not None else self.example_input,
-            method=method if method is not None else self.search,
             objective=self.objective,
-            kinds=self.kinds,
-            include=self.include,
-            exclude=self.exclude,
-            overrides=self.overrides,
-            rank_multiple=self.rank_multiple,
-            seed=self.seed,
             progress=progress,
+            **{**self._search_settings(), "method": method if method is not None else self.search},
         )
+
+    def _search_settings(self) -> dict[str, Any]:
+        return {
+            "method": self.search,
+            "kinds": self.kinds,
+            "include": self.include,
+            "exclude": self.exclude,
+            "overrides": self.overrides,
+            "rank_multiple": self.rank_multiple,
+            "seed": self.seed,
+        }
 
     # --- hooks -------------------------------------------------------------------------------
 
@@ -227,14 +240,21 @@ class Compress(RestoringCallback):
 
     def _compress(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Replacement, ...]:
         example = self._example_input(trainer, pl_module)
+        teacher = Teacher(pl_module, self.distill) if self.distill is not None else None
         with _progress(trainer) as progress:
-            plan = self.plan_for(pl_module, example, progress=progress)
-            teacher = Teacher(pl_module, self.distill) if self.distill is not None else None
-            replacements = apply_plan_(pl_module, plan, progress=progress)
-        self.plan = plan
+            done = compress_model_(
+                pl_module,
+                self.budget,
+                example_input=example,
+                objective=self.objective,
+                heal=self.heal,
+                progress=progress,
+                **self._search_settings(),
+            )
+        self.plan = done.plan
         self._use_teacher(teacher)
-        _log_plan(trainer, plan)
-        return replacements
+        _log_plan(trainer, done)
+        return done.replacements
 
     def _fine_tune_only(self, trainer: Trainer, pl_module: LightningModule) -> None:
         example = self._example_input(trainer, pl_module) if "macs" in self.budget.limits() else None
@@ -404,8 +424,9 @@ def _progress(trainer: Trainer) -> Iterator[Progress]:
         yield lambda what, done: progress.update(task, description=f"Compress: {what}", completed=done)
 
 
-def _log_plan(trainer: Trainer, plan: Plan) -> None:
+def _log_plan(trainer: Trainer, done: Compression) -> None:
     """Sends sizes and plan to the loggers and a summary to the console."""
+    plan = done.plan
     dense = len(plan.layers) - len(plan.factorised)
     rank_zero_info(
         f"Compress: {plan.summary()}\n{len(plan.factorised)} layers factorised, {dense} left dense; "
@@ -417,6 +438,9 @@ def _log_plan(trainer: Trainer, plan: Plan) -> None:
         for resource, value in values.items()
         if value is not None
     }
+    if done.healing is not None:
+        sizes["compress/distance_before_healing"] = done.healing.before
+        sizes["compress/distance_after_healing"] = done.healing.after
     for name, value in (("search_seconds", plan.seconds), ("optimality_gap", plan.optimality_gap)):
         if value is not None:
             sizes[f"compress/{name}"] = value

@@ -69,7 +69,9 @@ def signal_loss(errors: Floats) -> Floats:
     return -np.log1p(-np.minimum(errors, 1 - 1e-9))
 
 
-def tabulate(layer: Layer, *, budgeted: Sequence[str], rank_multiple: int = 1) -> Candidates:
+def tabulate(
+    layer: Layer, *, budgeted: Sequence[str], rank_multiple: int = 1, metric: torch.Tensor | None = None
+) -> Candidates:
     """Returns the candidates of a layer: smaller than dense, no more MACs, none dominated.
 
     A candidate is dominated if another of its kind has no larger error and no larger cost in
@@ -79,6 +81,7 @@ def tabulate(layer: Layer, *, budgeted: Sequence[str], rank_multiple: int = 1) -
         layer: A layer that can be factorised.
         budgeted: The resources some budget bounds.
         rank_multiple: Ranks are multiples of this number, for hardware that prefers them.
+        metric: Second moment of what enters the layer, in which errors are measured.
 
     Raises:
         ConfigurationError: If the layer's rank bounds leave no rank of any kind.
@@ -90,7 +93,7 @@ def tabulate(layer: Layer, *, budgeted: Sequence[str], rank_multiple: int = 1) -
     in_bounds = False
     for kind in layer.kinds:
         with threads_for(weight):
-            profile = DECOMPOSITIONS[kind].profile(weight)
+            profile = DECOMPOSITIONS[kind].profile(weight, metric)
         rows = np.flatnonzero(_allowed(layer, profile.ranks, rank_multiple))
         in_bounds = in_bounds or len(rows) > 0
         rows = rows[_thinned(profile.ranks[rows])]

@@ -33,7 +33,7 @@ class LayerPlan:
         kind: Kind of decomposition, "dense" if the layer is left alone.
         ranks: Ranks of the decomposition, () for dense.
         weight_shape: Shape of the dense weight, () for a module that cannot be factorised.
-        error: Predicted ‖W − Ŵ‖²_F / ‖W‖²_F in [0, 1], 0 for dense.
+        error: Predicted ‖(W − Ŵ) S^½‖²_F / ‖W S^½‖²_F in [0, 1], 0 for dense.
         params_before: Parameters of the dense layer, bias included.
         params_after: Parameters afterwards, bias included.
         macs_before: MACs of the dense layer, None if unknown.
@@ -69,7 +69,10 @@ class Plan:
         compressed: Costs of the model once the plan is applied.
         budget: The bounds the search kept, None for a plan read off a model.
         method: Search strategy.
-        objective: What the search minimised: "weight" is `signal_loss` over the weights' errors.
+        objective: What the search minimised `signal_loss` over: "weight", the errors of the weights,
+            or "moments", those of the layers' outputs.
+        source: Where the metric of the errors comes from: "weight" for none, "batch norm", "tokens",
+            "noise" for synthetic inputs of that kind, "real" for real ones.
         data_free: Whether no real data was used.
         optimality_gap: (objective − lower bound) / lower bound, 0.01 = at most 1 % above the
             best plan possible on the separable objective; None for a plan read off a model.
@@ -83,6 +86,7 @@ class Plan:
     budget: Budget | None = None
     method: str | None = None
     objective: str | None = None
+    source: str | None = None
     data_free: bool = True
     optimality_gap: float | None = None
     seconds: float | None = None
@@ -197,6 +201,7 @@ def _plan_from_dict(data: Mapping[str, Any]) -> Plan:
         budget=Budget.from_value(budget) if budget is not None else None,
         method=_typed(data, "method", str, optional=True),
         objective=_typed(data, "objective", str, optional=True),
+        source=_typed(data, "source", str, optional=True),
         data_free=_typed(data, "data_free", bool),
         optimality_gap=_typed(data, "optimality_gap", float, optional=True),
         seconds=_typed(data, "seconds", float, optional=True),

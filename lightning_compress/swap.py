@@ -16,8 +16,9 @@ from lightning_compress.decompositions import DECOMPOSITIONS, FactorisedLayer
 from lightning_compress.decompositions.base import threads_for
 from lightning_compress.errors import ConfigurationError, PlanMismatchError
 from lightning_compress.inventory import Layer, list_layers, require_module, require_usable_weights
+from lightning_compress.moments import Statistics
 from lightning_compress.plan import LayerPlan, Plan
-from lightning_compress.search.problem import Progress
+from lightning_compress.progress import Progress
 from lightning_compress.tracing import ExampleInput, Trace, trace
 
 _HOOKS = (
@@ -47,7 +48,9 @@ class Replacement:
     factorised: FactorisedLayer
 
 
-def apply_plan_(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> tuple[Replacement, ...]:
+def apply_plan_(
+    model: nn.Module, plan: Plan, *, statistics: Statistics | None = None, progress: Progress | None = None
+) -> tuple[Replacement, ...]:
     """Replaces the planned layers by factorised ones, in place.
 
     The whole plan is checked and every factor computed before the first layer is touched, so a
@@ -59,6 +62,8 @@ def apply_plan_(model: nn.Module, plan: Plan, *, progress: Progress | None = Non
     Args:
         model: The model the plan was made for, or one of the same architecture.
         plan: From `search_ranks` or `Plan.from_json`.
+        statistics: From `gather_statistics`: the factors are fitted to the layers' outputs on
+            inputs of these moments, else to the weights.
         progress: Called with what is being done and the fraction done.
 
     Returns:
@@ -71,16 +76,18 @@ def apply_plan_(model: nn.Module, plan: Plan, *, progress: Progress | None = Non
         NonFiniteWeightError: If a parameter holds NaN or infinite values.
     """
     require_usable_weights(model)
-    return _replace(model, plan, progress or (lambda _what, _done: None), decompose=True)
+    return _replace(model, plan, progress or (lambda _what, _done: None), statistics, decompose=True)
 
 
 def apply_shells_(model: nn.Module, plan: Plan) -> tuple[Replacement, ...]:
     """Like `apply_plan_`, with factors of zeros: the structure that a state dict is loaded into."""
     require_module(model)
-    return _replace(model, plan, lambda _what, _done: None, decompose=False)
+    return _replace(model, plan, lambda _what, _done: None, None, decompose=False)
 
 
-def _replace(model: nn.Module, plan: Plan, progress: Progress, *, decompose: bool) -> tuple[Replacement, ...]:
+def _replace(
+    model: nn.Module, plan: Plan, progress: Progress, statistics: Statistics | None, *, decompose: bool
+) -> tuple[Replacement, ...]:
     if not isinstance(cast(Any, plan), Plan):
         msg = f"plan={plan!r}: expected a Plan, as search_ranks returns it."
         raise ConfigurationError(msg)
@@ -89,7 +96,9 @@ def _replace(model: nn.Module, plan: Plan, progress: Progress, *, decompose: boo
     for index, (layer, planned) in enumerate(pairs):
         progress("factorising layers", index / len(pairs))
         with torch.inference_mode(mode=False):  # parameters made in inference mode could never be trained
-            replacements.append(Replacement(layer.aliases, layer.module, _build(layer, planned, decompose=decompose)))
+            metric = statistics.metric(layer.name) if statistics is not None else None
+            new = _build(layer, planned, metric, decompose=decompose)
+            replacements.append(Replacement(layer.aliases, layer.module, new))
     progress("factorising layers", 1.0)
     install(model, replacements)
     return tuple(replacements)
@@ -226,14 +235,14 @@ def _require_applicable(layer: Layer, planned: LayerPlan) -> None:
         raise PlanMismatchError(msg)
 
 
-def _build(layer: Layer, planned: LayerPlan, *, decompose: bool) -> FactorisedLayer:
+def _build(layer: Layer, planned: LayerPlan, metric: Tensor | None, *, decompose: bool) -> FactorisedLayer:
     dense, weight = layer.module, cast(nn.Parameter, layer.module.weight)
     decomposition = DECOMPOSITIONS[planned.kind]
     children = decomposition.children(dense, planned.ranks)
     factors: dict[str, Tensor] = {}
     if decompose:
         with threads_for(weight):
-            factors = decomposition.factorise(weight.detach().to("cpu", torch.float64), planned.ranks)
+            factors = decomposition.factorise(weight.detach().to("cpu", torch.float64), planned.ranks, metric)
     for name, child in children.items():
         shape = cast(Tensor, child.weight).shape
         value = factors[name].reshape(shape) if decompose else torch.zeros(shape)

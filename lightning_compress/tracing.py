@@ -88,6 +88,20 @@ def as_arguments(model: nn.Module, example_input: ExampleInput) -> tuple[tuple[A
     Raises:
         ExampleInputError: If the type is none of those.
     """
+    args, kwargs = whole_arguments(model, example_input)
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    sizes = {t.shape[0] if t.ndim else None for t in tensors}
+    if len(sizes) != 1 or None in sizes:
+        return args, kwargs
+    return tree_map(lambda leaf: leaf[:1] if isinstance(leaf, Tensor) else leaf, (args, kwargs))  # type: ignore[no-any-return]
+
+
+def whole_arguments(model: nn.Module, example_input: ExampleInput) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns positional and keyword arguments with their whole batch, on the model's device.
+
+    Raises:
+        ExampleInputError: If the type is none of those of `ExampleInput`.
+    """
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     if isinstance(example_input, Mapping):
@@ -105,11 +119,8 @@ def as_arguments(model: nn.Module, example_input: ExampleInput) -> tuple[tuple[A
         )
         raise ExampleInputError(msg)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    sizes = {t.shape[0] if t.ndim else None for t in tensors}
-    one_batch = len(sizes) == 1 and None not in sizes
     return tree_map(  # type: ignore[no-any-return]
-        lambda leaf: (leaf[:1] if one_batch else leaf).to(device) if isinstance(leaf, Tensor) else leaf, (args, kwargs)
+        lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (args, kwargs)
     )
 
 

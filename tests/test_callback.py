@@ -697,7 +697,7 @@ def test_dataclass_arguments_equal_their_mappings(make_trainer, loader):
         ({"budget": {"parameters": 0.2}}, ConfigurationError, r"unknown key 'parameters'.*Did you mean 'params'"),
         ({"kinds": "svdd"}, ConfigurationError, r"'svdd'.*Did you mean.*svd"),
         ({"search": "exactly"}, ConfigurationError, r"'exactly' is unknown\. Did you mean 'exact'\?"),
-        ({"objective": "moments"}, UnsupportedError, r"objective='moments' is not in this version: use 'weight'"),
+        ({"objective": "end_to_end"}, UnsupportedError, r"objective='end_to_end' is not in this version: use 'weight'"),
         ({"objective": "weights"}, ConfigurationError, r"objective='weights' is unknown\. Did you mean 'weight'\?"),
         ({"rank_multiple": 0}, ConfigurationError, r"rank_multiple=0: expected a whole number of at least 1"),
         ({"seed": -1}, ConfigurationError, r"seed=-1: expected a whole number of at least 0"),

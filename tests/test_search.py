@@ -585,11 +585,10 @@ BAD_SETTINGS = [
     ({"objective": "weights"}, ConfigurationError, r"objective='weights' is unknown. Did you mean 'weight'"),
     ({"objective": 1}, ConfigurationError, r"objective=1 is unknown"),
     (
-        {"objective": "moments"},
+        {"objective": "end_to_end"},
         UnsupportedError,
-        r"objective='moments' is not in this version: use 'weight', or 'auto'",
+        r"objective='end_to_end' is not in this version: use 'weight', or 'auto'",
     ),
-    ({"objective": "end_to_end"}, UnsupportedError, r"objective='end_to_end' is not in this version"),
     ({"rank_multiple": 0}, ConfigurationError, r"rank_multiple=0: expected a whole number of at least 1"),
     ({"rank_multiple": 2.0}, ConfigurationError, r"rank_multiple=2.0: expected a whole number"),
     ({"rank_multiple": True}, ConfigurationError, r"rank_multiple=True: expected a whole number"),

@@ -60,7 +60,7 @@ class RankProfile:
 
     Attributes:
         ranks: Shape (n, number of ranks of the kind), whole numbers.
-        errors: Shape (n,), ‖W − Ŵ‖²_F / ‖W‖²_F in [0, 1].
+        errors: Shape (n,), ‖(W − Ŵ) S^½‖²_F / ‖W S^½‖²_F in [0, 1].
     """
 
     ranks: Ints
@@ -104,8 +104,14 @@ class Decomposition(ABC):
         """Returns the ranks at which a weight of this shape is reproduced exactly."""
 
     @abstractmethod
-    def profile(self, weight: Tensor) -> RankProfile:
-        """Returns the error of every rank, from one decomposition."""
+    def profile(self, weight: Tensor, metric: Tensor | None = None) -> RankProfile:
+        """Returns the error of every rank, from one decomposition.
+
+        Args:
+            weight: The dense weight.
+            metric: Second moment S of what enters the layer, (D, D) with D = in for Linear and
+                in·k_h·k_w for Conv2d; None for the identity.
+        """
 
     @abstractmethod
     def parameters(self, shape: tuple[int, ...], ranks: Ints) -> Ints:
@@ -116,8 +122,8 @@ class Decomposition(ABC):
         """Returns the multiply-accumulates of one call, shape (n,)."""
 
     @abstractmethod
-    def factorise(self, weight: Tensor, ranks: tuple[int, ...]) -> dict[str, Tensor]:
-        """Returns the weights of the child layers by name, float64."""
+    def factorise(self, weight: Tensor, ranks: tuple[int, ...], metric: Tensor | None = None) -> dict[str, Tensor]:
+        """Returns the weights of the child layers by name, float64, fitted in the metric."""
 
     @abstractmethod
     def children(self, layer: nn.Module, ranks: tuple[int, ...]) -> dict[str, nn.Module]:

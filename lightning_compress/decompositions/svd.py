@@ -21,6 +21,7 @@ from lightning_compress.decompositions.base import (
     singular_energies,
     tail_errors,
 )
+from lightning_compress.decompositions.metric import output_basis, regularised, solvable, whitened_targets
 
 
 class _MatrixDecomposition(Decomposition):
@@ -41,17 +42,25 @@ class _MatrixDecomposition(Decomposition):
     def max_ranks(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (min(self._matrix_shape(shape)),)
 
-    def profile(self, weight: Tensor) -> RankProfile:
-        energies = singular_energies(self._matrix(weight))
+    def profile(self, weight: Tensor, metric: Tensor | None = None) -> RankProfile:
+        matrix = self._matrix(weight)
+        energies = singular_energies(matrix) if metric is None else output_basis(matrix, metric)[0]
+        energies = energies[: min(matrix.shape)]
         return RankProfile(ranks=np.arange(1, len(energies) + 1)[:, None], errors=tail_errors(energies))
 
     def parameters(self, shape: tuple[int, ...], ranks: Ints) -> Ints:
         return ranks[:, 0] * sum(self._matrix_shape(shape))
 
-    def factorise(self, weight: Tensor, ranks: tuple[int, ...]) -> dict[str, Tensor]:
-        u, s, vh = torch.linalg.svd(self._matrix(weight), full_matrices=False)
+    def factorise(self, weight: Tensor, ranks: tuple[int, ...], metric: Tensor | None = None) -> dict[str, Tensor]:
         (rank,) = ranks
-        return self._fold(*balanced(u[:, :rank], s[:rank, None] * vh[:rank]), tuple(weight.shape))
+        matrix = self._matrix(weight)
+        if metric is None:
+            u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+            expand, reduce = u[:, :rank], s[:rank, None] * vh[:rank]
+        else:  # reduced-rank regression: project on the leading directions of the outputs
+            expand = output_basis(matrix, metric)[1][:, :rank]
+            reduce = expand.T @ matrix
+        return self._fold(*balanced(expand, reduce), tuple(weight.shape))
 
 
 class Svd(_MatrixDecomposition):
@@ -170,6 +179,24 @@ class SpatialSvd(_MatrixDecomposition):
         after = call.outputs[0] * call.outputs[1]
         return ranks[:, 0] * (call.rows * (in_kh * between + out_kw * after))
 
+    @override
+    def profile(self, weight: Tensor, metric: Tensor | None = None) -> RankProfile:
+        if metric is None or not bool(weight.any()):
+            return super().profile(weight)
+        spatial = _SpatialFit(weight, metric)
+        targets = spatial.whitened()  # (r * k_w, out), rank by rank
+        explained = targets.square().sum(dim=1).reshape(-1, weight.shape[3]).sum(dim=1).cumsum(0)
+        errors = (1 - explained / spatial.total).clamp(0, 1).numpy()
+        return RankProfile(ranks=np.arange(1, len(errors) + 1)[:, None], errors=errors)
+
+    @override
+    def factorise(self, weight: Tensor, ranks: tuple[int, ...], metric: Tensor | None = None) -> dict[str, Tensor]:
+        if metric is None or not bool(weight.any()):
+            return super().factorise(weight, ranks)
+        (rank,) = ranks
+        reduce, expand = _SpatialFit(weight, metric).fit(rank)  # (r, in * k_h), (out * k_w, r)
+        return self._fold(*balanced(expand, reduce), tuple(weight.shape))
+
     def _fold(self, expand: Tensor, reduce: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
         out, in_, k_h, k_w = shape
         return {
@@ -198,3 +225,52 @@ def needs_spatial_kernel(layer: nn.Module, kind: str) -> str | None:
     if layer.kernel_size == (1, 1):
         return f"{kind} of a 1x1 convolution is svd"
     return None
+
+
+class _SpatialFit:
+    """Spatial SVD in the metric: vertical filters from the averaged moments, horizontal by least squares.
+
+    The vertical filters are the leading right factors of the (out·k_w) x (in·k_h) unfolding in the
+    metric of one kernel column, averaged over the columns; given them the horizontal ones are the
+    exact minimum of ‖(W − Ŵ) S^½‖_F, nested in the rank.
+    """
+
+    def __init__(self, weight: Tensor, metric: Tensor) -> None:
+        out, in_, k_h, k_w = weight.shape
+        self._rows = in_ * k_h
+        self._k_w = k_w
+        self._weight = weight.permute(0, 3, 1, 2).reshape(out, k_w * self._rows)  # (out, k_w * in * k_h)
+        order = torch.arange(metric.shape[0]).reshape(self._rows, k_w).T.reshape(-1)
+        self._metric = regularised(metric)[order][:, order].reshape(k_w, self._rows, k_w, self._rows)
+        column = torch.einsum("widj,wd->ij", self._metric, torch.eye(k_w, dtype=weight.dtype)) / k_w
+        matrix = self._weight.reshape(out * k_w, self._rows)
+        root = torch.linalg.cholesky(column)
+        _, s, vh = torch.linalg.svd(matrix @ root, full_matrices=False)
+        self._filters = s[:, None] * torch.linalg.solve_triangular(root, vh, upper=False, left=False)  # (r, in * k_h)
+        flat = self._metric.reshape(k_w * self._rows, -1)
+        self.total = ((self._weight @ flat) * self._weight).sum()
+
+    def _normal(self, filters: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns Φ S Φᵀ and Φ S Wᵀ of the features (filter, column), (r·k_w, r·k_w) and (r·k_w, out)."""
+        half = torch.einsum("ri,widj->rwdj", filters, self._metric)  # (r, k_w, k_w, in * k_h)
+        features = torch.einsum("rwdj,qj->rwqd", half, filters)
+        n = len(filters) * self._k_w
+        weight = self._weight.reshape(-1, self._k_w, self._rows)
+        return features.reshape(n, n), torch.einsum("rwdj,odj->rwo", half, weight).reshape(n, -1)
+
+    def whitened(self) -> Tensor:
+        features, cross = self._normal(self._usable(self._filters))
+        return whitened_targets(solvable(features), cross)
+
+    def fit(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Returns vertical (r, in·k_h) and horizontal (out·k_w, r) factors."""
+        filters = self._usable(self._filters)[:rank]
+        features, cross = self._normal(filters)
+        solution = torch.linalg.solve(solvable(features), cross)  # (r * k_w, out)
+        expand = solution.reshape(len(filters), self._k_w, -1).permute(2, 1, 0).reshape(-1, len(filters))
+        return filters, expand
+
+    @staticmethod
+    def _usable(filters: Tensor) -> Tensor:
+        norms = filters.norm(dim=1, keepdim=True)
+        return torch.where(norms > 0, filters / norms.clamp_min(1e-300), filters)

@@ -22,6 +22,7 @@ from lightning_compress.decompositions.base import (
     RankProfile,
     conv_like,
 )
+from lightning_compress.decompositions.metric import regularised, solvable, whitened_targets
 from lightning_compress.decompositions.svd import needs_spatial_kernel
 
 
@@ -48,7 +49,9 @@ class Tucker2(Decomposition):
         return min(out, in_ * k_h * k_w), min(in_, out * k_h * k_w)
 
     @override
-    def profile(self, weight: Tensor) -> RankProfile:
+    def profile(self, weight: Tensor, metric: Tensor | None = None) -> RankProfile:
+        if metric is not None and bool(weight.any()):
+            return _TuckerFit(weight, metric).profile()
         array = weight.numpy()
         max_out, max_in = self.max_ranks(array.shape)
         bases = [_mode_basis(array, mode) for mode in (0, 1)]
@@ -74,7 +77,9 @@ class Tucker2(Decomposition):
         return in_ * r_in * before + (k_h * k_w * r_in * r_out + out * r_out) * after
 
     @override
-    def factorise(self, weight: Tensor, ranks: tuple[int, ...]) -> dict[str, Tensor]:
+    def factorise(self, weight: Tensor, ranks: tuple[int, ...], metric: Tensor | None = None) -> dict[str, Tensor]:
+        if metric is not None and bool(weight.any()):
+            return _TuckerFit(weight, metric).fit(*ranks)
         if not bool(weight.any()):  # nothing to iterate on; bases that are not zero let the core train
             (r_out, r_in), (out, in_, k_h, k_w) = ranks, weight.shape
             return {
@@ -117,3 +122,63 @@ def _mode_basis(array: Floats, mode: int) -> Floats:
     matrix = unfold(array, mode)
     _, vectors = np.linalg.eigh(matrix @ matrix.T)  # ascending
     return cast(Floats, vectors[:, ::-1][:, : min(matrix.shape)])
+
+
+class _TuckerFit:
+    """Tucker-2 in the metric: input channels from the channel moments, the rest by least squares.
+
+    The input map is the whitened mode-1 basis in the metric of one kernel position, averaged over
+    the positions; given it, core and output basis are the exact minimum of ‖(W − Ŵ) S^½‖_F by
+    reduced-rank regression, nested in the input rank.
+    """
+
+    def __init__(self, weight: Tensor, metric: Tensor) -> None:
+        out, in_, k_h, k_w = weight.shape
+        self._shape, self._kernel = (out, in_, k_h, k_w), k_h * k_w
+        kernel = self._kernel
+        self._weight = weight.flatten(1)
+        metric = regularised(metric)
+        self._metric = metric.reshape(in_, kernel, in_, kernel)
+        channels = torch.einsum("ikjl,kl->ij", self._metric, torch.eye(kernel, dtype=weight.dtype)) / kernel
+        root = torch.linalg.cholesky(channels)
+        mode = root.T @ weight.transpose(0, 1).flatten(1)  # (in, out * k_h * k_w)
+        _, vectors = torch.linalg.eigh(mode @ mode.T)
+        usable = min(mode.shape)
+        basis = vectors.flip(1)[:, :usable]
+        self._reduce = torch.linalg.solve_triangular(root, basis.T, upper=False, left=False)  # (r, in): Qᵀ L⁻¹
+        self.total = ((self._weight @ metric) * self._weight).sum()
+
+    def _normal(self, reduce: Tensor) -> tuple[Tensor, Tensor]:
+        half = torch.einsum("ri,ikjl->rkjl", reduce, self._metric)
+        features = torch.einsum("rkjl,qj->rkql", half, reduce)
+        n = len(reduce) * self._kernel
+        weight = self._weight.reshape(-1, self._shape[1], self._kernel)
+        return features.reshape(n, n), torch.einsum("rkjl,ojl->rko", half, weight).reshape(n, -1)
+
+    def profile(self) -> RankProfile:
+        targets = whitened_targets(solvable(self._normal(self._reduce)[0]), self._normal(self._reduce)[1])
+        targets = targets.reshape(len(self._reduce), self._kernel, -1)
+        grams = torch.einsum("rko,rkp->rop", targets, targets).cumsum(0)  # (r_in, out, out)
+        limit = min(self._shape[0], self._shape[1] * self._kernel)
+        energies = torch.linalg.eigvalsh(grams).flip(1)[:, :limit].clamp_min(0).cumsum(1)  # (r_in, r_out)
+        errors = (1 - energies / self.total).clamp(0, 1).T  # (r_out, r_in)
+        grid = np.indices(tuple(errors.shape)).reshape(2, -1).T + 1
+        return RankProfile(ranks=grid, errors=errors.reshape(-1).numpy())
+
+    def fit(self, r_out: int, r_in: int) -> dict[str, Tensor]:
+        k_h, k_w = self._shape[2:]
+        reduce = self._reduce[:r_in]
+        features, cross = self._normal(reduce)
+        features = solvable(features)
+        mapping = torch.linalg.solve(features, cross).T  # (out, r_in * kernel)
+        _, vectors = torch.linalg.eigh(mapping @ features @ mapping.T)
+        expand = vectors.flip(1)[:, :r_out]
+        core = expand.T @ mapping
+        norms = [f.norm() / f.numel() ** 0.5 for f in (reduce, core, expand)]
+        mean = (norms[0] * norms[1] * norms[2]).clamp_min(1e-300) ** (1 / 3)
+        scales = [mean / n.clamp_min(1e-300) for n in norms]
+        return {
+            "reduce": (reduce * scales[0])[:, :, None, None],
+            "core": (core * scales[1]).reshape(r_out, r_in, k_h, k_w),
+            "expand": (expand * scales[2])[:, :, None, None],
+        }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_compress.config import Distill
+from lightning_compress.copying import detached_copy
 from lightning_compress.errors import ConfigurationError, DistillationError
 
 _IMAGE_NDIM = 4
@@ -70,7 +70,7 @@ class Teacher:
             known = ", ".join(name for name, _ in root.named_children())
             msg = f"Distill(module={settings.module!r}): {type(root).__name__} has no such submodule. It has: {known}."
             raise ConfigurationError(msg) from error
-        self.module = convert(_copy_without_trainer(target)).eval().requires_grad_(False)
+        self.module = convert(detached_copy(target)).eval().requires_grad_(False)
         self.fingerprint = fingerprint(self.module)
 
     def wrap(self, root: nn.Module, step: Callable[..., Any], log: Callable[[str, Tensor], None]) -> Distillation:
@@ -144,15 +144,3 @@ class Distillation:
             distances.append(distillation_loss(student, teacher, settings.temperature))
         self._calls.clear()
         return torch.stack(distances).mean()
-
-
-def _copy_without_trainer(module: nn.Module) -> nn.Module:
-    """Deep-copies a module; of a LightningModule, without the trainer it is attached to."""
-    attached = {m: m.__dict__["_trainer"] for m in module.modules() if m.__dict__.get("_trainer") is not None}
-    try:
-        for m in attached:
-            m.__dict__["_trainer"] = None
-        return copy.deepcopy(module)
-    finally:
-        for m, trainer in attached.items():
-            m.__dict__["_trainer"] = trainer

@@ -20,11 +20,13 @@ from lightning_compress.errors import (
     UnsupportedError,
 )
 from lightning_compress.inventory import Layer, Patterns, require_usable_weights, take_inventory
+from lightning_compress.moments import Statistics, gather_statistics
 from lightning_compress.plan import LayerPlan, Plan
+from lightning_compress.progress import Progress
 from lightning_compress.search.continuous import search_continuous
 from lightning_compress.search.energy import search_energy
 from lightning_compress.search.exact import search_exact, smallest, solve
-from lightning_compress.search.problem import Problem, Progress, Strategy
+from lightning_compress.search.problem import Problem, Strategy
 from lightning_compress.search.uniform import search_uniform
 from lightning_compress.tracing import ExampleInput, Trace, trace
 
@@ -39,8 +41,8 @@ STRATEGIES: dict[str, Strategy] = {
 CERTIFICATE_GAP = 1e-3
 """Relative gap to which the lower bound of the certificate is worked out."""
 
-OBJECTIVES = ("auto", "weight")
-_RESERVED_OBJECTIVES = ("moments", "end_to_end")
+OBJECTIVES = ("auto", "weight", "moments")
+_RESERVED_OBJECTIVES = ("end_to_end",)
 
 
 def search_ranks(
@@ -56,6 +58,7 @@ def search_ranks(
     overrides: Mapping[str, Any] | None = None,
     rank_multiple: int = 1,
     seed: int = 0,
+    statistics: Statistics | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Chooses kind and ranks of every layer, from the weights alone.
@@ -70,14 +73,16 @@ def search_ranks(
             its batch dimension. Needed for a budget in MACs; used to find layers whose weight
             is used outside their own forward.
         method: "continuous", "exact", "uniform" or "energy".
-        objective: "weight", the sum of −log(1 − e) over the layers' relative weight errors e;
-            "auto" is the best objective that applies, in this version always "weight".
+        objective: What e is in Σ −log(1 − e): "weight", the relative error of the weights;
+            "moments", that of the layers' outputs, for inputs with the second moments of
+            `statistics`; "auto" is "moments" if statistics are given, else "weight".
         kinds: "auto", a kind, or a list of kinds to choose from.
         include: Names, globs, class names or classes of layers to factorise, None for all.
         exclude: Likewise for layers to leave alone.
         overrides: Pattern to `Override`, a mapping of its fields, or "dense".
         rank_multiple: Ranks are multiples of this number.
-        seed: Recorded in the plan; the strategies of this version draw no random numbers.
+        seed: Of the synthetic inputs.
+        statistics: From `gather_statistics`; made with `example_input` if they are needed.
         progress: Called with what is being done and the fraction done.
 
     Returns:
@@ -104,7 +109,14 @@ def search_ranks(
     layers = take_inventory(model, **selection, trace=traced)
     dense = measure_costs(model, macs=traced.macs if traced else None)
     report = progress or (lambda _what, _done: None)
-    tables = _tabulate(layers, tuple(budget.limits()), rank_multiple, report)
+    if objective == "weight":
+        statistics = None
+    elif objective == "moments" and statistics is None:
+        if example_input is None:
+            msg = "objective='moments' needs statistics, or an example_input to make synthetic inputs with."
+            raise ExampleInputError(msg)
+        statistics = gather_statistics(model, example_input, seed=seed, progress=report)
+    tables = _tabulate(layers, tuple(budget.limits()), rank_multiple, statistics, report)
     problem = _problem(tables, dense, budget)
     _require_feasible(problem, dense, budget)
     choice = STRATEGIES[method](problem, progress=report)
@@ -114,8 +126,9 @@ def search_ranks(
         compressed=_costs_after(problem, choice, dense),
         budget=budget,
         method=method,
-        objective="weight",
-        data_free=True,
+        objective="weight" if statistics is None else "moments",
+        source="weight" if statistics is None else statistics.source,
+        data_free=statistics is None or statistics.data_free,
         optimality_gap=_gap(problem, choice),
         seconds=time.perf_counter() - start,
         seed=seed,
@@ -146,13 +159,18 @@ def check_settings(method: object, objective: object, rank_multiple: object, see
 
 
 def _tabulate(
-    layers: Sequence[Layer], budgeted: tuple[str, ...], rank_multiple: int, progress: Progress
+    layers: Sequence[Layer],
+    budgeted: tuple[str, ...],
+    rank_multiple: int,
+    statistics: Statistics | None,
+    progress: Progress,
 ) -> tuple[Candidates, ...]:
     chosen = [layer for layer in layers if layer.reason is None]
     tables = []
     for index, layer in enumerate(chosen):
         progress("decomposing layers", index / len(chosen))
-        tables.append(tabulate(layer, budgeted=budgeted, rank_multiple=rank_multiple))
+        metric = statistics.metric(layer.name) if statistics is not None else None
+        tables.append(tabulate(layer, budgeted=budgeted, rank_multiple=rank_multiple, metric=metric))
     progress("decomposing layers", 1.0)
     return tuple(tables)
 

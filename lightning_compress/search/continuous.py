@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from lightning_compress.decompositions.base import Floats, Ints
+from lightning_compress.progress import Progress
 from lightning_compress.search.exact import smallest, solve
-from lightning_compress.search.problem import Problem, Progress
+from lightning_compress.search.problem import Problem
 
 STEPS = 300
 LEARNING_RATE = 0.1

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from lightning_compress.decompositions.base import Ints
+from lightning_compress.progress import Progress
 from lightning_compress.search.exact import smallest
-from lightning_compress.search.problem import Problem, Progress
+from lightning_compress.search.problem import Problem
 
 
 def search_energy(problem: Problem, *, progress: Progress) -> Ints:

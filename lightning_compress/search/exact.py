@@ -14,7 +14,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, hstack
 
 from lightning_compress.decompositions.base import Floats, Ints
-from lightning_compress.search.problem import Problem, Progress
+from lightning_compress.progress import Progress
+from lightning_compress.search.problem import Problem
 
 REL_GAP = 1e-4
 """Relative gap at which the exact strategy stops."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,9 +11,7 @@ import numpy as np
 from lightning_compress.candidates import Candidates
 from lightning_compress.config import RESOURCES
 from lightning_compress.decompositions.base import Floats, Ints
-
-Progress = Callable[[str, float], None]
-"""Called with what is being done and how much of it is done, in [0, 1]."""
+from lightning_compress.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import numpy as np
 
 from lightning_compress.candidates import DENSE
 from lightning_compress.decompositions.base import Ints
+from lightning_compress.progress import Progress
 from lightning_compress.search.exact import smallest
-from lightning_compress.search.problem import Problem, Progress
+from lightning_compress.search.problem import Problem
 
 
 def search_uniform(problem: Problem, *, progress: Progress) -> Ints:

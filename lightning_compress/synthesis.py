@@ -1,0 +1,205 @@
+"""Inputs made from a model's own statistics, without a single real sample.
+
+Images and other dense inputs start as noise on several scales and are optimised until the batch
+statistics at every batch norm match the running ones (as in Yin et al. 2020, "Dreaming to
+Distill: Data-free Knowledge Transfer via DeepInversion", equation 4; without labels). Where a
+model keeps no running statistics the noise stays as it is; token inputs are drawn at random.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lightning_compress.progress import Progress, silent
+from lightning_compress.tracing import ExampleInput, as_arguments, inference, trace
+
+COUNT = 256
+STEPS = 40
+LEARNING_RATE = 0.2
+BATCH = 64
+WORK = 2 * 10**12
+"""MACs that the optimisation may cost: a minute or so on a few cores."""
+LEAST_COUNT = 16
+LEAST_STEPS = 10
+
+Arguments: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
+
+
+@dataclass(frozen=True)
+class SyntheticInputs:
+    """Batches of arguments of a model's forward pass.
+
+    Attributes:
+        batches: Positional and keyword arguments, with a leading batch dimension.
+        source: "batch norm" if matched to running statistics, "tokens" if drawn at random from a
+            vocabulary, "noise" otherwise.
+        mismatch: Mean squared deviation of the batch statistics from the running ones, in units of
+            the running deviations; None without batch norms.
+    """
+
+    batches: tuple[Arguments, ...]
+    source: str
+    mismatch: float | None = None
+
+
+def synthesise(
+    model: nn.Module,
+    example_input: ExampleInput,
+    *,
+    count: int = COUNT,
+    steps: int = STEPS,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> SyntheticInputs:
+    """Returns synthetic inputs for a model; deterministic under the seed.
+
+    Args:
+        model: Any module; it is not changed.
+        example_input: See `search_ranks`.
+        count: Number of inputs; fewer for models so large that it would cost more than `WORK`.
+        steps: Steps of the optimisation, likewise.
+        seed: Of everything random.
+        progress: Called with what is being done and the fraction done.
+
+    Raises:
+        ExampleInputError: If the example input has a wrong type.
+    """
+    example = as_arguments(model, example_input)
+    generator = torch.Generator().manual_seed(seed)
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    batches, mismatches = [], []
+    if norms:
+        count, steps = affordable(trace(model, example_input).macs, count, steps)
+    sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
+    source = "noise"
+    for index, size in enumerate(sizes):
+        arguments, tokens = _draw(model, example, size, generator)
+        source = "tokens" if tokens else "noise"
+        if norms and not tokens:
+            source = "batch norm"
+            report = functools.partial(_report, progress, index, len(sizes))
+            arguments, mismatch = _match(model, arguments, norms, steps, report)
+            mismatches.append(mismatch)
+        batches.append(arguments)
+    progress("synthetic inputs", 1.0)
+    return SyntheticInputs(tuple(batches), source, sum(mismatches) / len(mismatches) if mismatches else None)
+
+
+def affordable(macs: int, count: int, steps: int) -> tuple[int, int]:
+    """Returns count and steps, cut so that the optimisation costs at most `WORK` MACs.
+
+    First the inputs become fewer, down to `LEAST_COUNT`, then the steps, down to `LEAST_STEPS`.
+
+    Args:
+        macs: MACs of one forward pass of one input; backward costs twice as much.
+        count: Inputs wanted.
+        steps: Steps wanted.
+    """
+    passes = max(1, WORK // (3 * max(1, macs)))
+    count = max(min(count, LEAST_COUNT), min(count, passes // steps))
+    return count, max(min(steps, LEAST_STEPS), min(steps, passes // count))
+
+
+def _draw(model: nn.Module, example: Arguments, size: int, generator: torch.Generator) -> tuple[Arguments, bool]:
+    """Returns arguments like the example's with `size` samples, and whether some are tokens."""
+    leaves, spec = tree_flatten(example)
+    vocabulary = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    tokens = False
+    drawn = []
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+            drawn.append(leaf)
+        elif leaf.is_floating_point():
+            drawn.append(_noise((size, *leaf.shape[1:]), generator).to(leaf.device, leaf.dtype))
+        elif vocabulary is not None and leaf.dtype in (torch.int32, torch.int64):
+            tokens = True
+            drawn.append(torch.randint(vocabulary, (size, *leaf.shape[1:]), generator=generator).to(leaf))
+        else:
+            drawn.append(leaf.expand(size, *leaf.shape[1:]))
+    return tree_unflatten(drawn, spec), tokens
+
+
+def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Returns standard normal noise; for images (B, C, H, W) a sum over scales, as natural ones have."""
+    noise = torch.randn(shape, generator=generator)
+    if len(shape) != 4 or min(shape[2:]) < 4:  # noqa: PLR2004
+        return noise
+    side = 1
+    while side < max(shape[2:]):
+        coarse = torch.randn((*shape[:2], min(side, shape[2]), min(side, shape[3])), generator=generator)
+        noise = noise + F.interpolate(coarse, size=shape[2:], mode="bilinear", align_corners=False)
+        side *= 2
+    return noise / noise.std()
+
+
+def _match(
+    model: nn.Module,
+    arguments: Arguments,
+    norms: list[_BatchNorm],
+    steps: int,
+    progress: Callable[[float], None],
+) -> tuple[Arguments, float]:
+    """Returns the arguments after optimisation of their floating-point tensors, and the mismatch."""
+    leaves, spec = tree_flatten(arguments)
+    free = [leaf.float().requires_grad_() for leaf in leaves if _is_free(leaf)]
+    deviations: list[Tensor] = []
+    handles = [
+        norm.register_forward_pre_hook(lambda m, args: deviations.append(_deviation(m, args[0]))) for norm in norms
+    ]
+    best, best_loss = [f.detach().clone() for f in free], float("inf")
+    try:
+        with inference(model), torch.enable_grad():
+            optimizer = torch.optim.Adam(free, betas=(0.5, 0.9))
+            for step in range(steps + 1):
+                deviations.clear()
+                args, kwargs = tree_unflatten(_with_free(leaves, free), spec)
+                model(*args, **kwargs)
+                loss = torch.stack(deviations).mean()
+                if not bool(torch.isfinite(loss)):
+                    break
+                if float(loss.detach()) < best_loss:
+                    best, best_loss = [f.detach().clone() for f in free], float(loss.detach())
+                if step == steps:
+                    break
+                optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps) ** 0.5
+                gradients = torch.autograd.grad(loss, free)  # of the inputs alone: the parameters stay untouched
+                for leaf, gradient in zip(free, gradients, strict=True):
+                    leaf.grad = gradient
+                optimizer.step()
+                progress((step + 1) / steps)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tree_unflatten(_with_free(leaves, best), spec), best_loss
+
+
+def _report(progress: Progress, index: int, total: int, done: float) -> None:
+    progress("synthetic inputs", (index + done) / total)
+
+
+def _is_free(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 0
+
+
+def _with_free(leaves: list[Any], free: list[Tensor]) -> list[Any]:
+    values = iter(free)
+    return [next(values).to(leaf.dtype) if _is_free(leaf) else leaf for leaf in leaves]
+
+
+def _deviation(norm: _BatchNorm, inputs: Tensor) -> Tensor:
+    """Returns how far the batch statistics are from the running ones, in running deviations."""
+    dims = [d for d in range(inputs.ndim) if d != 1]
+    variance, mean = torch.var_mean(inputs.float(), dims, unbiased=False)
+    running_mean, running_variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var) + norm.eps
+    by_mean = (mean - running_mean).square() / running_variance
+    by_spread = ((variance + norm.eps).sqrt() / running_variance.sqrt() - 1).square()
+    return (by_mean + by_spread).mean()

@@ -1,0 +1,123 @@
+"""Data-free repair of the factors."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from lightning_compress import Budget, Compress, FactorisedLayer, apply_plan_, compress_, search_ranks
+from lightning_compress.compression import compress_model_
+from lightning_compress.errors import ConfigurationError, ExampleInputError
+from lightning_compress.heal import heal_, output_distance
+from lightning_compress.moments import gather_statistics
+from tests.conftest import TinyTask
+from tests.test_statistics import SHAPE, trained_like
+
+
+def compressed(keep: float = 0.6):
+    dense = trained_like()
+    model = copy.deepcopy(dense)
+    statistics = gather_statistics(model, SHAPE)
+    plan = search_ranks(model, Budget(params=keep), statistics=statistics)
+    return dense, model, apply_plan_(model, plan, statistics=statistics), statistics.batches
+
+
+def test_output_distance_is_relative_to_the_spread_of_the_outputs():
+    dense, model, _, batches = compressed()
+    with torch.no_grad():
+        pairs = [(dense(*args), model(*args)) for args, _ in batches]
+    lost = sum(float((a - b).square().sum()) for a, b in pairs)
+    spread = sum(float((a - a.mean(dim=0)).square().sum()) for a, _ in pairs)
+    assert output_distance(dense, model, batches) == pytest.approx(lost / spread, rel=1e-5)
+    assert output_distance(dense, copy.deepcopy(dense), batches) == 0
+
+
+def test_healing_brings_the_outputs_nearer_on_inputs_it_did_not_see():
+    dense, model, replacements, batches = compressed()
+    fresh = gather_statistics(dense, SHAPE, seed=9).batches
+    before = output_distance(dense, model, fresh)
+    healing = heal_(dense, model, replacements, batches)
+    assert healing.after < healing.before
+    assert healing.after == pytest.approx(output_distance(dense, model, batches[-1:]), rel=1e-6)
+    assert output_distance(dense, model, fresh) < 0.8 * before
+
+
+def test_one_layer_is_refitted_to_the_least_squares_optimum():
+    dense = trained_like()
+    model = copy.deepcopy(dense)
+    statistics = gather_statistics(model, SHAPE)
+    plan = search_ranks(
+        model, Budget(params=0.9), statistics=statistics, include="fc1", overrides={"fc1": {"max_rank": 4}}
+    )
+    replacements = apply_plan_(model, plan)
+    heal_(dense, model, replacements, statistics.batches)
+    with torch.no_grad():
+        rows = []
+        handle = dense.fc1.register_forward_pre_hook(lambda _m, args: rows.append(args[0].double()))
+        for args, _ in statistics.batches[:-1]:
+            dense(*args)
+        handle.remove()
+    x = torch.cat(rows)
+    x = x - x.mean(dim=0)
+    weight = dense.fc1.weight.detach().double()
+    fitted = model.fc1.dense_weight().detach().double()
+    lost = float(((fitted - weight) @ x.T).square().sum())
+    best = float(torch.linalg.svdvals(weight @ x.T)[model.fc1.ranks[0] :].square().sum())
+    assert lost == pytest.approx(best, rel=0.05)
+    assert lost >= best * (1 - 1e-6)
+
+
+def test_healing_that_does_not_help_leaves_the_factors_as_they_were():
+    dense, model, replacements, batches = compressed()
+    heal_(dense, model, replacements, batches)
+    twice = copy.deepcopy(model.state_dict())
+    other = copy.deepcopy(dense)
+    other.load_state_dict({name: torch.zeros_like(value) for name, value in dense.state_dict().items()})
+    healing = heal_(other, model, replacements, batches)  # nothing to imitate: outputs of zero
+    if healing.after == healing.before:
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in twice.items())
+    assert healing.after <= healing.before
+
+
+def test_healing_keeps_structure_modes_and_the_dense_model():
+    dense, model, replacements, batches = compressed()
+    weights = copy.deepcopy(dense.state_dict())
+    names = list(model.state_dict())
+    model.train()
+    heal_(dense, model, replacements, batches)
+    assert list(model.state_dict()) == names
+    assert all(m.training for m in model.modules())
+    assert all(torch.equal(value, weights[name]) for name, value in dense.state_dict().items())
+    assert all(not m._forward_pre_hooks for m in [*dense.modules(), *model.modules()])
+
+
+def test_compress_heals_in_one_call_and_is_deterministic():
+    first, again = trained_like(), trained_like()
+    plan = compress_(first, Budget(params=0.3), example_input=SHAPE, objective="moments", heal=True)
+    done = compress_model_(again, Budget(params=0.3), example_input=SHAPE, objective="moments", heal=True)
+    assert plan.objective == "moments"
+    assert done.healing.after < done.healing.before
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_healing_without_an_example_input_is_an_error_and_changes_nothing(net, unchanged):
+    before = unchanged(net)
+    with pytest.raises(ExampleInputError, match="heal=True and objective='moments' need an example_input"):
+        compress_(net, Budget(params=0.5), heal=True)
+    before.check()
+
+
+def test_callback_heals_before_fine_tuning(make_trainer, loader):
+    task = TinyTask()
+    callback = Compress(Budget(params=0.4), objective="moments", heal=True)
+    make_trainer(callback).fit(task, loader, loader)
+    assert callback.plan.objective == "moments"
+    assert any(isinstance(m, FactorisedLayer) for m in task.modules())
+
+
+@pytest.mark.parametrize("heal", [1, "yes", None])
+def test_heal_is_true_or_false(heal):
+    with pytest.raises(ConfigurationError, match=f"heal={heal!r}: expected true or false"):
+        Compress(Budget(params=0.4), heal=heal)
