@@ -38,7 +38,7 @@ from lightning_compress.inventory import Patterns
 from lightning_compress.plan import Plan, percent
 from lightning_compress.progress import Progress
 from lightning_compress.search import check_settings, search_ranks
-from lightning_compress.swap import Replacement, apply_shells_, plan_of, uninstall
+from lightning_compress.swap import Replacement, apply_shells_, plan_of
 from lightning_compress.tracing import ExampleInput, is_shape, trace
 
 try:
@@ -181,19 +181,20 @@ class Compress(RestoringCallback):
         if self.distill is not None and not pl_module.automatic_optimization:
             msg = "distill= works with automatic optimization only: add the distillation term in your training_step."
             raise UnsupportedError(msg)
-        resumed = self._restored is not None
+        done: Compression | None = None
         if self._restored is not None:
             replacements, self._restored = self._restored, None
         elif _factor_layers(pl_module):
             self._fine_tune_only(trainer, pl_module)
             return
         else:
-            replacements = self._compress(trainer, pl_module)
+            done = self._compress(trainer, pl_module)
+            replacements = done.replacements
         try:
             patch_optimizers_(trainer.optimizers, replacements)
         except BaseException:
-            if not resumed:
-                uninstall(pl_module, replacements)
+            if done is not None:
+                done.undo_(pl_module)
             raise
         if self._saved_layout is not None:
             saved, self._saved_layout = self._saved_layout, None
@@ -238,7 +239,7 @@ class Compress(RestoringCallback):
 
     # --- parts of on_fit_start -----------------------------------------------------------------
 
-    def _compress(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Replacement, ...]:
+    def _compress(self, trainer: Trainer, pl_module: LightningModule) -> Compression:
         example = self._example_input(trainer, pl_module)
         teacher = Teacher(pl_module, self.distill) if self.distill is not None else None
         with _progress(trainer) as progress:
@@ -254,7 +255,7 @@ class Compress(RestoringCallback):
         self.plan = done.plan
         self._use_teacher(teacher)
         _log_plan(trainer, done)
-        return done.replacements
+        return done
 
     def _fine_tune_only(self, trainer: Trainer, pl_module: LightningModule) -> None:
         example = self._example_input(trainer, pl_module) if "macs" in self.budget.limits() else None

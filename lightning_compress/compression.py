@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_compress.config import Budget
 from lightning_compress.copying import detached_copy
@@ -49,11 +50,17 @@ class Compression:
         plan: The plan that was applied.
         replacements: What was replaced by what.
         healing: What the repair did, None without one.
+        biases: The dense layers' biases as they were before it.
     """
 
     plan: Plan
     replacements: tuple[Replacement, ...]
     healing: Healing | None
+    biases: tuple[Tensor | None, ...]
+
+    def undo_(self, model: nn.Module) -> None:
+        """Puts the dense layers back, their biases as they were before the repair."""
+        _undo(model, self.replacements, self.biases)
 
 
 def compress_model_(
@@ -79,23 +86,33 @@ def compress_model_(
             msg = "heal=True and objective='moments' need an example_input to make synthetic inputs with."
             raise ExampleInputError(msg)
         statistics = gather_statistics(model, example_input, seed=seed, progress=report)
+    metric = statistics if objective == "moments" else None
     plan = search_ranks(
         model,
         budget,
         example_input=example_input,
         objective=objective,
-        statistics=statistics if objective == "moments" else None,
+        statistics=metric,
         seed=seed,
         progress=progress,
         **settings,
     )
     dense = detached_copy(model) if heal else None
-    replacements = apply_plan_(model, plan, statistics=statistics, progress=progress)
+    replacements = apply_plan_(model, plan, statistics=metric, progress=progress)
+    biases = tuple(r.factorised.bias.detach().clone() if r.factorised.bias is not None else None for r in replacements)
     if dense is None or statistics is None:
-        return Compression(plan, replacements, None)
+        return Compression(plan, replacements, None, biases)
     try:
         healing = heal_(dense, model, replacements, statistics.batches, progress=report)
     except BaseException:
-        uninstall(model, replacements)
+        _undo(model, replacements, biases)
         raise
-    return Compression(plan, replacements, healing)
+    return Compression(plan, replacements, healing, biases)
+
+
+@torch.no_grad()
+def _undo(model: nn.Module, replacements: Sequence[Replacement], biases: Sequence[Tensor | None]) -> None:
+    uninstall(model, replacements)
+    for replacement, bias in zip(replacements, biases, strict=True):
+        if bias is not None:
+            cast(nn.Parameter, replacement.dense.bias).copy_(bias)

@@ -64,11 +64,15 @@ def heal_(
     fitting, judging = batches[:-held_out] or batches, batches[-held_out:]
     before = output_distance(dense, model, judging)
     saved = {name: value.detach().clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    for index, replacement in enumerate(replacements):
-        progress("healing", index / len(replacements))
-        _refit(dense, model, replacement, fitting)
-    progress("healing", 1.0)
-    after = output_distance(dense, model, judging)
+    try:
+        for index, replacement in enumerate(replacements):
+            progress("healing", index / len(replacements))
+            _refit(dense, model, replacement, fitting)
+        progress("healing", 1.0)
+        after = output_distance(dense, model, judging)
+    except BaseException:
+        model.load_state_dict(saved, strict=False)
+        raise
     if not after < before:
         model.load_state_dict(saved, strict=False)
         after = before

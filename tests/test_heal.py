@@ -9,7 +9,7 @@ import torch
 
 from lightning_compress import Budget, Compress, FactorisedLayer, apply_plan_, compress_, search_ranks
 from lightning_compress.compression import compress_model_
-from lightning_compress.errors import ConfigurationError, ExampleInputError
+from lightning_compress.errors import ConfigurationError, ExampleInputError, UnsupportedError
 from lightning_compress.heal import heal_, output_distance
 from lightning_compress.moments import gather_statistics
 from tests.conftest import TinyTask
@@ -121,3 +121,35 @@ def test_callback_heals_before_fine_tuning(make_trainer, loader):
 def test_heal_is_true_or_false(heal):
     with pytest.raises(ConfigurationError, match=f"heal={heal!r}: expected true or false"):
         Compress(Budget(params=0.4), heal=heal)
+
+
+def test_interrupted_compression_leaves_the_dense_model(unchanged):
+    model = trained_like()
+    before = unchanged(model)
+
+    def interrupt(what, done):
+        if what == "healing" and done > 0.5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress_model_(model, Budget(params=0.5), example_input=SHAPE, heal=True, progress=interrupt)
+    before.check()
+
+
+def test_healing_with_the_weight_objective_starts_from_the_weights():
+    healed = trained_like()
+    done = compress_model_(healed, Budget(params=0.5), example_input=SHAPE, heal=True)
+    assert (done.plan.objective, done.plan.source) == ("weight", "weight")
+    assert done.healing.after <= done.healing.before
+
+
+def test_optimizer_that_cannot_take_the_factors_leaves_the_dense_module(make_trainer, loader):
+    class Muon(torch.optim.SGD):
+        """Only the name matters: an optimizer for matrices."""
+
+    task = TinyTask(lambda module: Muon(module.parameters(), lr=0.1))
+    weights = copy.deepcopy(task.state_dict())
+    with pytest.raises(UnsupportedError, match="Muon trains matrices only"):
+        make_trainer(Compress(Budget(params=0.4), heal=True)).fit(task, loader, loader)
+    assert list(task.state_dict()) == list(weights)
+    assert all(torch.equal(value, weights[name]) for name, value in task.state_dict().items())

@@ -7,6 +7,7 @@ import struct
 import zlib
 from abc import abstractmethod
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -75,6 +76,8 @@ class ImageDataModule(LightningDataModule):
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Augments training batches: one flip and one shift of up to a tenth for the whole batch."""
         if not (self.augment and self.trainer is not None and self.trainer.training):
+            return batch
+        if isinstance(cast(Any, batch), torch.Tensor):  # the model summary sends its example input through here too
             return batch
         images, labels = batch
         if self.flips and torch.rand(()) < 0.5:  # noqa: PLR2004
