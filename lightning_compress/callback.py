@@ -133,6 +133,7 @@ class Compress(RestoringCallback):
         example_input: ExampleInput | None = None,
         *,
         method: str | None = None,
+        objective: str | None = None,
         progress: Progress | None = None,
     ) -> Plan:
         """Returns the plan that a fit of this model would apply; the model is not changed.
@@ -141,6 +142,7 @@ class Compress(RestoringCallback):
             model: A module, dense.
             example_input: See `search_ranks`; None for the callback's own.
             method: Another strategy than the callback's own.
+            objective: Another objective than the callback's own.
             progress: Called with what is being done and the fraction done.
 
         Raises:
@@ -150,7 +152,7 @@ class Compress(RestoringCallback):
             model,
             self.budget,
             example_input=example_input if example_input is not None else self.example_input,
-            objective=self.objective,
+            objective=objective if objective is not None else self.objective,
             progress=progress,
             **{**self._search_settings(), "method": method if method is not None else self.search},
         )
