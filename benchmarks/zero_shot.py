@@ -60,13 +60,13 @@ METHODS: dict[str, tuple[Method, str | None]] = {
 
 
 def main(networks: list[str], seeds: int) -> None:
-    """Prints one row per network, budget and method: mean and spread (max − min) over the seeds."""
+    """Prints one row per budget and method for each network: mean and spread (max − min) over the seeds."""
     data = FashionMNISTDataModule()
     data.setup("test")
     test = DataLoader(data.test_dataloader().dataset, 500)
     train = next(iter(DataLoader(data.train_dataloader().dataset, REAL_IMAGES)))[0]
-    rows: list[dict[str, Any]] = []
     for name in networks:
+        rows: list[dict[str, Any]] = []
         net = reference(name)
         start = time.perf_counter()
         synthetic = [gather_statistics(net, IMAGE, seed=seed) for seed in range(seeds)]
@@ -93,8 +93,8 @@ def main(networks: list[str], seeds: int) -> None:
                     }
                 )
                 print(rows[-1], flush=True)
-    dense = {name: accuracy(reference(name), test) for name in networks}
-    publish("zero_shot", "Zero-shot accuracy on Fashion-MNIST, 10,000 test images", rows, dense=dense)
+        title = "Zero-shot accuracy on Fashion-MNIST, 10,000 test images"
+        publish(f"zero_shot_{name}", title, rows, dense={name: accuracy(net, test)})
 
 
 @torch.no_grad()
