@@ -36,7 +36,7 @@ from lightning_compress.finetune.optimizers import optimizer_layout, patch_optim
 from lightning_compress.finetune.schedule import WarmUp, drop_gradients
 from lightning_compress.inventory import Patterns
 from lightning_compress.plan import Plan, percent
-from lightning_compress.progress import Progress
+from lightning_compress.progress import Progress, silent
 from lightning_compress.search import check_settings, search_ranks
 from lightning_compress.swap import Replacement, apply_shells_, plan_of
 from lightning_compress.tracing import ExampleInput, is_shape, trace
@@ -420,7 +420,7 @@ def _progress(trainer: Trainer) -> Iterator[Progress]:
     """Shows one bar while the search runs, if the trainer shows bars at all."""
     bar = trainer.progress_bar_callback
     if bar is None or not getattr(bar, "is_enabled", True) or not trainer.is_global_zero:
-        yield lambda _what, _done: None
+        yield silent
         return
     with RichProgress(transient=True) as progress:
         task = progress.add_task("Compress", total=1.0)

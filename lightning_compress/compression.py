@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from lightning_compress.errors import ExampleInputError
 from lightning_compress.heal import Healing, heal_
 from lightning_compress.moments import gather_statistics
 from lightning_compress.plan import Plan
-from lightning_compress.progress import Progress
+from lightning_compress.progress import Progress, silent
 from lightning_compress.search import search_ranks
 from lightning_compress.swap import Replacement, apply_plan_, uninstall
 from lightning_compress.tracing import ExampleInput
@@ -60,7 +60,11 @@ class Compression:
 
     def undo_(self, model: nn.Module) -> None:
         """Puts the dense layers back, their biases as they were before the repair."""
-        _undo(model, self.replacements, self.biases)
+        uninstall(model, self.replacements)
+        with torch.no_grad():
+            for replacement, bias in zip(self.replacements, self.biases, strict=True):
+                if bias is not None:
+                    cast(nn.Parameter, replacement.dense.bias).copy_(bias)
 
 
 def compress_model_(
@@ -79,7 +83,7 @@ def compress_model_(
     Raises:
         ExampleInputError: If statistics are needed and there is no example input to make them with.
     """
-    report = progress or (lambda _what, _done: None)
+    report = progress or silent
     statistics = None
     if heal or objective == "moments":
         if example_input is None:
@@ -105,14 +109,6 @@ def compress_model_(
     try:
         healing = heal_(dense, model, replacements, statistics.batches, progress=report)
     except BaseException:
-        _undo(model, replacements, biases)
+        uninstall(model, replacements)
         raise
     return Compression(plan, replacements, healing, biases)
-
-
-@torch.no_grad()
-def _undo(model: nn.Module, replacements: Sequence[Replacement], biases: Sequence[Tensor | None]) -> None:
-    uninstall(model, replacements)
-    for replacement, bias in zip(replacements, biases, strict=True):
-        if bias is not None:
-            cast(nn.Parameter, replacement.dense.bias).copy_(bias)

@@ -35,9 +35,19 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _require_count(owner: str, name: str, value: object, least: int) -> None:
+def require_count(what: str, value: object, least: int) -> None:
+    """Checks a whole number.
+
+    Args:
+        what: The input as the user wrote it, for the message.
+        value: Its value.
+        least: The smallest allowed.
+
+    Raises:
+        ConfigurationError: If it is none, or too small.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        msg = f"{owner}({name}={value!r}): expected a whole number of at least {least}."
+        msg = f"{what}: expected a whole number of at least {least}."
         raise ConfigurationError(msg)
 
 
@@ -168,7 +178,7 @@ class Override:
         _require_type("Override", "dense", self.dense, (bool, type(None)), "true or false")
         for name in ("min_rank", "max_rank"):
             if getattr(self, name) is not None:
-                _require_count("Override", name, getattr(self, name), 1)
+                require_count(f"Override({name}={getattr(self, name)!r})", getattr(self, name), 1)
         if self.min_rank is not None and self.max_rank is not None and self.min_rank > self.max_rank:
             msg = f"Override(min_rank={self.min_rank}, max_rank={self.max_rank}): min_rank must not exceed max_rank."
             raise ConfigurationError(msg)
@@ -209,8 +219,8 @@ class Schedule:
     freeze_epochs: int = 0
 
     def __post_init__(self) -> None:
-        _require_count("Schedule", "warmup_steps", self.warmup_steps, 0)
-        _require_count("Schedule", "freeze_epochs", self.freeze_epochs, 0)
+        require_count(f"Schedule(warmup_steps={self.warmup_steps!r})", self.warmup_steps, 0)
+        require_count(f"Schedule(freeze_epochs={self.freeze_epochs!r})", self.freeze_epochs, 0)
 
     @classmethod
     def from_value(cls, value: object) -> Schedule:

@@ -10,6 +10,7 @@ inputs).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -89,7 +90,7 @@ def output_distance(dense: nn.Module, model: nn.Module, batches: Sequence[Argume
                 distance += float((target - output).double().square().sum())
                 spread += float((target - target.mean(dim=0)).double().square().sum())
     value = distance / spread if spread else distance
-    return value if value == value else float("inf")  # noqa: PLR0124
+    return math.inf if math.isnan(value) else value
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

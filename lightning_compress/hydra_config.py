@@ -19,7 +19,7 @@ from rich.markup import escape
 from typing_extensions import override
 
 from lightning_compress.callback import Compress
-from lightning_compress.config import did_you_mean
+from lightning_compress.config import did_you_mean, require_count
 from lightning_compress.demo.task import ClassificationTask
 from lightning_compress.errors import ConfigurationError, LightningCompressError, OutputFolderError
 
@@ -102,17 +102,13 @@ def check_config(cfg: DictConfig) -> None:
     _require_known(cfg.task, list(inspect.signature(ClassificationTask).parameters)[1:], "task")
     for stage in ("dense", "finetune"):
         _check_stage(cfg[stage], stage)
-    if not isinstance(cfg.seed, int) or isinstance(cfg.seed, bool) or cfg.seed < 0:
-        msg = f"seed={cfg.seed!r}: expected a whole number of at least 0."
-        raise ConfigurationError(msg)
+    require_count(f"seed={cfg.seed!r}", cfg.seed, 0)
 
 
 def _check_stage(node: DictConfig, stage: str) -> None:
     _require_known(node, ("epochs", "lr"), stage)
     epochs, lr = node.epochs, node.lr
-    if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 0:
-        msg = f"{stage}.epochs={epochs!r}: expected a whole number of at least 0."
-        raise ConfigurationError(msg)
+    require_count(f"{stage}.epochs={epochs!r}", epochs, 0)
     if not isinstance(lr, (int, float)) or isinstance(lr, bool) or not (math.isfinite(lr) and lr > 0):
         msg = f"{stage}.lr={lr!r}: expected a number above 0."
         raise ConfigurationError(msg)

@@ -18,7 +18,7 @@ from lightning_compress.errors import ConfigurationError, PlanMismatchError
 from lightning_compress.inventory import Layer, list_layers, require_module, require_usable_weights
 from lightning_compress.moments import Statistics
 from lightning_compress.plan import LayerPlan, Plan
-from lightning_compress.progress import Progress
+from lightning_compress.progress import Progress, silent
 from lightning_compress.tracing import ExampleInput, Trace, trace
 
 _HOOKS = (
@@ -76,13 +76,13 @@ def apply_plan_(
         NonFiniteWeightError: If a parameter holds NaN or infinite values.
     """
     require_usable_weights(model)
-    return _replace(model, plan, progress or (lambda _what, _done: None), statistics, decompose=True)
+    return _replace(model, plan, progress or silent, statistics, decompose=True)
 
 
 def apply_shells_(model: nn.Module, plan: Plan) -> tuple[Replacement, ...]:
     """Like `apply_plan_`, with factors of zeros: the structure that a state dict is loaded into."""
     require_module(model)
-    return _replace(model, plan, lambda _what, _done: None, None, decompose=False)
+    return _replace(model, plan, silent, None, decompose=False)
 
 
 def _replace(

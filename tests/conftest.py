@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import builtins
 import copy
 
 import lightning as L
@@ -59,6 +60,39 @@ class TinyTask(L.LightningModule):
 
     def configure_optimizers(self):
         return self.configure(self) if self.configure else torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+class TwoManual(TinyTask):
+    """Two optimizers stepped by hand, one for the convolutions and one for the linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        body = [p for name, p in self.named_parameters() if "fc" not in name]
+        head = [p for name, p in self.named_parameters() if "fc" in name]
+        return [torch.optim.SGD(body, lr=0.05, momentum=0.9), torch.optim.Adam(head, lr=1e-2)]
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            loss = F.cross_entropy(self(batch[0]), batch[1])
+            self.manual_backward(loss)
+            optimizer.step()
+        self.log("train_loss", loss)
+
+
+def block_imports(monkeypatch, name):
+    real = builtins.__import__
+
+    def fails(module, *args, **kwargs):
+        if module.split(".")[0] == name:
+            msg = f"No module named {name!r}"
+            raise ModuleNotFoundError(msg)
+        return real(module, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", fails)
 
 
 @pytest.fixture

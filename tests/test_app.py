@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import builtins
 import copy
 import dataclasses
 import functools
@@ -37,6 +36,7 @@ from lightning_compress.export import load_compressed, save_compressed
 from lightning_compress.hydra_config import CONFIG_FOLDER, FAILED, or_exit, require_writable
 from lightning_compress.plan import Plan
 from lightning_compress.swap import apply_plan_
+from tests.conftest import block_imports
 
 QUICK = (
     "trainer=debug",
@@ -305,20 +305,8 @@ def test_fewer_images_than_a_batch_make_one_smaller_batch(tmp_path):
     assert report.dense.metrics["loss"] != report.fine_tuned.metrics["loss"]
 
 
-def block_matplotlib(monkeypatch):
-    real = builtins.__import__
-
-    def fails(name, *args, **kwargs):
-        if name.split(".")[0] == "matplotlib":
-            msg = "No module named 'matplotlib'"
-            raise ModuleNotFoundError(msg)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", fails)
-
-
 def test_without_matplotlib_there_is_no_plot_but_everything_else(tmp_path, monkeypatch, capsys):
-    block_matplotlib(monkeypatch)
+    block_imports(monkeypatch, "matplotlib")
     run(compose(*TINY_MLP), tmp_path)
     assert (tmp_path / "report.json").is_file()
     assert (tmp_path / "compressed" / "model.safetensors").is_file()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import builtins
 import gzip
 import struct
 
@@ -15,20 +14,9 @@ from lightning_compress.demo.data import DigitsDataModule, FashionMNISTDataModul
 from lightning_compress.demo.models import MLP, VGG, ResNet20, SmallCNN
 from lightning_compress.demo.task import ClassificationTask
 from lightning_compress.errors import ConfigurationError, DataNotFoundError
+from tests.conftest import block_imports
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-
-
-def block_imports(monkeypatch, name):
-    real = builtins.__import__
-
-    def fails(module, *args, **kwargs):
-        if module.split(".")[0] == name:
-            msg = f"No module named {name!r}"
-            raise ModuleNotFoundError(msg)
-        return real(module, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", fails)
 
 
 def splits(module):

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LinearLR, OneCycleLR,
 from lightning_compress import Budget, Compress, FactorisedLayer, apply_plan_, search_ranks
 from lightning_compress.errors import OrphanParameterError, UnsupportedError
 from lightning_compress.finetune.optimizers import optimizer_layout, patch_optimizers_
-from tests.conftest import TinyNet, TinyTask
+from tests.conftest import TinyNet, TinyTask, TwoManual
 
 # TinyTask has a validation_step; the fits here need no validation data.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no .val_dataloader.")
@@ -160,25 +160,6 @@ class Prebuilt(TinyTask):
 
     def configure_optimizers(self):
         return self.optimizer
-
-
-class TwoManual(TinyTask):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def configure_optimizers(self):
-        body = [p for name, p in self.named_parameters() if "fc" not in name]
-        head = [p for name, p in self.named_parameters() if "fc" in name]
-        return [SGD(body, lr=0.05, momentum=0.9), Adam(head, lr=1e-2)]
-
-    def training_step(self, batch, batch_idx):
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-            loss = F.cross_entropy(self(batch[0]), batch[1])
-            self.manual_backward(loss)
-            optimizer.step()
-        self.log("train_loss", loss)
 
 
 def fit(make_trainer, loader, task, *callbacks):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import builtins
 import dataclasses
 import json
 import struct
@@ -14,6 +13,7 @@ from lightning_compress.costs import Costs
 from lightning_compress.errors import OutputFolderError, UnsupportedError
 from lightning_compress.plan import LayerPlan, Plan
 from lightning_compress.report import Figures, Report, plot_plan
+from tests.conftest import block_imports
 
 DENSE, COMPRESSED = Costs(10_000, 200_000, 40_000), Costs(2_500, 20_000, 10_400)
 LAYERS = (
@@ -237,15 +237,7 @@ def test_plot_leaves_pyplot_alone(tmp_path):
 
 
 def test_plot_without_matplotlib_says_how_to_get_it(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def fails(name, *args, **kwargs):
-        if name.split(".")[0] == "matplotlib":
-            msg = "No module named 'matplotlib'"
-            raise ModuleNotFoundError(msg)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", fails)
+    block_imports(monkeypatch, "matplotlib")
     with pytest.raises(UnsupportedError, match=r"pip install 'lightning_compress\[plots\]'"):
         plot_plan(PLAN, tmp_path / "plan.png")
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 from lightning_compress import Budget, Compress, FactorisedLayer, Plan, apply_plan_
 from lightning_compress.checkpoint import CHECKPOINT_KEY
 from lightning_compress.errors import PlanError, PlanFormatError, PlanMismatchError, ResumeError, UnsupportedError
-from tests.conftest import TinyTask
+from tests.conftest import TinyTask, TwoManual
 
 pytestmark = [
     # TinyTask has a validation_step; some fits here need no validation data.
@@ -111,23 +111,6 @@ class ReadsTheWeight(TinyTask):
     def configure_optimizers(self):
         weights = [self.net.fc1.weight, self.net.conv2.weight]
         return Adam([{"params": weights, "lr": 0.02}, {"params": self.net.fc2.parameters()}], lr=0.01)
-
-
-class TwoManual(TinyTask):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def configure_optimizers(self):
-        body = [p for name, p in self.named_parameters() if "fc" not in name]
-        head = [p for name, p in self.named_parameters() if "fc" in name]
-        return [SGD(body, lr=0.05, momentum=0.9), Adam(head, lr=1e-2)]
-
-    def training_step(self, batch, batch_idx):
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
-            optimizer.step()
 
 
 class Losses(Callback):

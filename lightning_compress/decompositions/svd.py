@@ -21,7 +21,7 @@ from lightning_compress.decompositions.base import (
     singular_energies,
     tail_errors,
 )
-from lightning_compress.decompositions.metric import output_basis, regularised, solvable, whitened_targets
+from lightning_compress.decompositions.metric import energy, output_basis, regularised, solvable, whitened_targets
 
 
 class _MatrixDecomposition(Decomposition):
@@ -63,34 +63,22 @@ class _MatrixDecomposition(Decomposition):
         return self._fold(*balanced(expand, reduce), tuple(weight.shape))
 
 
-class Svd(_MatrixDecomposition):
-    """W ≈ U V for nn.Linear and 1x1 convolutions: out x r times r x in.
-
-    Source: Eckart and Young 1936; for layers, Denton et al. 2014, "Exploiting Linear Structure
-    Within Convolutional Networks".
-    """
-
-    kind = "svd"
-
-    @override
-    def unsupported(self, layer: nn.Module) -> str | None:
-        if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1):
-            return "svd factorises nn.Linear and 1x1 convolutions only"
-        return None
+class _ChannelMatrix(_MatrixDecomposition):
+    """A kind whose unfolding is out x everything else: r filters of the layer's own kernel, then r to out."""
 
     def _matrix(self, weight: Tensor) -> Tensor:
-        return weight.flatten(1)  # (out, in)
+        return weight.flatten(1)  # (out, in) or (out, in * k_h * k_w)
 
     def _matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        return shape[0], shape[1]
+        return shape[0], int(np.prod(shape[1:]))
+
+    def _fold(self, expand: Tensor, reduce: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        ones = (1,) * len(shape[2:])  # () for Linear, (1, 1) for Conv2d
+        return {"reduce": reduce.reshape(-1, *shape[1:]), "expand": expand.reshape(*expand.shape, *ones)}
 
     @override
     def macs(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Ints:
         return self.parameters(shape, ranks) * call.positions
-
-    def _fold(self, expand: Tensor, reduce: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        tail = shape[2:]  # () for Linear, (1, 1) for Conv2d
-        return {"reduce": reduce.reshape(*reduce.shape, *tail), "expand": expand.reshape(*expand.shape, *tail)}
 
     @override
     def children(self, layer: nn.Module, ranks: tuple[int, ...]) -> dict[str, nn.Module]:
@@ -112,7 +100,23 @@ class Svd(_MatrixDecomposition):
         return (factors["expand"].flatten(1) @ factors["reduce"].flatten(1)).reshape(shape)
 
 
-class ChannelSvd(_MatrixDecomposition):
+class Svd(_ChannelMatrix):
+    """W ≈ U V for nn.Linear and 1x1 convolutions: out x r times r x in.
+
+    Source: Eckart and Young 1936; for layers, Denton et al. 2014, "Exploiting Linear Structure
+    Within Convolutional Networks".
+    """
+
+    kind = "svd"
+
+    @override
+    def unsupported(self, layer: nn.Module) -> str | None:
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1):
+            return "svd factorises nn.Linear and 1x1 convolutions only"
+        return None
+
+
+class ChannelSvd(_ChannelMatrix):
     """A k_h x k_w convolution into r channels, then 1x1: SVD of the out x (in·k_h·k_w) unfolding.
 
     Source: Zhang et al. 2015, "Accelerating Very Deep Convolutional Networks for Classification
@@ -124,32 +128,6 @@ class ChannelSvd(_MatrixDecomposition):
     @override
     def unsupported(self, layer: nn.Module) -> str | None:
         return needs_spatial_kernel(layer, self.kind)
-
-    def _matrix(self, weight: Tensor) -> Tensor:
-        return weight.flatten(1)  # (out, in * k_h * k_w)
-
-    def _matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        return shape[0], int(np.prod(shape[1:]))
-
-    @override
-    def macs(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Ints:
-        return self.parameters(shape, ranks) * call.positions
-
-    def _fold(self, expand: Tensor, reduce: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        return {"reduce": reduce.reshape(-1, *shape[1:]), "expand": expand[:, :, None, None]}
-
-    @override
-    def children(self, layer: nn.Module, ranks: tuple[int, ...]) -> dict[str, nn.Module]:
-        conv = cast(nn.Conv2d, layer)
-        (rank,) = ranks
-        return {
-            "reduce": conv_like(conv, conv.in_channels, rank),
-            "expand": conv_like(conv, rank, conv.out_channels, axes=(), bias=conv.bias is not None),
-        }
-
-    @override
-    def dense_weight(self, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-        return (factors["expand"].flatten(1) @ factors["reduce"].flatten(1)).reshape(shape)
 
 
 class SpatialSvd(_MatrixDecomposition):
@@ -247,8 +225,7 @@ class _SpatialFit:
         root = torch.linalg.cholesky(column)
         _, s, vh = torch.linalg.svd(matrix @ root, full_matrices=False)
         self._filters = s[:, None] * torch.linalg.solve_triangular(root, vh, upper=False, left=False)  # (r, in * k_h)
-        flat = self._metric.reshape(k_w * self._rows, -1)
-        self.total = ((self._weight @ flat) * self._weight).sum()
+        self.total = energy(self._weight, self._metric.reshape(k_w * self._rows, -1))
 
     def _normal(self, filters: Tensor) -> tuple[Tensor, Tensor]:
         """Returns Φ S Φᵀ and Φ S Wᵀ of the features (filter, column), (r·k_w, r·k_w) and (r·k_w, out)."""

@@ -22,7 +22,7 @@ from lightning_compress.decompositions.base import (
     RankProfile,
     conv_like,
 )
-from lightning_compress.decompositions.metric import regularised, solvable, whitened_targets
+from lightning_compress.decompositions.metric import energy, regularised, solvable, whitened_targets
 from lightning_compress.decompositions.svd import needs_spatial_kernel
 
 
@@ -146,7 +146,7 @@ class _TuckerFit:
         usable = min(mode.shape)
         basis = vectors.flip(1)[:, :usable]
         self._reduce = torch.linalg.solve_triangular(root, basis.T, upper=False, left=False)  # (r, in): Qᵀ L⁻¹
-        self.total = ((self._weight @ metric) * self._weight).sum()
+        self.total = energy(self._weight, metric)
 
     def _normal(self, reduce: Tensor) -> tuple[Tensor, Tensor]:
         half = torch.einsum("ri,ikjl->rkjl", reduce, self._metric)
@@ -156,8 +156,8 @@ class _TuckerFit:
         return features.reshape(n, n), torch.einsum("rkjl,ojl->rko", half, weight).reshape(n, -1)
 
     def profile(self) -> RankProfile:
-        targets = whitened_targets(solvable(self._normal(self._reduce)[0]), self._normal(self._reduce)[1])
-        targets = targets.reshape(len(self._reduce), self._kernel, -1)
+        features, cross = self._normal(self._reduce)
+        targets = whitened_targets(solvable(features), cross).reshape(len(self._reduce), self._kernel, -1)
         grams = torch.einsum("rko,rkp->rop", targets, targets).cumsum(0)  # (r_in, out, out)
         limit = min(self._shape[0], self._shape[1] * self._kernel)
         energies = torch.linalg.eigvalsh(grams).flip(1)[:, :limit].clamp_min(0).cumsum(1)  # (r_in, r_out)

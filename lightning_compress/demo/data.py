@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
-from lightning_compress.errors import ConfigurationError, DataNotFoundError
+from lightning_compress.config import require_count
+from lightning_compress.errors import DataNotFoundError
 
 Batch = tuple[Tensor, Tensor]
 
@@ -41,10 +42,8 @@ class ImageDataModule(LightningDataModule):
     def __init__(self, batch_size: int = 64, *, augment: bool = True, limit: int | None = None) -> None:
         super().__init__()
         for name, value in (("batch_size", batch_size), ("limit", limit)):
-            optional = name == "limit" and value is None
-            if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                msg = f"{type(self).__name__}({name}={value!r}): expected a whole number of at least 1."
-                raise ConfigurationError(msg)
+            if name == "batch_size" or value is not None:
+                require_count(f"{type(self).__name__}({name}={value!r})", value, 1)
         self.batch_size, self.augment, self.limit = batch_size, augment, limit
         self._splits: dict[str, TensorDataset] = {}
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from lightning_compress.candidates import DENSE, Candidates, dense_macs, tabulate
-from lightning_compress.config import RESOURCES, Budget, did_you_mean
+from lightning_compress.config import RESOURCES, Budget, did_you_mean, require_count
 from lightning_compress.costs import Costs, measure_costs
 from lightning_compress.decompositions.base import Floats, Ints
 from lightning_compress.errors import (
@@ -22,7 +22,7 @@ from lightning_compress.errors import (
 from lightning_compress.inventory import Layer, Patterns, require_usable_weights, take_inventory
 from lightning_compress.moments import Statistics, gather_statistics
 from lightning_compress.plan import LayerPlan, Plan
-from lightning_compress.progress import Progress
+from lightning_compress.progress import Progress, silent
 from lightning_compress.search.continuous import search_continuous
 from lightning_compress.search.energy import search_energy
 from lightning_compress.search.exact import search_exact, smallest, solve
@@ -108,7 +108,7 @@ def search_ranks(
     traced = trace(model, example_input) if example_input is not None else None
     layers = take_inventory(model, **selection, trace=traced)
     dense = measure_costs(model, macs=traced.macs if traced else None)
-    report = progress or (lambda _what, _done: None)
+    report = progress or silent
     if objective == "weight":
         statistics = None
     elif objective == "moments" and statistics is None:
@@ -151,11 +151,8 @@ def check_settings(method: object, objective: object, rank_multiple: object, see
     if objective not in OBJECTIVES:
         msg = f"objective={objective!r} is unknown.{did_you_mean(objective, OBJECTIVES)}"
         raise ConfigurationError(msg)
-    for name, value in (("rank_multiple", rank_multiple), ("seed", seed)):
-        least = 1 if name == "rank_multiple" else 0
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            msg = f"{name}={value!r}: expected a whole number of at least {least}."
-            raise ConfigurationError(msg)
+    require_count(f"rank_multiple={rank_multiple!r}", rank_multiple, 1)
+    require_count(f"seed={seed!r}", seed, 0)
 
 
 def _tabulate(
