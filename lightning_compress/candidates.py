@@ -11,7 +11,8 @@ import torch
 
 from lightning_compress.config import RESOURCES
 from lightning_compress.decompositions import DECOMPOSITIONS
-from lightning_compress.decompositions.base import Floats, Ints, threads_for
+from lightning_compress.decompositions.base import Floats, Ints, RankProfile, spectral_errors, threads_for
+from lightning_compress.decompositions.metric import energy
 from lightning_compress.errors import ConfigurationError
 from lightning_compress.inventory import Layer
 
@@ -36,6 +37,12 @@ class Candidates:
         kinds: Kind of each row, length n.
         ranks: Ranks of each row, length n.
         errors: Relative errors in [0, 1], shape (n,).
+        spectral: σ_{r+1} / σ_1, shape (n,): the largest singular value left out of the kind's unfolding
+            relative to its largest (split kinds: the largest left out of any split, relative to that of
+            the whole unfolding); 0 for dense, infinite for kinds of several ranks, which have no one
+            unfolding. In a metric S it is that of the unfolding times S^½ (split kinds: of each split
+            times its own S_ii^½; spatial_svd: the roots of what its components explain one by one).
+        energy: ‖W S^½‖²_F, what the errors are relative to; ‖W‖²_F without a metric.
         costs: Absolute costs in the order of `RESOURCES`, shape (n, 3); MACs are 0 where unknown.
     """
 
@@ -43,6 +50,8 @@ class Candidates:
     kinds: tuple[str, ...]
     ranks: tuple[tuple[int, ...], ...]
     errors: Floats
+    spectral: Floats
+    energy: float
     costs: Floats
 
     @property
@@ -89,7 +98,7 @@ def tabulate(
     weight = layer.weight.detach().to("cpu", torch.float64)
     columns = [RESOURCES.index(name) for name in budgeted]
     dense = _dense_costs(layer)
-    found: list[tuple[str, Ints, Floats, Floats]] = []
+    found: list[tuple[str, Ints, Floats, Floats, Floats]] = []
     in_bounds = False
     for kind in layer.kinds:
         with threads_for(weight):
@@ -97,11 +106,11 @@ def tabulate(
         rows = np.flatnonzero(_allowed(layer, profile.ranks, rank_multiple))
         in_bounds = in_bounds or len(rows) > 0
         rows = rows[_thinned(profile.ranks[rows])]
-        ranks, errors = profile.ranks[rows], profile.errors[rows]
+        ranks, errors, spectral = profile.ranks[rows], profile.errors[rows], _spectral(profile)[rows]
         costs = _costs(layer, kind, ranks)
         rows = np.flatnonzero((costs[:, 0] < dense[0]) & (costs[:, 1] <= dense[1]))
         rows = rows[_undominated(errors[rows], costs[rows][:, columns])]
-        found.append((kind, ranks[rows], errors[rows], costs[rows]))
+        found.append((kind, ranks[rows], errors[rows], spectral[rows], costs[rows]))
     if not in_bounds:
         msg = (
             f"layer {layer.name!r}: no rank of {list(layer.kinds)} is a multiple of {rank_multiple} between "
@@ -111,11 +120,27 @@ def tabulate(
         raise ConfigurationError(msg)
     return Candidates(
         name=layer.name,
-        kinds=(*(kind for kind, ranks, _, _ in found for _ in ranks), DENSE),
-        ranks=(*(tuple(map(int, row)) for _, ranks, _, _ in found for row in ranks), ()),
-        errors=np.concatenate([*(errors for *_, errors, _ in found), np.zeros(1)]),
+        kinds=(*(kind for kind, ranks, *_ in found for _ in ranks), DENSE),
+        ranks=(*(tuple(map(int, row)) for _, ranks, *_ in found for row in ranks), ()),
+        errors=np.concatenate([*(errors for *_, errors, _, _ in found), np.zeros(1)]),
+        spectral=np.concatenate([*(spectral for *_, spectral, _ in found), np.zeros(1)]),
+        energy=float(weight.square().sum()) if metric is None else energy(weight.flatten(1), metric),
         costs=np.concatenate([*(costs for *_, costs in found), dense[None]]),
     )
+
+
+def _spectral(profile: RankProfile) -> Floats:
+    """Returns `Candidates.spectral` of one kind.
+
+    Where the profile does not give it: a component's share of the energy is by how much it lowers the error.
+    """
+    if profile.spectral is not None:
+        return profile.spectral
+    if profile.ranks.shape[1] > 1:
+        return np.full(len(profile.ranks), np.inf)
+    shares = -np.diff(profile.errors, prepend=1.0)
+    shares = np.maximum.accumulate(shares[::-1])[::-1]
+    return spectral_errors(shares, float(shares[0]))
 
 
 def _largest(layer: Layer) -> str:

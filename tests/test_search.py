@@ -76,7 +76,8 @@ def candidates(name, costs, errors):
     columns[:, : costs.shape[1]] = costs
     rows = len(costs)
     kinds = ("svd",) * (rows - 1) + ("dense",)
-    return Candidates(name, kinds, (*((r + 1,) for r in range(rows - 1)), ()), np.asarray(errors, float), columns)
+    errors = np.asarray(errors, float)
+    return Candidates(name, kinds, (*((r + 1,) for r in range(rows - 1)), ()), errors, np.sqrt(errors), 1.0, columns)
 
 
 def random_problem(seed, *, layers=5, rows=5, scale=1000, budgeted=("params",), keep=0.5):
@@ -441,7 +442,8 @@ def weight_table(net, budgeted):
 @pytest.mark.parametrize("keep", [0.5, 0.7])
 def test_optimality_gap_is_truthful(method, keep):
     net = nn.Sequential(nn.Linear(12, 8), nn.Conv2d(3, 6, 3), nn.Linear(8, 10), nn.LayerNorm(5))
-    plan = search_ranks(net, Budget(params=keep), method=method)
+    kinds = ["svd", "channel_svd", "spatial_svd", "tucker2"]  # those of the table; "auto" of alds has its own
+    plan = search_ranks(net, Budget(params=keep), method=method, kinds=kinds)
     tables = weight_table(net, ("params",))
     total = sum(p.numel() for p in net.parameters())
     rest = total - sum(int(t.costs[-1, 0]) for t in tables)

@@ -6,7 +6,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -61,10 +61,13 @@ class RankProfile:
     Attributes:
         ranks: Shape (n, number of ranks of the kind), whole numbers.
         errors: Shape (n,), ‖(W − Ŵ) S^½‖²_F / ‖W S^½‖²_F in [0, 1].
+        spectral: Shape (n,), the largest singular value left out, relative to the largest of all;
+            None where it follows from the errors or the kind has no spectrum.
     """
 
     ranks: Ints
     errors: Floats
+    spectral: Floats | None = None
 
 
 @contextlib.contextmanager
@@ -93,7 +96,7 @@ class Decomposition(ABC):
     bias out (it is kept as it is) and are vectorised over the rows of `ranks`, shape (n, R).
     """
 
-    kind: ClassVar[str]
+    kind: str
 
     @abstractmethod
     def unsupported(self, layer: nn.Module) -> str | None:
@@ -199,6 +202,7 @@ def conv_like(
     out_channels: int,
     *,
     axes: tuple[int, ...] = (0, 1),
+    groups: int = 1,
     bias: bool = False,
 ) -> nn.Conv2d:
     """Returns a Conv2d on the meta device with the layer's geometry on the given spatial axes.
@@ -223,6 +227,7 @@ def conv_like(
         stride=on_axes(layer.stride, 1),
         padding=padding,
         dilation=on_axes(layer.dilation, 1),
+        groups=groups,
         padding_mode=layer.padding_mode if axes else "zeros",
         bias=bias,
         device="meta",
@@ -260,4 +265,17 @@ def tail_errors(energies: Floats) -> Floats:
         return np.zeros(len(energies))
     tails = np.cumsum(energies[::-1])[::-1]
     errors: Floats = np.clip(np.append(tails[1:], 0.0) / total, 0.0, 1.0)
+    return errors
+
+
+def spectral_errors(energies: Floats, largest: float) -> Floats:
+    """Returns σ_{r+1} / σ_1 after keeping the first r = 1, 2, … n components, 0 after the last.
+
+    Args:
+        energies: Squared singular values, largest first, shape (n,).
+        largest: σ_1², that of the whole weight.
+    """
+    if largest == 0:
+        return np.zeros(len(energies))
+    errors: Floats = np.sqrt(np.append(energies[1:], 0.0) / largest)
     return errors

@@ -12,6 +12,7 @@ from torch import nn
 from lightning_compress.candidates import DENSE, Candidates, dense_macs, tabulate
 from lightning_compress.config import RESOURCES, Budget, did_you_mean, require_count
 from lightning_compress.costs import Costs, measure_costs
+from lightning_compress.decompositions import AUTOMATIC, resolve_kinds
 from lightning_compress.decompositions.base import Floats, Ints
 from lightning_compress.errors import (
     ConfigurationError,
@@ -23,9 +24,11 @@ from lightning_compress.inventory import Layer, Patterns, require_usable_weights
 from lightning_compress.moments import Statistics, gather_statistics
 from lightning_compress.plan import LayerPlan, Plan
 from lightning_compress.progress import Progress, silent
+from lightning_compress.search.alds import ALDS_KINDS, search_alds
 from lightning_compress.search.continuous import search_continuous
 from lightning_compress.search.energy import search_energy
 from lightning_compress.search.exact import search_exact, smallest, solve
+from lightning_compress.search.paper import search_paper
 from lightning_compress.search.problem import Problem, Strategy
 from lightning_compress.search.uniform import search_uniform
 from lightning_compress.tracing import ExampleInput, Trace, trace
@@ -35,8 +38,13 @@ STRATEGIES: dict[str, Strategy] = {
     "exact": search_exact,
     "uniform": search_uniform,
     "energy": search_energy,
+    "alds": search_alds,
+    "paper": search_paper,
 }
 """Method to strategy."""
+
+ON_WEIGHTS = ("alds", "paper")
+"""Published methods whose criterion is on the weights: objective "auto" is "weight" for them."""
 
 CERTIFICATE_GAP = 1e-3
 """Relative gap to which the lower bound of the certificate is worked out."""
@@ -72,11 +80,14 @@ def search_ranks(
         example_input: A tensor, a tuple or dict of a forward pass's arguments, or a shape with
             its batch dimension. Needed for a budget in MACs; used to find layers whose weight
             is used outside their own forward.
-        method: "continuous", "exact", "uniform" or "energy".
+        method: "continuous", "exact", "uniform", "energy", or a published method to compare with:
+            "alds" (Liebenwein et al. 2021), "paper" (arXiv 2409.03555).
         objective: What e is in Σ −log(1 − e): "weight", the relative error of the weights;
             "moments", that of the layers' outputs, for inputs with the second moments of
-            `statistics`; "auto" is "moments" if statistics are given, else "weight".
-        kinds: "auto", a kind, or a list of kinds to choose from.
+            `statistics`; "auto" is "moments" if statistics are given, else "weight", and always
+            "weight" for the published methods, whose criterion is on the weights.
+        kinds: "auto", a kind, or a list of kinds to choose from. "auto" is svd, channel_svd,
+            spatial_svd and tucker2; for "alds" svd, channel_svd, split2_svd and split4_svd.
         include: Names, globs, class names or classes of layers to factorise, None for all.
         exclude: Likewise for layers to leave alone.
         overrides: Pattern to `Override`, a mapping of its fields, or "dense".
@@ -100,6 +111,8 @@ def search_ranks(
     budget = Budget.from_value(budget)
     check_settings(method, objective, rank_multiple, seed)
     require_usable_weights(model)
+    automatic = ALDS_KINDS if method == "alds" else AUTOMATIC
+    kinds = resolve_kinds(kinds, automatic)
     selection: dict[str, Any] = {"kinds": kinds, "include": include, "exclude": exclude, "overrides": overrides}
     take_inventory(model, **selection)  # a wrong pattern shows before the model is run
     if "macs" in budget.limits() and example_input is None:
@@ -109,7 +122,7 @@ def search_ranks(
     layers = take_inventory(model, **selection, trace=traced)
     dense = measure_costs(model, macs=traced.macs if traced else None)
     report = progress or silent
-    if objective == "weight":
+    if objective == "weight" or (objective == "auto" and method in ON_WEIGHTS):
         statistics = None
     elif objective == "moments" and statistics is None:
         if example_input is None:
@@ -232,7 +245,7 @@ def _layer_plan(layer: Layer, table: Candidates | None, row: int, traced: Trace 
     factorisable = table is not None
     known = traced is not None and factorisable
     if table is None:
-        table = Candidates(layer.name, (DENSE,), ((),), np.zeros(1), np.zeros((1, len(RESOURCES))))
+        table = Candidates(layer.name, (DENSE,), ((),), np.zeros(1), np.zeros(1), 0.0, np.zeros((1, len(RESOURCES))))
         reason = layer.reason
     elif len(table) == 1:
         reason = "every candidate is larger or slower than the dense layer"

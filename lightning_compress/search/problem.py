@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -49,11 +49,12 @@ class Problem:
     def restricted(self, rows: Sequence[Ints]) -> Problem:
         """Returns the same problem with only some rows of each layer."""
         layers = tuple(
-            Candidates(
-                name=c.name,
+            replace(
+                c,
                 kinds=tuple(c.kinds[r] for r in kept),
                 ranks=tuple(c.ranks[r] for r in kept),
                 errors=c.errors[kept],
+                spectral=c.spectral[kept],
                 costs=c.costs[kept],
             )
             for c, kept in zip(self.layers, rows, strict=True)

@@ -1,0 +1,325 @@
+"""The split kinds: channel SVD in k groups of input channels (Liebenwein et al. 2021)."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_compress import Budget, apply_plan_, compress_, load_compressed, save_compressed, search_ranks
+from lightning_compress.costs import Costs, measure_costs
+from lightning_compress.decompositions import AUTOMATIC, DECOMPOSITIONS, LayerCall, resolve_kinds
+from lightning_compress.plan import LayerPlan, Plan
+from lightning_compress.swap import plan_of
+from tests.conftest import TinyNet
+
+SPLITS = {"split2_svd": 2, "split4_svd": 4}
+SHAPES = [(5, 8, 3, 3), (6, 4, 1, 1), (40, 8, 3, 1), (3, 12, 5, 3)]
+CASES = list(itertools.product(SPLITS, SHAPES))
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def randomised(layer, seed=0):
+    layer = layer.double()
+    with torch.no_grad():
+        for index, parameter in enumerate(layer.parameters()):
+            parameter.copy_(normal(*parameter.shape, seed=seed + index))
+    return layer
+
+
+def factorised(layer, kind, rank):
+    costs = Costs(1, None, 4)
+    planned = LayerPlan("0", "Conv2d", kind, (rank,), tuple(layer.weight.shape), 0.0, 1, 1)
+    model = nn.Sequential(layer)
+    apply_plan_(model, Plan((planned,), costs, costs))
+    return model[0]
+
+
+def full_rank(kind, shape):
+    return min(shape[0], int(np.prod(shape[1:])) // SPLITS[kind])
+
+
+def blocks_of(weight, splits):
+    """The blocks of the unfolding, cut with numpy along the input channels."""
+    return [part.reshape(len(part), -1) for part in np.split(np.asarray(weight), splits, axis=1)]
+
+
+def error_in(metric, weight, product):
+    lost, flat = (weight - product).flatten(1), weight.flatten(1)
+    return float(((lost @ metric) * lost).sum() / ((flat @ metric) * flat).sum())
+
+
+def random_metric(size, seed=0, condition=1e3):
+    basis, _ = torch.linalg.qr(normal(size, size, seed=seed))
+    return (basis * torch.logspace(0, np.log10(condition), size, dtype=torch.float64)) @ basis.T
+
+
+# --- the layer
+
+
+@pytest.mark.parametrize("kind", SPLITS)
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 3)])
+def test_full_rank_gives_the_dense_output_for_every_geometry(kind, kernel):
+    x = normal(2, 8, 11, 10, seed=9)
+    seen = 0
+    paddings, modes = [(0, 0), (1, 2), "same", "valid"], ["zeros", "reflect", "replicate", "circular"]
+    geometries = itertools.product([(1, 1), (2, 1)], paddings, modes, [(1, 1), (2, 1)], (True, False))
+    for stride, padding, mode, dilation, bias in geometries:
+        if padding == "same" and stride != (1, 1):
+            continue  # torch refuses it
+        conv = randomised(nn.Conv2d(8, 5, kernel, stride, padding, dilation, bias=bias, padding_mode=mode), seed=seen)
+        expected = conv(x).detach()
+        got = factorised(conv, kind, full_rank(kind, conv.weight.shape))(x).detach()
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+        seen += 1
+    assert seen == 7 * 4 * 2 * 2
+
+
+@pytest.mark.parametrize("kind", SPLITS)
+def test_layer_is_a_grouped_convolution_and_a_pointwise_one(kind):
+    conv = nn.Conv2d(8, 6, 3, stride=2, padding=1)
+    bias = conv.bias
+    new = factorised(conv, kind, 2)
+    assert list(new.factors()) == ["reduce", "expand"]
+    assert (new.reduce.groups, new.reduce.kernel_size, new.reduce.stride) == (SPLITS[kind], (3, 3), (2, 2))
+    assert new.reduce.weight.shape == (2 * SPLITS[kind], 8 // SPLITS[kind], 3, 3)
+    assert (new.expand.groups, new.expand.kernel_size, new.expand.stride) == (1, (1, 1), (1, 1))
+    assert new.bias is bias
+    assert (new.kind, new.ranks, new.groups) == (kind, (2,), 1)
+
+
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_parameters_and_macs_are_those_of_the_built_layers(kind, shape):
+    decomposition = DECOMPOSITIONS[kind]
+    conv = randomised(nn.Conv2d(shape[1], shape[0], shape[2:], stride=(2, 1), padding=(1, 0)))
+    x = normal(1, shape[1], 9, 8)
+    call = LayerCall((9, 8), tuple(conv(x).shape[-2:]), rows=1)
+    ranks = decomposition.profile(conv.weight.detach()).ranks
+    assert ranks.tolist() == [[r] for r in range(1, full_rank(kind, shape) + 1)]
+    assert decomposition.max_ranks(shape) == (full_rank(kind, shape),)
+    parameters, macs = decomposition.parameters(shape, ranks), decomposition.macs(shape, ranks, call)
+    assert parameters.shape == macs.shape == (len(ranks),)
+    for index, (rank,) in enumerate(ranks.tolist()):
+        new = factorised(conv, kind, rank)
+        assert parameters[index] == sum(child.weight.numel() for child in new)
+        with FlopCounterMode(display=False) as counter:
+            new(x)
+        assert macs[index] * 2 == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_dense_weight_and_gradients_are_those_of_the_layer(kind, shape):
+    conv = randomised(nn.Conv2d(shape[1], shape[0], shape[2:], stride=(2, 1), padding=(1, 0)))
+    x = normal(1, shape[1], 9, 8)
+    new = factorised(conv, kind, max(1, full_rank(kind, shape) - 1))
+    assert new.weight.shape == conv.weight.shape
+    through_product = F.conv2d(x, new.dense_weight(), new.bias, conv.stride, conv.padding)
+    torch.testing.assert_close(new(x), through_product, rtol=1e-10, atol=1e-10)
+    target, factors = normal(*through_product.shape, seed=5), list(new.factors().values())
+    got = torch.autograd.grad((new(x) - target).square().sum(), factors)
+    expected = torch.autograd.grad((through_product - target).square().sum(), factors)
+    for g, e in zip(got, expected, strict=True):
+        assert float(g.abs().max()) > 1e-6
+        torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-9)
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_errors_are_the_sum_of_the_block_tails_and_those_of_the_factors(kind, shape):
+    weight, decomposition = normal(*shape, seed=3), DECOMPOSITIONS[kind]
+    profile = decomposition.profile(weight)
+    values = [np.linalg.svd(block, compute_uv=False) for block in blocks_of(weight, SPLITS[kind])]
+    for (rank,), error in zip(profile.ranks.tolist(), profile.errors.tolist(), strict=True):
+        tails = sum(np.square(s[rank:]).sum() for s in values)
+        assert error == pytest.approx(tails / np.square(weight.numpy()).sum(), abs=1e-13)
+        product = decomposition.dense_weight(decomposition.factorise(weight, (rank,)), shape)
+        assert error_in(torch.eye(weight[0].numel(), dtype=torch.float64), weight, product) == pytest.approx(
+            error, abs=1e-12
+        )
+
+
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_spectral_error_is_the_largest_value_left_out_over_the_largest_of_the_whole(kind, shape):
+    weight = normal(*shape, seed=4)
+    weight[:, : shape[1] // 4] *= 3  # one split dominates
+    profile = DECOMPOSITIONS[kind].profile(weight)
+    values = np.array([np.linalg.svd(block, compute_uv=False) for block in blocks_of(weight, SPLITS[kind])])
+    left_out = np.append(values.max(axis=0)[1:], 0.0) / np.linalg.norm(weight.flatten(1).numpy(), 2)
+    assert profile.spectral == pytest.approx(left_out, abs=1e-7)
+    assert profile.spectral[-1] == 0
+
+
+@pytest.mark.parametrize("kind", SPLITS)
+@pytest.mark.parametrize("metric", [None, "random"])
+def test_zero_weight_gives_zero_errors_and_only_the_bias(kind, metric):
+    conv = randomised(nn.Conv2d(4, 5, 3))
+    with torch.no_grad():
+        conv.weight.zero_()
+    weight, metric = conv.weight.detach(), None if metric is None else random_metric(36)
+    profile = DECOMPOSITIONS[kind].profile(weight, metric)
+    assert not profile.errors.any()
+    assert not profile.spectral.any()
+    factors = DECOMPOSITIONS[kind].factorise(weight, (2,), metric)
+    assert not DECOMPOSITIONS[kind].dense_weight(factors, (5, 4, 3, 3)).any()
+    assert factors["expand"].any()  # or the factors could never train
+    x = normal(1, 4, 6, 6)
+    assert torch.equal(factorised(conv, kind, 2)(x), conv(x))
+
+
+# --- in a metric
+
+
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_profile_in_a_metric_is_the_exact_error_of_the_start(kind, shape):
+    weight, splits = normal(*shape, seed=1), SPLITS[kind]
+    size = weight[0].numel()
+    metric = random_metric(size)
+    profile = DECOMPOSITIONS[kind].profile(weight, metric)
+    width = size // splits
+    roots = [np.linalg.cholesky(metric[i : i + width, i : i + width].numpy()) for i in range(0, size, width)]
+    spectra = []
+    for (rank,), error in zip(profile.ranks.tolist(), profile.errors.tolist(), strict=True):
+        start = []
+        for block, root in zip(blocks_of(weight, splits), roots, strict=True):
+            u, s, vt = np.linalg.svd(block @ root, full_matrices=False)  # the whitened block
+            start.append((u[:, :rank] * s[:rank]) @ vt[:rank] @ np.linalg.inv(root))
+            spectra.append(s)
+        product = torch.from_numpy(np.concatenate(start, axis=1)).reshape(shape)
+        assert error == pytest.approx(min(error_in(metric, weight, product), 1), abs=1e-9)
+    left_out = np.append(np.max(spectra, axis=0)[1:], 0.0)
+    largest = np.linalg.norm(weight.flatten(1).numpy() @ np.linalg.cholesky(metric.numpy()), 2)
+    assert profile.spectral == pytest.approx(left_out / largest, abs=1e-7)
+
+
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_fit_is_never_worse_than_the_start_and_mostly_better(kind, shape):
+    weight = normal(*shape, seed=1)
+    metric = random_metric(weight[0].numel())
+    decomposition = DECOMPOSITIONS[kind]
+    profile = decomposition.profile(weight, metric)
+    gains = []
+    for (rank,), start in zip(profile.ranks.tolist(), profile.errors.tolist(), strict=True):
+        fitted = decomposition.dense_weight(decomposition.factorise(weight, (rank,), metric), shape)
+        error = error_in(metric, weight, fitted)
+        assert error <= start + 1e-12
+        gains.append(start - error)
+    assert max(gains) > 1e-2 * profile.errors[0] or len(gains) == 1
+    assert profile.errors[-1] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", SPLITS)
+def test_no_other_factors_of_one_block_lower_the_error_of_the_fit(kind):
+    shape, rank, splits = (7, 8, 3, 3), 2, SPLITS[kind]
+    weight = normal(*shape, seed=2)
+    metric = random_metric(72, condition=50)
+    fitted = DECOMPOSITIONS[kind].dense_weight(DECOMPOSITIONS[kind].factorise(weight, (rank,), metric), shape)
+    error, width = error_in(metric, weight, fitted), 72 // splits
+    improved = []
+    for block in range(splits):  # the exact optimum over one block: whiten with S_ii, truncate
+        own = slice(block * width, (block + 1) * width)
+        lost = (weight - fitted).flatten(1).numpy()
+        lost[:, own] = weight.flatten(1).numpy()[:, own]
+        root = np.linalg.cholesky(metric[own, own].numpy())
+        target = lost @ metric[:, own].numpy() @ np.linalg.inv(root).T  # of the whitened block
+        u, s, vt = np.linalg.svd(target, full_matrices=False)
+        product = fitted.flatten(1).clone()
+        product[:, own] = torch.from_numpy((u[:, :rank] * s[:rank]) @ vt[:rank] @ np.linalg.inv(root))
+        improved.append(error_in(metric, weight, product.reshape(shape)))
+    assert improved[-1] == pytest.approx(error, rel=1e-5)  # the block fitted last is at its optimum
+    assert min(improved) >= error * 0.97  # a few rounds come close for the others
+
+
+@pytest.mark.parametrize("kind", SPLITS)
+def test_blocks_that_cancel_do_not_end_worse_than_nothing(kind):
+    # All blocks see the same inputs and hardly anything is left of W x, but the start keeps other directions of each.
+    splits, decomposition, cancelled = SPLITS[kind], DECOMPOSITIONS[kind], 0
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        square = [torch.randn(6, 6, generator=generator, dtype=torch.float64) for _ in range(splits)]
+        blocks = [torch.linalg.qr(block)[0] for block in square[1:]]
+        blocks.append(0.005 * square[0] - sum(blocks))
+        weight = torch.cat(blocks, dim=1)[:, :, None, None]
+        size = 6 * splits
+        metric = torch.eye(6, dtype=torch.float64).repeat(splits, splits) + 1e-5 * torch.eye(size, dtype=torch.float64)
+        profile = decomposition.profile(weight, metric)
+        cancelled += int((profile.errors == 1).sum())
+        for (rank,), predicted in zip(profile.ranks.tolist(), profile.errors.tolist(), strict=True):
+            product = decomposition.dense_weight(decomposition.factorise(weight, (rank,), metric), tuple(weight.shape))
+            assert error_in(metric, weight, product) <= predicted + 1e-12
+    assert cancelled > 10
+
+
+@pytest.mark.parametrize("kind", SPLITS)
+@pytest.mark.parametrize("dead", [slice(0, 3), slice(0, 36), slice(0, 72)])
+def test_inputs_that_never_vary_give_finite_factors(kind, dead):
+    weight, metric = normal(5, 8, 3, 3), random_metric(72)
+    metric[dead] = 0
+    metric[:, dead] = 0  # a few inputs, whole splits, everything
+    profile = DECOMPOSITIONS[kind].profile(weight, metric)
+    assert ((profile.errors >= 0) & (profile.errors <= 1)).all()
+    assert np.isfinite(profile.spectral).all()
+    for factor in DECOMPOSITIONS[kind].factorise(weight, (2,), metric).values():
+        assert bool(torch.isfinite(factor).all())
+
+
+# --- where it applies, and everything behind it
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "why"),
+    [
+        ("split2_svd", nn.Linear(4, 4), "split2_svd factorises convolutions only, nn.Linear has no groups"),
+        ("split2_svd", nn.Conv2d(3, 4, 3), "split2_svd needs in_channels divisible by 2, not 3"),
+        ("split4_svd", nn.Conv2d(6, 4, 1), "split4_svd needs in_channels divisible by 4, not 6"),
+        ("split4_svd", nn.Conv2d(8, 4, 1), None),
+    ],
+)
+def test_kind_says_why_it_does_not_apply(kind, layer, why):
+    assert DECOMPOSITIONS[kind].unsupported(layer) == why
+
+
+def test_split_kinds_are_used_only_where_they_are_named():
+    assert resolve_kinds("auto") == AUTOMATIC == ("svd", "channel_svd", "spatial_svd", "tucker2")
+    assert resolve_kinds(["auto"], ("svd", "split2_svd")) == ("svd", "split2_svd")
+    assert resolve_kinds("split4_svd") == ("split4_svd",)
+    assert set(DECOMPOSITIONS) == {*AUTOMATIC, *SPLITS}
+    net = TinyNet()
+    assert {p.kind for p in search_ranks(net, Budget(params=0.5)).factorised}.isdisjoint(SPLITS)
+    plan = search_ranks(net, Budget(params=0.75), kinds="split2_svd", method="exact")
+    reasons = {layer.name: layer.reason for layer in plan.layers}
+    assert reasons["conv1"] == "split2_svd needs in_channels divisible by 2, not 3"
+    assert reasons["fc1"] == "split2_svd factorises convolutions only, nn.Linear has no groups"
+
+
+@pytest.mark.parametrize("heal", [False, True])
+@pytest.mark.parametrize("kind", SPLITS)
+def test_model_is_compressed_saved_and_loaded(kind, heal, tmp_path):
+    net = TinyNet().eval()
+    shape = (1, 3, 8, 8)
+    plan = compress_(net, Budget(params=0.7, macs=0.8), example_input=shape, kinds=kind, heal=heal)
+    assert {p.kind for p in plan.factorised} == {kind}
+    assert measure_costs(net, shape) == plan.compressed
+    seen = plan_of(net, shape)
+    assert [(p.name, p.kind, p.ranks, p.params_after, p.macs_after) for p in seen.factorised] == [
+        (p.name, p.kind, p.ranks, p.params_after, p.macs_after) for p in plan.factorised
+    ]
+    save_compressed(net, tmp_path)
+    again = TinyNet().eval()
+    loaded = load_compressed(again, tmp_path)
+    assert [(p.name, p.kind, p.ranks) for p in loaded.factorised] == [
+        (p.name, p.kind, p.ranks) for p in plan.factorised
+    ]
+    x = normal(2, 3, 8, 8).float()
+    assert torch.equal(again(x), net(x))
+    exported = torch.export.export(net, (x,)).module()
+    torch.testing.assert_close(exported(x), net(x))
