@@ -1,25 +1,27 @@
 """Accuracy right after the swap, before a single real image is seen, over methods and budgets.
 
-python -m benchmarks.zero_shot [--seeds 3] [--networks vgg resnet20]
+python -m benchmarks.zero_shot [--seeds 3] [--networks vgg resnet20] [--plot]
 
-Fashion-MNIST, all 10,000 test images. Methods without random numbers run once.
+Fashion-MNIST, all 10,000 test images. Methods without random numbers run once. With --plot nothing
+is measured: accuracy against parameters kept is drawn from the results.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from matplotlib import pyplot as plt
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
-from benchmarks.common import IMAGE, NETWORKS, publish, reference
+from benchmarks.common import IMAGE, NETWORKS, RESULTS, publish, reference
 from lightning_compress import Budget, apply_plan_, search_ranks
 from lightning_compress.demo.data import FashionMNISTDataModule
 from lightning_compress.heal import heal_
@@ -28,35 +30,19 @@ from lightning_compress.moments import Statistics, gather_statistics
 KEEP = (0.5, 0.3, 0.2, 0.1, 0.05)
 REAL_IMAGES = 1024
 
-Method = Callable[[nn.Module, Budget, "Statistics | None"], None]
-
-
-def _by_weight(method: str) -> Method:
-    def compress(net: nn.Module, budget: Budget, _found: Statistics | None) -> None:
-        apply_plan_(net, search_ranks(net, budget, method=method))
-
-    return compress
-
-
-def _by_moments(net: nn.Module, budget: Budget, found: Statistics | None) -> None:
-    apply_plan_(net, search_ranks(net, budget, statistics=found), statistics=found)
-
-
-def _healed(net: nn.Module, budget: Budget, found: Statistics | None) -> None:
-    dense = copy.deepcopy(net)
-    replacements = apply_plan_(net, search_ranks(net, budget, statistics=found), statistics=found)
-    heal_(dense, net, replacements, found.batches if found is not None else ())
-
-
-METHODS: dict[str, tuple[Method, str | None]] = {
-    "uniform": (_by_weight("uniform"), None),
-    "energy": (_by_weight("energy"), None),
-    "weight": (_by_weight("continuous"), None),
-    "moments": (_by_moments, "synthetic"),
-    "moments + healing": (_healed, "synthetic"),
-    "moments, 1,024 real images": (_by_moments, "real"),
+METHODS: dict[str, dict[str, Any]] = {
+    "uniform": {"method": "uniform", "objective": "weight"},
+    "energy": {"method": "energy", "objective": "weight"},
+    "alds": {"method": "alds"},
+    "paper": {"method": "paper"},
+    "weight": {"objective": "weight"},
+    "moments": {"objective": "moments"},
+    "end_to_end": {"objective": "end_to_end"},
+    "moments, 1,024 real images": {"objective": "moments"},
 }
-"""Name to method and the statistics it works with."""
+"""Row to the arguments of `search_ranks`."""
+HEALED = "end_to_end"
+"""The row that has another with healing."""
 
 
 def main(networks: list[str], seeds: int) -> None:
@@ -66,35 +52,84 @@ def main(networks: list[str], seeds: int) -> None:
     test = DataLoader(data.test_dataloader().dataset, 500)
     train = next(iter(DataLoader(data.train_dataloader().dataset, REAL_IMAGES)))[0]
     for name in networks:
-        rows: list[dict[str, Any]] = []
-        net = reference(name)
-        start = time.perf_counter()
+        net, rows = reference(name), []
         synthetic = [gather_statistics(net, IMAGE, seed=seed) for seed in range(seeds)]
-        seconds = (time.perf_counter() - start) / seeds
-        real = [gather_statistics(net, IMAGE, calibration=torch.split(train, 128))]
-        found: dict[str | None, list[Any]] = {None: [None], "synthetic": list(synthetic), "real": list(real)}
+        seconds = statistics.mean(sum(found.seconds.values()) for found in synthetic)
+        real = gather_statistics(net, calibration=torch.split(train, 128))
         for keep in KEEP:
-            for method, (compress, kind) in METHODS.items():
-                values, start = [], time.perf_counter()
-                for statistic in found[kind]:
-                    model = copy.deepcopy(net)
-                    compress(model, Budget(params=keep), statistic)
-                    values.append(accuracy(model, test))
-                rows.append(
-                    {
-                        "network": name,
-                        "keep": keep,
-                        "method": method,
-                        "accuracy": statistics.mean(values),
-                        "spread": max(values) - min(values),
-                        "seeds": len(values),
-                        "seconds": (time.perf_counter() - start) / len(values),
-                        "statistics s": seconds if kind == "synthetic" else 0.0,
-                    }
-                )
-                print(rows[-1], flush=True)
-        title = "Zero-shot accuracy on Fashion-MNIST, 10,000 test images"
-        publish(f"zero_shot_{name}", title, rows, dense={name: accuracy(net, test)})
+            for method, settings in METHODS.items():
+                found = _statistics(method, settings, synthetic, real)
+                measured = [_compressed(net, keep, settings, each, test, healed=method == HEALED) for each in found]
+                for suffix in measured[0]:
+                    values = [each[suffix] for each in measured]
+                    accuracies = [accuracy for accuracy, _ in values]
+                    rows.append(
+                        {
+                            "keep": keep,
+                            "method": method + suffix,
+                            "accuracy": statistics.mean(accuracies),
+                            "spread": max(accuracies) - min(accuracies),
+                            "seeds": len(values),
+                            "seconds": statistics.mean(each for _, each in values),
+                        }
+                    )
+                    print(name, rows[-1], flush=True)
+        title = f"Zero-shot accuracy of {name} on Fashion-MNIST, 10,000 test images"
+        more = {"dense": accuracy(net, test), "statistics_seconds": seconds}
+        publish(f"zero_shot_{name}", title, rows, **more)
+        print(more)
+
+
+def _statistics(
+    method: str, settings: dict[str, Any], synthetic: list[Statistics], real: Statistics
+) -> list[Statistics | None]:
+    if "real" in method:
+        return [real]
+    return list(synthetic) if settings.get("objective") in ("moments", "end_to_end") else [None]
+
+
+def _compressed(
+    net: nn.Module,
+    keep: float,
+    settings: dict[str, Any],
+    found: Statistics | None,
+    test: DataLoader[Any],
+    *,
+    healed: bool,
+) -> dict[str, tuple[float, float]]:
+    """Returns accuracy and seconds (of search, swap and healing) by suffix of the row."""
+    model, start = copy.deepcopy(net), time.perf_counter()
+    plan = search_ranks(model, Budget(params=keep), example_input=IMAGE, statistics=found, **settings)
+    replacements = apply_plan_(model, plan, statistics=found)
+    searched = time.perf_counter() - start
+    results = {"": (accuracy(model, test), searched)}
+    if healed and found is not None:
+        start = time.perf_counter()
+        heal_(net, model, replacements, found)
+        searched += time.perf_counter() - start
+        results[" + healing"] = (accuracy(model, test), searched)
+    return results
+
+
+def plot() -> None:
+    """Draws accuracy against the share of parameters kept from the results, one panel per network."""
+    figure, axes = plt.subplots(1, len(NETWORKS), figsize=(11, 4.5), sharey=True, layout="constrained")
+    for axis, name in zip(axes, NETWORKS, strict=True):
+        result = json.loads((RESULTS / f"zero_shot_{name}.json").read_text(encoding="utf-8"))
+        for method in dict.fromkeys(row["method"] for row in result["rows"]):
+            rows = [row for row in result["rows"] if row["method"] == method]
+            ours = method.startswith(("moments", "end_to_end"))
+            style = {"linestyle": ":" if "real" in method else "-" if ours else "--", "linewidth": 2 if ours else 1}
+            axis.plot([r["keep"] for r in rows], [r["accuracy"] for r in rows], marker="o", label=method, **style)
+        axis.axhline(result["dense"], color="grey", linewidth=1, label="dense")
+        axis.set(title=name, xscale="log", xlabel="parameters kept")
+        axis.set_xticks(KEEP, [f"{100 * keep:g} %" for keep in KEEP])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("accuracy, 10,000 test images, no fine-tuning")
+    axes[-1].legend(fontsize=8, loc="lower right")
+    figure.savefig(RESULTS / "zero_shot.png", dpi=130)
+    print(RESULTS / "zero_shot.png")
 
 
 @torch.no_grad()
@@ -111,5 +146,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--plot", action="store_true")
     options = parser.parse_args()
-    main(options.networks, options.seeds)
+    plot() if options.plot else main(options.networks, options.seeds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -67,9 +67,11 @@ class Compress(RestoringCallback):
         exclude: Likewise for layers to leave alone.
         overrides: Pattern to `Override`, a mapping of its fields, or "dense".
         search: Strategy: "continuous", "exact", "uniform" or "energy".
-        objective: "weight" (also "auto"), or "moments": errors are those of the layers' outputs on
-            synthetic inputs, made from the module's own batch-norm statistics.
+        objective: "weight", "moments", "end_to_end" or "auto", the best that applies; see
+            `search_ranks`. All but "weight" use synthetic inputs made from the module's own statistics.
         heal: Whether to repair the factors on synthetic inputs before fine-tuning.
+        calibration: Batches of real inputs, in the place of synthetic ones; the plan then says that it
+            is not data-free.
         schedule: Warm-up and freezing, a `Schedule` or a mapping; None for neither.
         distill: Distillation from the dense model, a `Distill` or a mapping; None for off.
         example_input: A tensor, a tuple or dict of arguments of `forward`, or a shape with its
@@ -96,7 +98,8 @@ class Compress(RestoringCallback):
         overrides: Mapping[str, Any] | None = None,
         search: str = "continuous",
         objective: str = "auto",
-        heal: bool = False,
+        heal: bool = True,
+        calibration: Iterable[Any] | None = None,
         schedule: Schedule | Mapping[str, Any] | None = None,
         distill: Distill | Mapping[str, Any] | None = None,
         example_input: ExampleInput | None = None,
@@ -112,7 +115,7 @@ class Compress(RestoringCallback):
             msg = f"heal={heal!r}: expected true or false."
             raise ConfigurationError(msg)
         self.search, self.objective, self.rank_multiple, self.seed = search, objective, rank_multiple, seed
-        self.heal = heal
+        self.heal, self.calibration = heal, calibration
         self.schedule = Schedule.from_value(_plain(schedule))
         self.distill = Distill.from_value(_plain(distill))
         self.example_input = _plain(example_input)
@@ -251,6 +254,7 @@ class Compress(RestoringCallback):
                 example_input=example,
                 objective=self.objective,
                 heal=self.heal,
+                calibration=self.calibration,
                 progress=progress,
                 **self._search_settings(),
             )

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 
 from lightning_compress.config import RESOURCES
-from lightning_compress.decompositions import DECOMPOSITIONS
+from lightning_compress.decompositions import DECOMPOSITIONS, profile_in
 from lightning_compress.decompositions.base import Floats, Ints, RankProfile, spectral_errors, threads_for
-from lightning_compress.decompositions.metric import energy
+from lightning_compress.decompositions.metric import Metric, energy
 from lightning_compress.errors import ConfigurationError
 from lightning_compress.inventory import Layer
 
@@ -42,7 +42,7 @@ class Candidates:
             the whole unfolding); 0 for dense, infinite for kinds of several ranks, which have no one
             unfolding. In a metric S it is that of the unfolding times S^½ (split kinds: of each split
             times its own S_ii^½; spatial_svd: the roots of what its components explain one by one).
-        energy: ‖W S^½‖²_F, what the errors are relative to; ‖W‖²_F without a metric.
+        energy: ‖G^½ W S^½‖²_F, what the errors are relative to; ‖W‖²_F without a metric.
         costs: Absolute costs in the order of `RESOURCES`, shape (n, 3); MACs are 0 where unknown.
     """
 
@@ -79,7 +79,7 @@ def signal_loss(errors: Floats) -> Floats:
 
 
 def tabulate(
-    layer: Layer, *, budgeted: Sequence[str], rank_multiple: int = 1, metric: torch.Tensor | None = None
+    layer: Layer, *, budgeted: Sequence[str], rank_multiple: int = 1, metric: Metric | None = None
 ) -> Candidates:
     """Returns the candidates of a layer: smaller than dense, no more MACs, none dominated.
 
@@ -90,7 +90,7 @@ def tabulate(
         layer: A layer that can be factorised.
         budgeted: The resources some budget bounds.
         rank_multiple: Ranks are multiples of this number, for hardware that prefers them.
-        metric: Second moment of what enters the layer, in which errors are measured.
+        metric: In which errors are measured, None for the identity.
 
     Raises:
         ConfigurationError: If the layer's rank bounds leave no rank of any kind.
@@ -102,7 +102,7 @@ def tabulate(
     in_bounds = False
     for kind in layer.kinds:
         with threads_for(weight):
-            profile = DECOMPOSITIONS[kind].profile(weight, metric)
+            profile = profile_in(kind, weight, metric)
         rows = np.flatnonzero(_allowed(layer, profile.ranks, rank_multiple))
         in_bounds = in_bounds or len(rows) > 0
         rows = rows[_thinned(profile.ranks[rows])]
@@ -124,9 +124,15 @@ def tabulate(
         ranks=(*(tuple(map(int, row)) for _, ranks, *_ in found for row in ranks), ()),
         errors=np.concatenate([*(errors for *_, errors, _, _ in found), np.zeros(1)]),
         spectral=np.concatenate([*(spectral for *_, spectral, _ in found), np.zeros(1)]),
-        energy=float(weight.square().sum()) if metric is None else energy(weight.flatten(1), metric),
+        energy=_energy(weight, metric),
         costs=np.concatenate([*(costs for *_, costs in found), dense[None]]),
     )
+
+
+def _energy(weight: torch.Tensor, metric: Metric | None) -> float:
+    if metric is None:
+        return float(weight.square().sum())
+    return energy(metric.weigh(weight).flatten(1), metric.inputs)
 
 
 def _spectral(profile: RankProfile) -> Floats:

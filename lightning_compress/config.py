@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from lightning_compress.errors import BudgetError, ConfigurationError, UnsupportedError
 
@@ -79,10 +79,13 @@ class Budget:
         latency: Kept fraction of the measured latency. Reserved: refused by this version.
         bytes: Kept fraction of the size of the state dict (parameters and buffers), in (0, 1].
         ratio: The same bound as `params` written as a compression: "5x" keeps 1/5.
+        max_error: A quality target in the place of bounds: the smallest model whose outputs on synthetic
+            inputs stay within this distance of the dense ones, ‖f − f̂‖² / ‖f − mean f‖² in (0, 1), right
+            after the swap.
 
     Raises:
-        BudgetError: If a bound is no number in (0, 1], no bound is given at all, or both
-            `params` and `ratio` are given.
+        BudgetError: If a bound is no number in (0, 1], no bound is given at all, both
+            `params` and `ratio` are given, or `max_error` beside a bound.
         UnsupportedError: If `latency` is given.
     """
 
@@ -91,6 +94,7 @@ class Budget:
     latency: float | None = None
     bytes: float | None = None
     ratio: str | None = None
+    max_error: float | None = None
 
     def __post_init__(self) -> None:
         if self.latency is not None:
@@ -113,9 +117,27 @@ class Budget:
                     f"{name}=0.2 keeps at most 20 %."
                 )
                 raise BudgetError(msg)
-        if not self.limits():
-            msg = f"Budget() bounds nothing: give at least one of {', '.join(RESOURCES)}, or ratio='5x'."
+        if self.max_error is not None:
+            self._check_max_error()
+        elif not self.limits():
+            msg = f"Budget() bounds nothing: give at least one of {', '.join(RESOURCES)}, ratio='5x', or max_error."
             raise BudgetError(msg)
+
+    def _check_max_error(self) -> None:
+        if self.limits():
+            msg = f"Budget({self}, max_error={self.max_error!r}): give bounds or a quality target, not both."
+            raise BudgetError(msg)
+        if not (_is_number(self.max_error) and 0 < cast(float, self.max_error) < 1):
+            msg = (
+                f"Budget(max_error={self.max_error!r}): expected the largest distance of the outputs, a number in "
+                "(0, 1); 0.05 lets 5 % of the outputs' variance go."
+            )
+            raise BudgetError(msg)
+
+    @property
+    def budgeted(self) -> tuple[str, ...]:
+        """What the search counts: the bounded resources; parameters for a quality target."""
+        return tuple(self.limits()) or ("params",)
 
     def limits(self) -> dict[str, float]:
         """Returns the bounds that were given, resource to kept fraction."""
@@ -123,6 +145,8 @@ class Budget:
 
     def __str__(self) -> str:
         """Returns the bounds as a user would write them."""
+        if not self.limits():
+            return f"output distance <= {self.max_error:g}"
         return ", ".join(f"{name} <= {100 * limit:g} %" for name, limit in self.limits().items())
 
     @classmethod

@@ -28,6 +28,10 @@ class LightningCompressError(Exception):
     """Root of the tree: catch this to catch everything the library raises on purpose."""
 
 
+class CompressionWarning(UserWarning):
+    """Something was left out or replaced by the next best; the message says what and why."""
+
+
 class ConfigurationError(LightningCompressError, ValueError):
     """An argument or a configuration key has a wrong type, value or name."""
 

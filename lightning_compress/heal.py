@@ -1,34 +1,57 @@
 """Data-free repair of the factors, on synthetic inputs, before any fine-tuning.
 
-Layer by layer, in forward order, the factors are refitted in closed form so that the compressed
-network's own activations reproduce the dense layer's outputs: reduced-rank regression
-min ‖W X − M X̂‖ over M of the layer's kind and ranks, where X enters the layer in the dense and X̂
-in the already repaired compressed network (the asymmetric reconstruction of Zhang et al. 2015,
-"Accelerating Very Deep Convolutional Networks", section 3.3, with the data replaced by synthetic
-inputs).
+Three steps, each kept only if it brings the outputs nearer to the dense model's on inputs held out:
+
+1. *Regression.* Layer by layer, in forward order, the factors are refitted in closed form so that
+   the compressed network's own activations reproduce the dense layer's outputs: reduced-rank
+   regression min ‖G^½ (W X − M X̂)‖ over M of the layer's kind and ranks, where X enters the layer
+   in the dense and X̂ in the already repaired compressed network, and the bias takes care of the
+   means (the asymmetric reconstruction of Zhang et al. 2015, "Accelerating Very Deep Convolutional
+   Networks", section 3.3, with the data replaced by synthetic inputs and in the metric G of the
+   model's outputs, see `Moments`).
+2. *Norm statistics.* The running statistics of batch norms are taken anew on the compressed
+   network, where only its activations' spread has changed.
+3. *Distillation.* Factors, their biases and the norms' scales descend the distance of the outputs
+   plus that of every factorised layer's output (hints: Romero et al. 2015, "FitNets"), with an
+   early stop: the state that is best on the held-out inputs is kept.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_compress.decompositions import DECOMPOSITIONS
+from lightning_compress.decompositions import factorise_in
 from lightning_compress.decompositions.base import threads_for
-from lightning_compress.moments import unfolded
+from lightning_compress.decompositions.metric import Metric
+from lightning_compress.moments import Statistics, unfolded
 from lightning_compress.progress import Progress, silent
 from lightning_compress.swap import Replacement
-from lightning_compress.synthesis import Arguments
-from lightning_compress.tracing import inference
+from lightning_compress.synthesis import WORK
+from lightning_compress.tracing import Arguments, hooked, inference, output_tensors
 
 RIDGE = 1e-3
 """Relative ridge of the regression: synthetic inputs leave some directions almost unseen."""
+STEPS = 240
+FEWEST_STEPS = 20
+"""Fewer are not worth the time: then there is no distillation."""
+LEARNING_RATE = 1e-3
+SHIFT = 0.08
+EVERY = 20
+"""Steps between two looks at the held-out inputs."""
+
+_NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
 @dataclass(frozen=True)
@@ -37,47 +60,70 @@ class Healing:
 
     Attributes:
         before: Normalised output distance on held-out synthetic inputs, ‖f − f̂‖² / ‖f − mean f‖².
-        after: The same afterwards; never larger.
+        regressed: The same after the regression and the norms' statistics.
+        after: The same at the end; never larger than before.
+        seconds: How long it took, by part: "regression" and "distillation".
+        skipped: Why there was no distillation, None if there was.
     """
 
     before: float
+    regressed: float
     after: float
+    seconds: dict[str, float] = field(default_factory=dict)
+    skipped: str | None = None
 
 
 def heal_(
     dense: nn.Module,
     model: nn.Module,
     replacements: Sequence[Replacement],
-    batches: Sequence[Arguments],
+    statistics: Statistics,
     *,
+    steps: int = STEPS,
+    seed: int = 0,
     progress: Progress = silent,
 ) -> Healing:
-    """Refits the factors of a compressed model in place; keeps them as they were if that does not help.
+    """Repairs the factors of a compressed model in place; keeps them as they were if that does not help.
 
     Args:
         dense: The dense model.
-        model: The compressed one.
+        model: The compressed one; also its norm layers' scales and running statistics may change.
         replacements: Its factorised layers, in forward order.
-        batches: Synthetic inputs; the last quarter is held out to judge the result.
+        statistics: Of the dense model; the last quarter of its batches is held out to judge the
+            result.
+        steps: Of the distillation at most; fewer where they would cost more than `WORK` MACs.
+        seed: Of the order of the inputs.
         progress: Called with what is being done and the fraction done.
     """
+    batches = statistics.batches
     held_out = max(1, len(batches) // 4)
     fitting, judging = batches[:-held_out] or batches, batches[-held_out:]
+    start = time.perf_counter()
     before = output_distance(dense, model, judging)
-    saved = {name: value.detach().clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    states = _States(model, before)
+    skipped: str | None
     try:
         for index, replacement in enumerate(replacements):
-            progress("healing", index / len(replacements))
-            _refit(dense, model, replacement, fitting)
-        progress("healing", 1.0)
-        after = output_distance(dense, model, judging)
+            progress("healing: regression", index / len(replacements))
+            _refit(dense, model, replacement, fitting, statistics.metric(replacement.aliases[0]))
+        states.judge(output_distance(dense, model, judging))
+        _renormalise(model, fitting)
+        states.judge(output_distance(dense, model, judging))
+        states.restore()
+        regressed, middle = states.best, time.perf_counter()
+        steps, skipped = _affordable(dense, model, replacements, fitting, steps)
+        if skipped is None:
+            progress("healing: distillation", 0.0)
+            for step in _distil(dense, model, replacements, fitting, steps, seed):
+                progress("healing: distillation", step / steps)
+                states.judge(output_distance(dense, model, judging))
+        states.restore()
     except BaseException:
-        model.load_state_dict(saved, strict=False)
+        states.undo()
         raise
-    if not after < before:
-        model.load_state_dict(saved, strict=False)
-        after = before
-    return Healing(before, after)
+    progress("healing", 1.0)
+    seconds = {"regression": middle - start, "distillation": time.perf_counter() - middle}
+    return Healing(before, regressed, states.best, seconds, skipped)
 
 
 def output_distance(dense: nn.Module, model: nn.Module, batches: Sequence[Arguments]) -> float:
@@ -85,7 +131,7 @@ def output_distance(dense: nn.Module, model: nn.Module, batches: Sequence[Argume
     distance = spread = 0.0
     for args, kwargs in batches:
         with inference(dense), inference(model):
-            outputs = zip(_tensors(dense(*args, **kwargs)), _tensors(model(*args, **kwargs)), strict=True)
+            outputs = zip(output_tensors(dense(*args, **kwargs)), output_tensors(model(*args, **kwargs)), strict=True)
             for target, output in outputs:
                 distance += float((target - output).double().square().sum())
                 spread += float((target - target.mean(dim=0)).double().square().sum())
@@ -93,42 +139,80 @@ def output_distance(dense: nn.Module, model: nn.Module, batches: Sequence[Argume
     return math.inf if math.isnan(value) else value
 
 
-def _tensors(outputs: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+def shared_state(model: nn.Module, replacements: Sequence[Replacement]) -> list[tuple[Tensor, Tensor]]:
+    """Returns what the repair may change besides the factors, each tensor with a copy of its value.
+
+    That is the biases of the factorised layers and the parameters and buffers of the norms.
+    """
+    biases = [r.factorised.bias for r in replacements if r.factorised.bias is not None]
+    norms = [t for m in model.modules() if isinstance(m, _NORMS) for t in (*m.parameters(), *m.buffers())]
+    return [(tensor, tensor.detach().clone()) for tensor in (*biases, *norms)]
+
+
+@torch.no_grad()
+def restore_(state: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Puts the values of `shared_state` back."""
+    for tensor, value in state:
+        tensor.copy_(value)
+
+
+class _States:
+    """The state a model came with, and the best one met."""
+
+    def __init__(self, model: nn.Module, distance: float) -> None:
+        self._model = model
+        self._first = self._best = self._copy()
+        self.best = distance
+
+    def _copy(self) -> dict[str, Tensor]:
+        state = self._model.state_dict()
+        return {name: value.detach().clone() for name, value in state.items() if isinstance(value, Tensor)}
+
+    def judge(self, distance: float) -> None:
+        """Keeps the present state if it is the best so far."""
+        if distance < self.best:
+            self.best, self._best = distance, self._copy()
+
+    def restore(self) -> None:
+        """Goes back to the best state."""
+        self._model.load_state_dict(self._best, strict=False)
+
+    def undo(self) -> None:
+        """Goes back to the first state."""
+        self._model.load_state_dict(self._first, strict=False)
 
 
 class _Reached(Exception):  # noqa: N818
     """Ends a forward pass at the layer of interest."""
 
 
-def _inputs_of(model: nn.Module, layer: nn.Module, arguments: Arguments) -> Tensor:
+def _inputs_of(model: nn.Module, layer: nn.Module, arguments: Arguments) -> Tensor | None:
     found: list[Tensor] = []
 
-    def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(args[0])
+    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(args[0] if args else kwargs["input"])
         raise _Reached
 
-    handle = layer.register_forward_pre_hook(stop)
-    try:
-        with inference(model):
-            model(*arguments[0], **arguments[1])
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return found[0]
+    hook = layer.register_forward_pre_hook(stop, with_kwargs=True)
+    with hooked([hook]), inference(model), contextlib.suppress(_Reached):
+        model(*arguments[0], **arguments[1])
+    return found[0] if found else None
 
 
 @torch.no_grad()
-def _refit(dense: nn.Module, model: nn.Module, replacement: Replacement, batches: Sequence[Arguments]) -> None:
+def _refit(
+    dense: nn.Module, model: nn.Module, replacement: Replacement, batches: Sequence[Arguments], metric: Metric | None
+) -> None:
     layer, new = dense.get_submodule(replacement.aliases[0]), replacement.factorised
     weight = cast(Tensor, layer.weight).detach().flatten(1).double().cpu()
     size = weight.shape[1]
     gram, cross = (torch.zeros(size, size, dtype=torch.float64) for _ in range(2))
     mean_new, mean_dense, count = torch.zeros(size).double(), torch.zeros(size).double(), 0
     for arguments in batches:
-        rows_dense = unfolded(layer, _inputs_of(dense, layer, arguments)).float()
-        rows_new = unfolded(layer, _inputs_of(model, new, arguments)).float()
+        inputs = _inputs_of(dense, layer, arguments), _inputs_of(model, new, arguments)
+        if inputs[0] is None or inputs[1] is None:  # never called on these inputs
+            return
+        rows_dense, rows_new = (unfolded(layer, value).float() for value in inputs if value is not None)
         gram += (rows_new.T @ rows_new).double().cpu()
         cross += (rows_new.T @ rows_dense).double().cpu()
         mean_new += rows_new.sum(0).double().cpu()
@@ -138,15 +222,158 @@ def _refit(dense: nn.Module, model: nn.Module, replacement: Replacement, batches
     total = gram.trace()
     if new.bias is not None:  # the bias takes care of the means
         gram, cross = gram - torch.outer(mean_new, mean_new), cross - torch.outer(mean_new, mean_dense)
-    if gram.trace() <= total * torch.finfo(torch.float32).eps:  # inputs that never vary say nothing
+    if not gram.trace() > total * torch.finfo(torch.float32).eps:  # inputs that never vary say nothing
         return
     ridge = RIDGE * gram.diagonal().mean() * torch.eye(size, dtype=torch.float64)
     with threads_for(weight):
-        target = torch.linalg.solve(gram + ridge, (cross + ridge) @ weight.T).T
-        factors = DECOMPOSITIONS[new.kind].factorise(target.reshape(new.weight_shape), new.ranks, gram + ridge)
+        target = torch.linalg.solve(gram + ridge, (cross + ridge) @ weight.T).T.reshape(new.weight_shape)
+        here = Metric(gram + ridge, metric.outputs if metric is not None else None)
+        factors = factorise_in(new.kind, target, new.ranks, here)
     for name, child in new.named_children():
         parameter = cast(Tensor, child.weight)
         parameter.copy_(factors[name].reshape(parameter.shape))
     if new.bias is not None and layer.bias is not None:
         fitted = new.dense_weight().flatten(1).double().cpu()
-        new.bias.add_((weight @ mean_dense - fitted @ mean_new).to(new.bias))
+        new.bias.copy_((cast(Tensor, layer.bias).double().cpu() + weight @ mean_dense - fitted @ mean_new).to(new.bias))
+
+
+def _renormalise(model: nn.Module, batches: Sequence[Arguments]) -> None:
+    """Takes the running statistics of all batch norms anew."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    momenta, counts = [n.momentum for n in norms], [copy.deepcopy(n.num_batches_tracked) for n in norms]
+    with inference(model):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.train()
+                norm.momentum = None  # a plain average over the batches
+            for args, kwargs in batches:
+                model(*args, **kwargs)
+        finally:
+            for norm, momentum, count in zip(norms, momenta, counts, strict=True):
+                norm.momentum = momentum
+                if norm.num_batches_tracked is not None and count is not None:
+                    norm.num_batches_tracked.copy_(count)
+
+
+def _affordable(
+    dense: nn.Module, model: nn.Module, replacements: Sequence[Replacement], batches: Sequence[Arguments], steps: int
+) -> tuple[int, str | None]:
+    """Returns the number of steps, and why there can be none."""
+    if not replacements:
+        return 0, "no layer is factorised"
+    if any(parameter.dtype not in (torch.float32, torch.float64) for parameter in _trained(model, replacements)):
+        return 0, "the parameters are in half precision"
+    args, kwargs = batches[0]
+    with FlopCounterMode(display=False) as flops, inference(dense):
+        dense(*args, **kwargs)
+    steps = min(steps, WORK // max(1, flops.get_total_flops()))  # forward of both, backward of the smaller one
+    if steps < FEWEST_STEPS:
+        return 0, f"{FEWEST_STEPS} steps would cost more than {WORK:.0e} MACs"
+    return steps, None
+
+
+def _trained(model: nn.Module, replacements: Sequence[Replacement]) -> list[nn.Parameter]:
+    """Returns the factors, their biases and the scales of the norms."""
+    factors = [p for r in replacements for p in r.factorised.parameters()]
+    norms = [p for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters() if p.requires_grad]
+    return list({id(parameter): parameter for parameter in [*factors, *norms]}.values())
+
+
+def _distil(  # noqa: PLR0917
+    dense: nn.Module,
+    model: nn.Module,
+    replacements: Sequence[Replacement],
+    batches: Sequence[Arguments],
+    steps: int,
+    seed: int,
+) -> Iterator[int]:
+    """Descends the distances on one batch after the other; yields every now and then, to be judged."""
+    generator = torch.Generator().manual_seed(seed)
+    trained = _trained(model, replacements)
+    with torch.inference_mode(mode=False):
+        free = [parameter.detach() for parameter in trained]  # the same memory, without the parameters' own gradients
+        optimizer = torch.optim.Adam(free, lr=LEARNING_RATE)
+        for step in range(1, steps + 1):
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * step / steps)) / 2
+            arguments = _shuffled(batches, generator)
+            with _requiring_grad(trained):
+                gradients = torch.autograd.grad(
+                    _distance(dense, model, replacements, arguments), trained, allow_unused=True
+                )
+            for parameter, gradient in zip(free, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            if step % EVERY == 0 or step == steps:
+                yield step
+
+
+def _shuffled(batches: Sequence[Arguments], generator: torch.Generator) -> Arguments:
+    """Returns a batch drawn anew from all of them, or one of them where they cannot be mixed."""
+    leaves = [tree_flatten(batch)[0] for batch in batches]
+    spec = tree_flatten(batches[0])[1]
+    size = min(len(leaf) for batch in leaves for leaf in batch if isinstance(leaf, Tensor) and leaf.ndim)
+    picked = torch.randint(len(batches), (size,), generator=generator), torch.randperm(size, generator=generator)
+    mixed: list[Any] = []
+    for parts in zip(*leaves, strict=True):
+        if not isinstance(parts[0], Tensor) or parts[0].ndim == 0:
+            mixed.append(parts[0])
+        elif any(part.shape[1:] != parts[0].shape[1:] for part in parts):
+            return batches[int(picked[0][0])]
+        else:
+            mixed.append(_varied(torch.stack([part[:size] for part in parts])[picked], generator))
+    return cast(Arguments, tree_unflatten(mixed, spec))
+
+
+def _varied(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Returns images (B, C, H, W) mirrored or not and shifted by up to `SHIFT` of their sides; other values as is."""
+    if values.ndim != 4 or not values.is_floating_point():  # noqa: PLR2004
+        return values
+    mirror, *shifts = torch.rand(3, generator=generator).tolist()
+    values = values.flip(3) if mirror < 0.5 else values  # noqa: PLR2004
+    return values.roll([round((2 * s - 1) * SHIFT * n) for s, n in zip(shifts, values.shape[2:], strict=True)], (2, 3))
+
+
+@contextlib.contextmanager
+def _requiring_grad(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Lets parameters require gradients for a while, frozen ones too."""
+    before = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_()
+        yield
+    finally:
+        for parameter, required in zip(parameters, before, strict=True):
+            parameter.requires_grad_(required)
+
+
+def _distance(dense: nn.Module, model: nn.Module, replacements: Sequence[Replacement], arguments: Arguments) -> Tensor:
+    """Returns the normalised distance of the outputs plus the mean one of the factorised layers' outputs."""
+    with inference(dense):
+        targets, inner_targets = _run_with_outputs(
+            dense, [dense.get_submodule(r.aliases[0]) for r in replacements], arguments
+        )
+    with inference(model), torch.enable_grad():
+        outputs, inner = _run_with_outputs(model, [r.factorised for r in replacements], arguments)
+        loss = torch.stack([_normalised(o, t) for o, t in zip(outputs, targets, strict=True)]).sum()
+        hints = [_normalised(o, t) for o, t in zip(inner, inner_targets, strict=True)]
+        return loss + torch.stack(hints).mean() if hints else loss
+
+
+def _run_with_outputs(
+    model: nn.Module, layers: Sequence[nn.Module], arguments: Arguments
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns the model's outputs and those of some layers, call by call."""
+    inner: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        inner.append(output)
+        return output.clone()  # what follows may change it in place
+
+    with hooked(layer.register_forward_hook(keep) for layer in layers):
+        return output_tensors(model(*arguments[0], **arguments[1])), inner
+
+
+def _normalised(output: Tensor, target: Tensor) -> Tensor:
+    spread = (target - target.mean(dim=0)).square().mean().clamp_min(torch.finfo(target.dtype).tiny)
+    return (output - target).square().mean() / spread

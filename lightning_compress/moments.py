@@ -1,36 +1,55 @@
-"""Second moments of what enters each layer, from any batches of inputs."""
+"""Second moments of what enters each layer and of what its outputs do to the model's, from any inputs."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_compress.analytic import ChannelMoments, analytic_moments
+from lightning_compress.decompositions.metric import Metric
 from lightning_compress.errors import ExampleInputError
 from lightning_compress.inventory import list_layers
 from lightning_compress.progress import Progress, silent
-from lightning_compress.synthesis import Arguments, synthesise
-from lightning_compress.tracing import ExampleInput, inference, whole_arguments
+from lightning_compress.synthesis import synthesise
+from lightning_compress.tracing import Arguments, ExampleInput, hooked, inference, output_tensors, run, whole_arguments
 
 POSITIONS = 2**16
 """Rows of an unfolded input that are taken at most per layer and batch, evenly spread."""
 
 
+PROBES = 2
+"""Random combinations of the outputs whose gradients are taken per batch."""
+
+
 @dataclass(frozen=True)
 class Moments:
-    """Mean and second moment of a layer's unfolded inputs.
+    """What is known of a layer's unfolded inputs and of what its outputs do.
 
     Attributes:
         second: S = E[x xᵀ], (D, D) float64; D = in for Linear, in·k_h·k_w for Conv2d.
         mean: E[x], (D,).
+        outputs: G = E[g gᵀ], (out, out) float64, g the gradient of a random combination of the
+            model's outputs by those of the layer at one position; None if unknown.
+        source: Where they come from: "batch norm" (synthetic inputs matched to running
+            statistics), "tokens" or "noise" (synthetic inputs of that kind), "analytic" (the norm
+            layers alone), or "real".
     """
 
     second: Tensor
     mean: Tensor
+    outputs: Tensor | None = None
+    source: str = "real"
+
+    @property
+    def metric(self) -> Metric:
+        """The metric in which the layer's errors are measured."""
+        return Metric(self.second, self.outputs)
 
 
 @dataclass(frozen=True)
@@ -38,58 +57,101 @@ class Statistics:
     """What is known of a model's activations, and from where.
 
     Attributes:
-        batches: The inputs it was worked out on.
-        source: "batch norm" (inputs matched to running statistics), "tokens", "noise", or "real".
-        moments: Per layer; a layer that was not called is missing.
+        batches: The inputs it was worked out on; none if it is analytic.
+        source: As in `Moments`, of the inputs.
+        moments: Per layer; a layer of which nothing is known is missing.
+        seconds: How long it took, by part: "synthetic inputs" and "moments".
     """
 
     batches: tuple[Arguments, ...]
     source: str
     moments: Mapping[str, Moments]
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def data_free(self) -> bool:
         """Whether no real data was used."""
         return self.source != "real"
 
-    def metric(self, name: str) -> Tensor | None:
-        """Returns the second moment of what enters a layer, (D, D), None if unknown."""
+    def metric(self, name: str) -> Metric | None:
+        """Returns the metric of a layer's errors, None if nothing is known."""
         moments = self.moments.get(name)
-        return moments.second if moments is not None else None
+        return moments.metric if moments is not None else None
+
+    def source_of(self, name: str) -> str | None:
+        """Returns where a layer's moments come from, None if nothing is known."""
+        moments = self.moments.get(name)
+        return moments.source if moments is not None else None
 
 
 def gather_statistics(
     model: nn.Module,
-    example_input: ExampleInput,
+    example_input: ExampleInput | None = None,
     *,
     calibration: Iterable[Any] | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Statistics:
-    """Returns input moments of every layer that can be factorised; the model is not changed.
+    """Returns moments of every layer that can be factorised; the model is not changed.
+
+    Layers that the inputs never reach get analytic moments where the norm layers give any; so do all
+    layers if there is neither an example input nor calibration.
 
     Args:
         model: Any module, dense.
-        example_input: See `search_ranks`.
+        example_input: See `search_ranks`; None for analytic moments alone.
         calibration: Batches of real inputs, each a tensor, or a tuple or dict of the arguments of
             `forward`; then no inputs are made up and the result is not data-free.
-        seed: Of the synthetic inputs.
+        seed: Of the synthetic inputs and the gradients' directions.
         progress: Called with what is being done and the fraction done.
 
     Raises:
-        ExampleInputError: If the model fails on an input, or its activations are not finite.
+        ExampleInputError: If the model fails on an input, or its activations are not finite; the
+            message names the layer.
     """
+    start = time.perf_counter()
     if calibration is not None:
-        batches = tuple(whole_arguments(model, batch) for batch in calibration)
-        source = "real"
-        if not batches:
-            msg = "calibration holds no batch: expected batches of inputs."
-            raise ExampleInputError(msg)
-    else:
+        batches, source = _real(model, calibration), "real"
+    elif example_input is not None:
         synthetic = synthesise(model, example_input, seed=seed, progress=progress)
         batches, source = synthetic.batches, synthetic.source
-    names = [layer.name for layer in list_layers(model) if layer.reason is None]
-    return Statistics(batches, source, input_moments(model, batches, names))
+    else:
+        batches, source = (), "analytic"
+    made = time.perf_counter()
+    layers = {layer.name: layer.module for layer in list_layers(model) if layer.reason is None}
+    progress("moments", 0.0)
+    found = dict(input_moments(model, batches, layers, source=source))
+    gradients = output_moments(model, batches, found, seed=seed)
+    found = {name: replace(moments, outputs=gradients.get(name)) for name, moments in found.items()}
+    if len(found) < len(layers):
+        for name, moments in analytic_moments(model).items():
+            if name in layers and name not in found:
+                found[name] = _spread(layers[name], moments)
+    progress("moments", 1.0)
+    seconds = {"synthetic inputs": made - start, "moments": time.perf_counter() - made}
+    return Statistics(batches, source, found, seconds)
+
+
+def _real(model: nn.Module, calibration: Iterable[Any]) -> tuple[Arguments, ...]:
+    if isinstance(calibration, Tensor) or not isinstance(calibration, Iterable):
+        msg = (
+            f"calibration={type(calibration).__name__}: expected batches of inputs, a list or a loader; "
+            "for one batch write [batch]."
+        )
+        raise ExampleInputError(msg)
+    batches = tuple(whole_arguments(model, batch) for batch in calibration)
+    if not batches:
+        msg = "calibration holds no batch: expected batches of inputs."
+        raise ExampleInputError(msg)
+    return batches
+
+
+def _spread(layer: nn.Module, channels: ChannelMoments) -> Moments:
+    """Returns the moments of the unfolded input from those per channel, taken as independent."""
+    kernel = torch.Size(getattr(layer, "kernel_size", ())).numel()
+    mean = channels.mean.repeat_interleave(kernel)
+    variance = channels.variance.repeat_interleave(kernel)
+    return Moments(torch.outer(mean, mean) + variance.diag(), mean, source="analytic")
 
 
 def unfolded(layer: nn.Module, inputs: Tensor) -> Tensor:
@@ -103,13 +165,19 @@ def unfolded(layer: nn.Module, inputs: Tensor) -> Tensor:
     return columns.transpose(1, 2).reshape(-1, columns.shape[1])
 
 
-def input_moments(model: nn.Module, batches: Iterable[Arguments], names: Iterable[str]) -> Mapping[str, Moments]:
-    """Returns the moments of the named layers over some batches.
+def input_moments(
+    model: nn.Module, batches: Iterable[Arguments], names: Iterable[str], *, source: str = "real"
+) -> Mapping[str, Moments]:
+    """Returns the moments of what enters the named layers over some batches.
 
     Args:
         model: Any module; it is run in eval mode and not changed.
         batches: Arguments of its forward pass.
         names: Layers, nn.Linear or nn.Conv2d.
+        source: What the batches are.
+
+    Raises:
+        ExampleInputError: If the model fails on a batch, or the inputs of a layer are not finite.
     """
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
     layers = {name: model.get_submodule(name) for name in names}
@@ -120,21 +188,91 @@ def input_moments(model: nn.Module, batches: Iterable[Arguments], names: Iterabl
         second, mean, count = sums.get(name, (0, 0, 0))
         sums[name] = (second + (rows.T @ rows).double(), mean + rows.sum(dim=0).double(), count + len(rows))
 
-    handles = [
-        layer.register_forward_pre_hook(lambda m, args, name=name: gather(name, m, args[0]))
-        for name, layer in layers.items()
-    ]
-    try:
-        with inference(model):
-            for args, kwargs in batches:
-                model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with (
+        hooked(
+            layer.register_forward_pre_hook(
+                lambda m, args, kwargs, name=name: gather(name, m, args[0] if args else kwargs["input"]),
+                with_kwargs=True,
+            )
+            for name, layer in layers.items()
+        ),
+        inference(model),
+    ):
+        for arguments in batches:
+            run(model, arguments, f"{source} inputs")
     for name, (second, _, _) in sums.items():
         if not bool(torch.isfinite(second).all()):
             msg = (
-                f"the inputs of layer {name!r} are not finite on these inputs: use objective='weight', or other inputs."
+                f"the inputs of layer {name!r} are not finite on {source} inputs: use objective='weight', "
+                "or pass real inputs as calibration."
             )
             raise ExampleInputError(msg)
-    return {name: Moments((second / count).cpu(), (mean / count).cpu()) for name, (second, mean, count) in sums.items()}
+    return {
+        name: Moments((second / count).cpu(), (mean / count).cpu(), source=source)
+        for name, (second, mean, count) in sums.items()
+    }
+
+
+def output_moments(
+    model: nn.Module, batches: Iterable[Arguments], names: Iterable[str], *, seed: int = 0
+) -> Mapping[str, Tensor]:
+    """Returns G = E[g gᵀ] of the named layers, (out, out) float64 each, see `Moments.outputs`.
+
+    Layers that no output depends on differentiably, and those whose gradients are not finite, are
+    missing; so are all if the model cannot be differentiated (in-place updates of what is needed
+    for it, parameters made in inference mode).
+
+    Args:
+        model: Any module; it is run in eval mode and not changed.
+        batches: Arguments of its forward pass.
+        names: Layers, nn.Linear or nn.Conv2d.
+        seed: Of the directions.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = {name: model.get_submodule(name) for name in names}
+    sums: dict[str, Tensor] = {}
+    seen: list[tuple[str, Tensor]] = []
+
+    def probe(name: str, output: Tensor) -> Tensor:
+        probed = output if output.requires_grad else output.detach().requires_grad_()
+        seen.append((name, probed))
+        return probed.clone()  # what follows may change it in place
+
+    with hooked(
+        layer.register_forward_hook(lambda _m, _args, output, name=name: probe(name, output))
+        for name, layer in layers.items()
+    ):
+        for arguments in batches:
+            seen.clear()
+            try:
+                with inference(model), torch.inference_mode(mode=False), torch.enable_grad():
+                    outputs = [out for out in output_tensors(model(*arguments[0], **arguments[1])) if out.requires_grad]
+                    for direction in range(PROBES if outputs and seen else 0):
+                        gradients = _gradients(outputs, [probed for _, probed in seen], generator, direction)
+                        for (name, _), gradient in zip(seen, gradients, strict=True):
+                            if gradient is not None:
+                                sums[name] = sums.get(name, 0) + _second(layers[name], gradient)
+            except (RuntimeError, NotImplementedError):
+                return {}
+    return {
+        name: value.cpu() for name, value in sums.items() if bool(torch.isfinite(value).all()) and bool(value.any())
+    }
+
+
+def _gradients(
+    outputs: list[Tensor], inner: list[Tensor], generator: torch.Generator, direction: int
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of a random combination of the outputs, each in units of its own deviation."""
+    combined = torch.zeros(())
+    for output in outputs:
+        scale = output.detach().float().std().clamp_min(torch.finfo(torch.float32).tiny)
+        weights = torch.randn(output.shape, generator=generator).to(output.device) / scale
+        combined = combined + (output.float() * weights).sum().cpu()
+    return torch.autograd.grad(combined, inner, retain_graph=direction < PROBES - 1, allow_unused=True)
+
+
+def _second(layer: nn.Module, gradient: Tensor) -> Tensor:
+    """Returns Σ g gᵀ over samples and positions, (out, out)."""
+    rows = (gradient.movedim(-3, -1) if isinstance(layer, nn.Conv2d) else gradient).float()
+    rows = rows.reshape(-1, rows.shape[-1])
+    return (rows.T @ rows).double()

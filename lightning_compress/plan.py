@@ -6,7 +6,7 @@ import dataclasses
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,8 @@ class LayerPlan:
         macs_before: MACs of the dense layer, None if unknown.
         macs_after: MACs afterwards, None if unknown.
         reason: Why the layer stays dense, None if it does not.
+        source: Where the metric of its error comes from, as in `Moments`; "weight" for none, None
+            for a module that cannot be factorised.
     """
 
     name: str
@@ -52,6 +54,7 @@ class LayerPlan:
     macs_before: int | None = None
     macs_after: int | None = None
     reason: str | None = None
+    source: str | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -69,14 +72,18 @@ class Plan:
         compressed: Costs of the model once the plan is applied.
         budget: The bounds the search kept, None for a plan read off a model.
         method: Search strategy.
-        objective: What the search minimised `signal_loss` over: "weight", the errors of the weights,
-            or "moments", those of the layers' outputs.
+        objective: What the search minimised: "weight" or "moments", `signal_loss` over the errors of the
+            weights or of what they do to the outputs, or "end_to_end", that plus log `output_distance`.
         source: Where the metric of the errors comes from: "weight" for none, "batch norm", "tokens",
-            "noise" for synthetic inputs of that kind, "real" for real ones.
+            "noise" for synthetic inputs of that kind, "analytic" for the norm layers alone, "real" for
+            real inputs.
         data_free: Whether no real data was used.
         optimality_gap: (objective − lower bound) / lower bound, 0.01 = at most 1 % above the
             best plan possible on the separable objective; None for a plan read off a model.
+        output_distance: ‖f − f̂‖² / ‖f − mean f‖² of the model's outputs right after the swap, on the
+            inputs the search used; None without any.
         seconds: Duration of the search.
+        timings: Seconds by part: "synthetic inputs", "moments", "search".
         seed: Its seed.
     """
 
@@ -89,7 +96,9 @@ class Plan:
     source: str | None = None
     data_free: bool = True
     optimality_gap: float | None = None
+    output_distance: float | None = None
     seconds: float | None = None
+    timings: Mapping[str, float] = field(default_factory=dict)
     seed: int | None = None
 
     @property
@@ -181,6 +190,7 @@ class Plan:
         found = [f"budget {self.budget}"] if self.budget is not None else []
         found += [f"method {self.method}"] if self.method is not None else []
         gap = "" if self.optimality_gap is None else f", at most {100 * self.optimality_gap:.2f} % above the optimum"
+        found += [f"output distance {self.output_distance:.4f}"] if self.output_distance is not None else []
         found.append(f"signal loss {self.signal_loss:.4f}{gap}")
         found += [f"{self.seconds:.2f} s"] if self.seconds is not None else []
         lines.append("; ".join(found))
@@ -204,7 +214,9 @@ def _plan_from_dict(data: Mapping[str, Any]) -> Plan:
         source=_typed(data, "source", str, optional=True),
         data_free=_typed(data, "data_free", bool),
         optimality_gap=_typed(data, "optimality_gap", float, optional=True),
+        output_distance=_typed({"output_distance": None, **data}, "output_distance", float, optional=True),
         seconds=_typed(data, "seconds", float, optional=True),
+        timings=_typed({"timings": {}, **data}, "timings", dict),
         seed=_typed(data, "seed", int, optional=True),
     )
 
@@ -225,6 +237,7 @@ def _layer_from_dict(data: Mapping[str, Any]) -> LayerPlan:
         macs_before=_typed(data, "macs_before", int, optional=True),
         macs_after=_typed(data, "macs_after", int, optional=True),
         reason=_typed(data, "reason", str, optional=True),
+        source=_typed({"source": None, **data}, "source", str, optional=True),
     )
 
 

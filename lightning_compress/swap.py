@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lightning_compress.candidates import DENSE
 from lightning_compress.config import did_you_mean
 from lightning_compress.costs import Costs, measure_costs
-from lightning_compress.decompositions import DECOMPOSITIONS, FactorisedLayer
+from lightning_compress.decompositions import DECOMPOSITIONS, FactorisedLayer, factorise_in
 from lightning_compress.decompositions.base import threads_for
+from lightning_compress.decompositions.metric import Metric
 from lightning_compress.errors import ConfigurationError, PlanMismatchError
 from lightning_compress.inventory import Layer, list_layers, require_module, require_usable_weights
 from lightning_compress.moments import Statistics
@@ -235,14 +236,14 @@ def _require_applicable(layer: Layer, planned: LayerPlan) -> None:
         raise PlanMismatchError(msg)
 
 
-def _build(layer: Layer, planned: LayerPlan, metric: Tensor | None, *, decompose: bool) -> FactorisedLayer:
+def _build(layer: Layer, planned: LayerPlan, metric: Metric | None, *, decompose: bool) -> FactorisedLayer:
     dense, weight = layer.module, cast(nn.Parameter, layer.module.weight)
     decomposition = DECOMPOSITIONS[planned.kind]
     children = decomposition.children(dense, planned.ranks)
     factors: dict[str, Tensor] = {}
     if decompose:
         with threads_for(weight):
-            factors = decomposition.factorise(weight.detach().to("cpu", torch.float64), planned.ranks, metric)
+            factors = factorise_in(planned.kind, weight.detach().to("cpu", torch.float64), planned.ranks, metric)
     for name, child in children.items():
         shape = cast(Tensor, child.weight).shape
         value = factors[name].reshape(shape) if decompose else torch.zeros(shape)

@@ -1,17 +1,22 @@
 """Inputs made from a model's own statistics, without a single real sample.
 
-Images and other dense inputs start as noise on several scales and are optimised until the batch
+Images start half as noise on several scales, half as overlapping random shapes ("dead leaves": Lee,
+Mumford and Huang 2001, "Occlusion Models for Natural Images"; as training images: Baradad et al. 2021,
+"Learning to See by Looking at Noise"), other dense inputs as noise. All are optimised until the batch
 statistics at every batch norm match the running ones (as in Yin et al. 2020, "Dreaming to
-Distill: Data-free Knowledge Transfer via DeepInversion", equation 4; without labels). Where a
-model keeps no running statistics the noise stays as it is; token inputs are drawn at random.
+Distill: Data-free Knowledge Transfer via DeepInversion", equation 4; without labels). A model with
+one output (B, C) is taken for a classifier: a small term asks for confident predictions that differ
+over the batch, as real inputs give them. Where a model keeps no running statistics the inputs stay as
+they were drawn; token inputs are drawn at random.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_compress.progress import Progress, silent
-from lightning_compress.tracing import ExampleInput, as_arguments, inference, trace
+from lightning_compress.tracing import Arguments, ExampleInput, as_arguments, hooked, inference, output_tensors, trace
 
 COUNT = 256
 STEPS = 40
@@ -28,10 +33,14 @@ LEARNING_RATE = 0.2
 BATCH = 64
 WORK = 2 * 10**12
 """MACs that the optimisation may cost: a minute or so on a few cores."""
+CONFIDENCE = 0.02
+"""Weight of the mean entropy of the predictions, against the mismatch at the norms."""
+VARIETY = 0.1
+"""Weight of the entropy of the mean prediction, which is to be large."""
+SHAPES = 12
+"""Most shapes in one image."""
 LEAST_COUNT = 16
 LEAST_STEPS = 10
-
-Arguments: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,7 @@ def _draw(model: nn.Module, example: Arguments, size: int, generator: torch.Gene
         if not isinstance(leaf, Tensor) or leaf.ndim == 0:
             drawn.append(leaf)
         elif leaf.is_floating_point():
-            drawn.append(_noise((size, *leaf.shape[1:]), generator).to(leaf.device, leaf.dtype))
+            drawn.append(_values((size, *leaf.shape[1:]), generator).to(leaf.device, leaf.dtype))
         elif vocabulary is not None and leaf.dtype in (torch.int32, torch.int64):
             tokens = True
             drawn.append(torch.randint(vocabulary, (size, *leaf.shape[1:]), generator=generator).to(leaf))
@@ -128,17 +137,48 @@ def _draw(model: nn.Module, example: Arguments, size: int, generator: torch.Gene
     return tree_unflatten(drawn, spec), tokens
 
 
-def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Returns standard normal noise; for images (B, C, H, W) a sum over scales, as natural ones have."""
-    noise = torch.randn(shape, generator=generator)
+def _values(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Returns values of mean 0 and deviation 1; for images (B, C, H, W) half of them noise, half shapes."""
     if len(shape) != 4 or min(shape[2:]) < 4:  # noqa: PLR2004
-        return noise
+        return torch.randn(shape, generator=generator)
+    half = shape[0] // 2
+    images = [_noise((shape[0] - half, *shape[1:]), generator)]
+    if half:
+        images.append(_leaves((half, *shape[1:]), generator))
+    return torch.cat(images)[torch.randperm(shape[0], generator=generator)]
+
+
+def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Returns normal noise summed over scales, (B, C, H, W)."""
+    noise = torch.randn(shape, generator=generator)
     side = 1
     while side < max(shape[2:]):
         coarse = torch.randn((*shape[:2], min(side, shape[2]), min(side, shape[3])), generator=generator)
         noise = noise + F.interpolate(coarse, size=shape[2:], mode="bilinear", align_corners=False)
         side *= 2
     return noise / noise.std()
+
+
+def _leaves(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Returns overlapping ellipses and rectangles of random place, size, turn and colour, (B, C, H, W)."""
+    count, channels, height, width = shape
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand((count, 1, 1), generator=generator)
+
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    images = torch.randn((count, channels, 1, 1), generator=generator).expand(shape)
+    shapes = torch.randint(2, SHAPES + 1, (count, 1, 1), generator=generator)
+    for index in range(SHAPES):
+        turn, right, down = uniform(0, math.pi), x - uniform(-0.9, 0.9), y - uniform(-0.9, 0.9)
+        along, across = right * turn.cos() + down * turn.sin(), down * turn.cos() - right * turn.sin()
+        long, short = 0.9 * uniform(0, 1) ** 1.5 + 0.08, 0.9 * uniform(0, 1) ** 1.5 + 0.08
+        power = torch.where(uniform(-1, 1) < 0, 2.0, 8.0)  # an ellipse, or nearly a rectangle
+        inside = ((along / long).abs() ** power + (across / short).abs() ** power < 1) & (index < shapes)
+        colour = torch.randn((count, channels, 1, 1), generator=generator)
+        images = torch.where(inside[:, None], colour, images)
+    images = images + 0.1 * torch.randn(shape, generator=generator)
+    return (images - images.mean()) / images.std()
 
 
 def _match(
@@ -152,34 +192,47 @@ def _match(
     leaves, spec = tree_flatten(arguments)
     free = [leaf.float().requires_grad_() for leaf in leaves if _is_free(leaf)]
     deviations: list[Tensor] = []
-    handles = [
-        norm.register_forward_pre_hook(lambda m, args: deviations.append(_deviation(m, args[0]))) for norm in norms
-    ]
-    best, best_loss = [f.detach().clone() for f in free], float("inf")
-    try:
-        with inference(model), torch.enable_grad():
-            optimizer = torch.optim.Adam(free, betas=(0.5, 0.9))
-            for step in range(steps + 1):
-                deviations.clear()
-                args, kwargs = tree_unflatten(_with_free(leaves, free), spec)
-                model(*args, **kwargs)
-                loss = torch.stack(deviations).mean()
-                if not bool(torch.isfinite(loss)):
-                    break
-                if float(loss.detach()) < best_loss:
-                    best, best_loss = [f.detach().clone() for f in free], float(loss.detach())
-                if step == steps:
-                    break
-                optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps) ** 0.5
-                gradients = torch.autograd.grad(loss, free)  # of the inputs alone: the parameters stay untouched
-                for leaf, gradient in zip(free, gradients, strict=True):
-                    leaf.grad = gradient
-                optimizer.step()
-                progress((step + 1) / steps)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return tree_unflatten(_with_free(leaves, best), spec), best_loss
+    best, best_loss, mismatch = [f.detach().clone() for f in free], math.inf, math.inf
+    with (
+        hooked(
+            norm.register_forward_pre_hook(lambda m, args: deviations.append(_deviation(m, args[0]))) for norm in norms
+        ),
+        inference(model),
+        torch.inference_mode(mode=False),
+        torch.enable_grad(),
+    ):
+        optimizer = torch.optim.Adam(free, betas=(0.5, 0.9))
+        for step in range(steps + 1):
+            deviations.clear()
+            args, kwargs = tree_unflatten(_with_free(leaves, free), spec)
+            outputs = model(*args, **kwargs)
+            deviation = torch.stack(deviations).mean()
+            loss = deviation + _indecision(outputs)
+            if not bool(torch.isfinite(loss)):
+                break
+            if float(loss.detach()) < best_loss:
+                best, best_loss = [f.detach().clone() for f in free], float(loss.detach())
+                mismatch = float(deviation.detach())
+            if step == steps:
+                break
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps) ** 0.5
+            gradients = torch.autograd.grad(loss, free)  # of the inputs alone: the parameters stay untouched
+            for leaf, gradient in zip(free, gradients, strict=True):
+                leaf.grad = gradient
+            optimizer.step()
+            progress((step + 1) / steps)
+    return tree_unflatten(_with_free(leaves, best), spec), mismatch
+
+
+def _indecision(outputs: Any) -> Tensor:
+    """Returns the weighted entropies of a classifier's predictions, 0 for any other model."""
+    tensors = output_tensors(outputs)
+    if len(tensors) != 1 or tensors[0].ndim != 2 or tensors[0].shape[1] < 2:  # noqa: PLR2004
+        return torch.zeros(())
+    logs = tensors[0].float().log_softmax(dim=1)
+    each, whole = logs.exp(), logs.exp().mean(dim=0)
+    entropy = -(each * logs).sum(dim=1).mean()
+    return CONFIDENCE * entropy + VARIETY * (whole * whole.clamp_min(1e-9).log()).sum()
 
 
 def _report(progress: Progress, index: int, total: int, done: float) -> None:

@@ -7,7 +7,7 @@ after an exception, and no gradient is computed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
@@ -16,12 +16,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.decompositions import LayerCall
 from lightning_compress.errors import ExampleInputError
 
 ExampleInput: TypeAlias = "Tensor | Mapping[str, Any] | Sequence[Any]"
 """A tensor, a tuple or dict of positional or keyword arguments, or a shape with its batch dimension."""
+
+
+Arguments: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
+"""Positional and keyword arguments of a forward pass."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,12 @@ def trace(model: nn.Module, example_input: ExampleInput) -> Trace:
             handles.append(layer.register_forward_hook(record(name), with_kwargs=True))
         flops = FlopCounterMode(display=False)
         with inference(model), uses, flops:
-            _run(model, args, kwargs, example_input)
+            run(
+                model,
+                (args, kwargs),
+                f"example_input {shape_text(example_input)}",
+                " Shapes include the batch dimension; pass tensors where the values or the dtype matter.",
+            )
     finally:
         for handle in handles:
             handle.remove()
@@ -78,7 +88,7 @@ def trace(model: nn.Module, example_input: ExampleInput) -> Trace:
     )
 
 
-def as_arguments(model: nn.Module, example_input: ExampleInput) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def as_arguments(model: nn.Module, example_input: ExampleInput) -> Arguments:
     """Returns positional and keyword arguments at batch 1, on the model's device.
 
     A sequence of whole numbers is a shape: standard normal values in the model's dtype, drawn
@@ -96,7 +106,7 @@ def as_arguments(model: nn.Module, example_input: ExampleInput) -> tuple[tuple[A
     return tree_map(lambda leaf: leaf[:1] if isinstance(leaf, Tensor) else leaf, (args, kwargs))  # type: ignore[no-any-return]
 
 
-def whole_arguments(model: nn.Module, example_input: ExampleInput) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def whole_arguments(model: nn.Module, example_input: ExampleInput) -> Arguments:
     """Returns positional and keyword arguments with their whole batch, on the model's device.
 
     Raises:
@@ -160,15 +170,40 @@ def _draw(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], example_input: ExampleInput) -> None:
+def run(model: nn.Module, arguments: Arguments, what: str, advice: str = "") -> Any:
+    """Returns the model's outputs.
+
+    Args:
+        model: Any module.
+        arguments: Of its forward pass.
+        what: Which they are, for the message.
+        advice: The end of the message.
+
+    Raises:
+        ExampleInputError: If the model fails, with what it said.
+    """
     try:
-        model(*args, **kwargs)
+        return model(*arguments[0], **arguments[1])
     except Exception as error:
-        msg = (
-            f"the model fails on example_input {shape_text(example_input)}: {type(error).__name__}: {error}. "
-            "Shapes include the batch dimension; pass tensors where the values or the dtype matter."
-        )
+        msg = f"the model fails on {what}: {type(error).__name__}: {error}.{advice}"
         raise ExampleInputError(msg) from error
+
+
+def output_tensors(outputs: Any) -> list[Tensor]:
+    """Returns the floating-point tensors among whatever a model returns."""
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+@contextlib.contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Removes hooks again, also after an exception."""
+    kept: list[RemovableHandle] = []
+    try:
+        kept.extend(handles)  # those made before one fails are kept too
+        yield
+    finally:
+        for handle in kept:
+            handle.remove()
 
 
 def _layer_call(layer: nn.Module, inputs: Tensor, output: Tensor) -> LayerCall:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from lightning_compress.config import did_you_mean
 from lightning_compress.decompositions.base import (
     Decomposition,
@@ -11,6 +13,7 @@ from lightning_compress.decompositions.base import (
     LayerCall,
     RankProfile,
 )
+from lightning_compress.decompositions.metric import Metric
 from lightning_compress.decompositions.split_svd import SplitSvd
 from lightning_compress.decompositions.svd import ChannelSvd, SpatialSvd, Svd
 from lightning_compress.decompositions.tucker import Tucker2
@@ -46,6 +49,31 @@ def resolve_kinds(kinds: str | Sequence[str], automatic: tuple[str, ...] = AUTOM
             msg = f"kinds={kinds!r}: unknown kind {name!r}.{did_you_mean(name, ['auto', *DECOMPOSITIONS])}"
             raise ConfigurationError(msg)
     return tuple(dict.fromkeys(names))
+
+
+def profile_in(kind: str, weight: Tensor, metric: Metric | None = None) -> RankProfile:
+    """Returns the errors ‖G^½ (W − Ŵ) S^½‖² / ‖G^½ W S^½‖² of every rank of a kind.
+
+    Args:
+        kind: A key of `DECOMPOSITIONS`.
+        weight: The dense weight.
+        metric: S and G; None for the identity in both.
+    """
+    if metric is None:
+        return DECOMPOSITIONS[kind].profile(weight)
+    return DECOMPOSITIONS[kind].profile(metric.weigh(weight), metric.inputs)
+
+
+def factorise_in(kind: str, weight: Tensor, ranks: tuple[int, ...], metric: Metric | None = None) -> dict[str, Tensor]:
+    """Returns the weights of the child layers, fitted in the metric; see `profile_in`.
+
+    Every kind leaves the output channels to its last factor, so G is a change of their basis.
+    """
+    if metric is None:
+        return DECOMPOSITIONS[kind].factorise(weight, ranks)
+    factors = DECOMPOSITIONS[kind].factorise(metric.weigh(weight), ranks, metric.inputs)
+    last = list(factors)[-1]
+    return {**factors, last: metric.unweigh(factors[last])}
 
 
 __all__ = [

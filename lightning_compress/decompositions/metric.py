@@ -1,10 +1,17 @@
-"""Least squares in the metric of a layer's inputs: ‖(W − Ŵ) S^½‖_F with S = E[x xᵀ].
+"""Least squares in the metric of a layer: ‖G^½ (W − Ŵ) S^½‖_F with S = E[x xᵀ] and G = E[g gᵀ].
 
 S is the second moment of what enters the layer, unfolded like the weight: shape (D, D) with
-D = in for nn.Linear and in·k_h·k_w for convolutions. All of it is float64.
+D = in for nn.Linear and in·k_h·k_w for convolutions. G, (out, out), is that of the gradients of the
+model's outputs by the layer's own: what of an error reaches the outputs at all. The product of the
+two is the Kronecker-factored Gauss-Newton approximation of the outputs' squared error (Martens and
+Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", section 3).
+All of it is float64.
 """
 
 from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +20,45 @@ from lightning_compress.decompositions.base import Floats
 
 RIDGE = 1e-6
 """Added to the diagonal of a second moment, relative to its mean: inputs that never vary stay defined."""
+
+
+OUTPUT_FLOOR = 0.05
+"""Share of the identity in G: directions that never reached the outputs still count a little."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """In what the error of a layer's factors is measured.
+
+    Attributes:
+        inputs: S, (D, D).
+        outputs: G, (out, out); None for the identity. Only its shape matters, not its scale.
+    """
+
+    inputs: Tensor
+    outputs: Tensor | None = None
+
+    @functools.cached_property
+    def _roots(self) -> tuple[Tensor, Tensor] | None:
+        """G^½ and G^-½ of the floored G, None for the identity."""
+        if self.outputs is None:
+            return None
+        scale = self.outputs.diagonal().mean()
+        if not scale > 0:
+            return None
+        floored = (1 - OUTPUT_FLOOR) * self.outputs / scale
+        floored = floored + OUTPUT_FLOOR * torch.eye(len(floored), dtype=floored.dtype)
+        values, vectors = torch.linalg.eigh((floored + floored.T) / 2)
+        root = values.clamp_min(OUTPUT_FLOOR / 2).sqrt()
+        return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+
+    def weigh(self, weight: Tensor) -> Tensor:
+        """Returns G^½ W, in the shape of the weight (out, …)."""
+        return weight if self._roots is None else (self._roots[0] @ weight.flatten(1)).reshape(weight.shape)
+
+    def unweigh(self, weight: Tensor) -> Tensor:
+        """Returns G^-½ W, in the shape of the weight (out, …)."""
+        return weight if self._roots is None else (self._roots[1] @ weight.flatten(1)).reshape(weight.shape)
 
 
 def regularised(metric: Tensor, ridge: float = RIDGE) -> Tensor:

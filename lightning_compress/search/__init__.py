@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+from warnings import warn
 
 import numpy as np
 from torch import nn
@@ -15,10 +16,10 @@ from lightning_compress.costs import Costs, measure_costs
 from lightning_compress.decompositions import AUTOMATIC, resolve_kinds
 from lightning_compress.decompositions.base import Floats, Ints
 from lightning_compress.errors import (
+    CompressionWarning,
     ConfigurationError,
     ExampleInputError,
     InfeasibleBudgetError,
-    UnsupportedError,
 )
 from lightning_compress.inventory import Layer, Patterns, require_usable_weights, take_inventory
 from lightning_compress.moments import Statistics, gather_statistics
@@ -26,6 +27,13 @@ from lightning_compress.plan import LayerPlan, Plan
 from lightning_compress.progress import Progress, silent
 from lightning_compress.search.alds import ALDS_KINDS, search_alds
 from lightning_compress.search.continuous import search_continuous
+from lightning_compress.search.end_to_end import (
+    LEAST_INPUTS,
+    Outputs,
+    affordable_inputs,
+    output_distance,
+    search_outputs,
+)
 from lightning_compress.search.energy import search_energy
 from lightning_compress.search.exact import search_exact, smallest, solve
 from lightning_compress.search.paper import search_paper
@@ -49,8 +57,11 @@ ON_WEIGHTS = ("alds", "paper")
 CERTIFICATE_GAP = 1e-3
 """Relative gap to which the lower bound of the certificate is worked out."""
 
-OBJECTIVES = ("auto", "weight", "moments")
-_RESERVED_OBJECTIVES = ("end_to_end",)
+OBJECTIVES = ("auto", "weight", "moments", "end_to_end")
+AUTOMATIC_METHODS = ("continuous", "exact")
+"""Methods for which objective "auto" makes synthetic inputs; with others it is "weight" unless statistics are given."""
+BISECTIONS = 12
+"""Plans tried for a quality target."""
 
 
 def search_ranks(
@@ -66,6 +77,7 @@ def search_ranks(
     overrides: Mapping[str, Any] | None = None,
     rank_multiple: int = 1,
     seed: int = 0,
+    calibration: Iterable[Any] | None = None,
     statistics: Statistics | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -82,10 +94,14 @@ def search_ranks(
             is used outside their own forward.
         method: "continuous", "exact", "uniform", "energy", or a published method to compare with:
             "alds" (Liebenwein et al. 2021), "paper" (arXiv 2409.03555).
-        objective: What e is in Σ −log(1 − e): "weight", the relative error of the weights;
-            "moments", that of the layers' outputs, for inputs with the second moments of
-            `statistics`; "auto" is "moments" if statistics are given, else "weight", and always
-            "weight" for the published methods, whose criterion is on the weights.
+        objective: What is minimised: "weight", Σ −log(1 − e) over the relative errors e of the
+            weights; "moments", the same over what the errors do to the model's outputs, for inputs
+            with the second moments of `statistics`; "end_to_end" (method "continuous" alone), that
+            plus log D, D the distance of the model's outputs on synthetic inputs. "auto" is the best
+            that applies: "end_to_end" with an example input, statistics or calibration, "moments"
+            for other methods and models so large that it would take long, "weight" without any of
+            them and for the published methods, whose criterion is on the weights. Where the
+            model fails on synthetic inputs the search falls back, with a `CompressionWarning`.
         kinds: "auto", a kind, or a list of kinds to choose from. "auto" is svd, channel_svd,
             spatial_svd and tucker2; for "alds" svd, channel_svd, split2_svd and split4_svd.
         include: Names, globs, class names or classes of layers to factorise, None for all.
@@ -93,6 +109,8 @@ def search_ranks(
         overrides: Pattern to `Override`, a mapping of its fields, or "dense".
         rank_multiple: Ranks are multiples of this number.
         seed: Of the synthetic inputs.
+        calibration: Batches of real inputs, in the place of synthetic ones; the plan then says that it
+            is not data-free.
         statistics: From `gather_statistics`; made with `example_input` if they are needed.
         progress: Called with what is being done and the fraction done.
 
@@ -122,30 +140,141 @@ def search_ranks(
     layers = take_inventory(model, **selection, trace=traced)
     dense = measure_costs(model, macs=traced.macs if traced else None)
     report = progress or silent
-    if objective == "weight" or (objective == "auto" and method in ON_WEIGHTS):
-        statistics = None
-    elif objective == "moments" and statistics is None:
-        if example_input is None:
-            msg = "objective='moments' needs statistics, or an example_input to make synthetic inputs with."
-            raise ExampleInputError(msg)
-        statistics = gather_statistics(model, example_input, seed=seed, progress=report)
-    tables = _tabulate(layers, tuple(budget.limits()), rank_multiple, statistics, report)
-    problem = _problem(tables, dense, budget)
-    _require_feasible(problem, dense, budget)
-    choice = STRATEGIES[method](problem, progress=report)
+    statistics, objective = _statistics(
+        model, method, objective, example_input, calibration, statistics, traced, seed, report
+    )
+    searched = time.perf_counter()
+    tables = _tabulate(layers, budget.budgeted, rank_multiple, statistics, report)
+    outputs = None
+    if statistics is not None and statistics.batches:
+        chosen = tuple(layer for layer in layers if layer.reason is None)
+        inputs = max(LEAST_INPUTS, affordable_inputs(traced.macs)) if traced is not None else LEAST_INPUTS
+        outputs = Outputs(model, chosen, statistics, inputs)
+    if budget.max_error is not None:
+        problem, choice = _within_error(tables, dense, budget, method, outputs, report)
+        objective = "moments" if objective == "end_to_end" else objective
+    else:
+        problem = _problem(tables, dense, budget)
+        _require_feasible(problem, dense, budget)
+        choice, objective = _choose(problem, method, objective, outputs, report)
     return Plan(
-        layers=tuple(_layer_plans(layers, problem, choice, traced)),
+        layers=tuple(_layer_plans(layers, problem, choice, traced, statistics)),
         dense=dense,
         compressed=_costs_after(problem, choice, dense),
         budget=budget,
         method=method,
-        objective="weight" if statistics is None else "moments",
+        objective=objective,
         source="weight" if statistics is None else statistics.source,
         data_free=statistics is None or statistics.data_free,
         optimality_gap=_gap(problem, choice),
+        output_distance=output_distance(outputs, problem, choice) if outputs is not None else None,
         seconds=time.perf_counter() - start,
+        timings={**(statistics.seconds if statistics is not None else {}), "search": time.perf_counter() - searched},
         seed=seed,
     )
+
+
+def _statistics(  # noqa: PLR0917
+    model: nn.Module,
+    method: str,
+    objective: str,
+    example_input: ExampleInput | None,
+    calibration: Iterable[Any] | None,
+    given: Statistics | None,
+    traced: Trace | None,
+    seed: int,
+    progress: Progress,
+) -> tuple[Statistics | None, str]:
+    """Returns the statistics an objective needs, and the objective that can be had with them."""
+    automatic = objective == "auto"
+    if objective == "weight" or (automatic and method in ON_WEIGHTS):
+        return None, "weight"
+    if objective == "end_to_end" and method != "continuous":
+        msg = f"objective='end_to_end' needs method='continuous', not {method!r}; use objective='moments'."
+        raise ConfigurationError(msg)
+    known = given is not None or example_input is not None or calibration is not None
+    if automatic and given is None and (not known or method not in AUTOMATIC_METHODS):
+        return None, "weight"
+    if objective == "end_to_end" and not known:
+        msg = "objective='end_to_end' needs an example_input to make synthetic inputs with, statistics or calibration."
+        raise ExampleInputError(msg)
+    statistics = given
+    if statistics is None:
+        try:
+            statistics = gather_statistics(model, example_input, calibration=calibration, seed=seed, progress=progress)
+        except ExampleInputError as error:
+            if calibration is not None:
+                raise
+            warn(f"the search falls back to objective='weight': {error}", CompressionWarning, stacklevel=3)
+            return None, "weight"
+    if objective == "moments" or method != "continuous" or not statistics.batches:
+        return statistics, "moments"
+    if automatic and traced is not None and affordable_inputs(traced.macs) < LEAST_INPUTS:
+        return statistics, "moments"
+    return statistics, "end_to_end"
+
+
+def _choose(
+    problem: Problem, method: str, objective: str, outputs: Outputs | None, progress: Progress
+) -> tuple[Ints, str]:
+    """Returns the choice, and the objective it is of."""
+    if objective != "end_to_end" or outputs is None:
+        return STRATEGIES[method](problem, progress=progress), objective
+    progress("end-to-end search", 0.0)
+    start = solve(problem).choice
+    start = start if start is not None else search_continuous(problem, progress=progress)
+    try:
+        choice = search_outputs(problem, outputs, start, lambda done: progress("end-to-end search", done))
+    except RuntimeError as error:
+        warn(
+            f"the search falls back to objective='moments': the model cannot be differentiated on synthetic inputs "
+            f"({type(error).__name__}: {error}).",
+            CompressionWarning,
+            stacklevel=3,
+        )
+        return start, "moments"
+    progress("end-to-end search", 1.0)
+    return choice, objective
+
+
+def _within_error(  # noqa: PLR0917
+    tables: tuple[Candidates, ...],
+    dense: Costs,
+    budget: Budget,
+    method: str,
+    outputs: Outputs | None,
+    progress: Progress,
+) -> tuple[Problem, Ints]:
+    """Returns the smallest choice whose output distance stays under the target, by bisection."""
+    if outputs is None:
+        msg = (
+            f"{budget} is judged on synthetic inputs: pass an example_input (or calibration), and another objective "
+            "than 'weight'."
+        )
+        raise ExampleInputError(msg)
+    target = cast(float, budget.max_error)
+    full = _problem(tables, dense, Budget(params=1.0))
+    floor = _smallest_share(full, dense)
+    best, problem, low, high = np.array([len(t) - 1 for t in tables]), full, floor, 1.0
+    for step in range(BISECTIONS):
+        progress("quality target", step / BISECTIONS)
+        middle = low if step == 0 else (low * high) ** 0.5
+        tried = _problem(tables, dense, Budget(params=min(1.0, middle)))
+        choice = STRATEGIES[method](tried, progress=silent)
+        if output_distance(outputs, tried, choice) <= target:
+            best, problem, high = choice, tried, middle
+            if step == 0:
+                break
+        else:
+            low = middle
+    progress("quality target", 1.0)
+    return problem, best
+
+
+def _smallest_share(problem: Problem, dense: Costs) -> float:
+    """Returns the smallest fraction of the parameters that can be reached."""
+    rest = dense.params - sum(table.costs[-1][0] for table in problem.layers)
+    return float((problem.cost_of(smallest(problem))[0] + rest + 1) / dense.params)
 
 
 def check_settings(method: object, objective: object, rank_multiple: object, seed: object) -> None:
@@ -153,14 +282,10 @@ def check_settings(method: object, objective: object, rank_multiple: object, see
 
     Raises:
         ConfigurationError: If one is unknown or out of range.
-        UnsupportedError: If the objective is not in this version.
     """
     if not isinstance(method, str) or method not in STRATEGIES:
         msg = f"search method {method!r} is unknown.{did_you_mean(method, STRATEGIES)}"
         raise ConfigurationError(msg)
-    if objective in _RESERVED_OBJECTIVES:
-        msg = f"objective={objective!r} is not in this version: use 'weight', or 'auto' for the best that is."
-        raise UnsupportedError(msg)
     if objective not in OBJECTIVES:
         msg = f"objective={objective!r} is unknown.{did_you_mean(objective, OBJECTIVES)}"
         raise ConfigurationError(msg)
@@ -232,16 +357,21 @@ def _costs_after(problem: Problem, choice: Ints, dense: Costs) -> Costs:
     return Costs(params, macs if dense.macs is not None else None, size)
 
 
-def _layer_plans(layers: Sequence[Layer], problem: Problem, choice: Ints, traced: Trace | None) -> list[LayerPlan]:
+def _layer_plans(
+    layers: Sequence[Layer], problem: Problem, choice: Ints, traced: Trace | None, statistics: Statistics | None
+) -> list[LayerPlan]:
     chosen = {table.name: (table, int(row)) for table, row in zip(problem.layers, choice, strict=True)}
     plans = []
     for layer in layers:
         table, row = chosen.get(layer.name, (None, 0))
-        plans.append(_layer_plan(layer, table, row, traced))
+        source = statistics.source_of(layer.name) if statistics is not None and table is not None else None
+        plans.append(_layer_plan(layer, table, row, traced, source))
     return plans
 
 
-def _layer_plan(layer: Layer, table: Candidates | None, row: int, traced: Trace | None) -> LayerPlan:
+def _layer_plan(
+    layer: Layer, table: Candidates | None, row: int, traced: Trace | None, source: str | None
+) -> LayerPlan:
     factorisable = table is not None
     known = traced is not None and factorisable
     if table is None:
@@ -265,7 +395,8 @@ def _layer_plan(layer: Layer, table: Candidates | None, row: int, traced: Trace 
         macs_before=before,
         macs_after=before - int(saved[1]) if before is not None else None,
         reason=reason,
+        source=source or ("weight" if factorisable else None),
     )
 
 
-__all__ = ["OBJECTIVES", "STRATEGIES", "Strategy", "check_settings", "search_ranks"]
+__all__ = ["AUTOMATIC_METHODS", "OBJECTIVES", "STRATEGIES", "Strategy", "check_settings", "search_ranks"]

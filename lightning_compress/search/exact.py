@@ -43,7 +43,7 @@ def search_exact(problem: Problem, *, progress: Progress) -> Ints:
 
 def solve(problem: Problem, *, rel_gap: float = REL_GAP) -> Solution:
     """Returns the optimum, to a relative gap, and its lower bound."""
-    losses = np.concatenate([layer.losses for layer in problem.layers])
+    losses = np.concatenate([problem.losses(layer) for layer in range(len(problem.layers))])
     options = {"mip_rel_gap": rel_gap, "time_limit": TIME_LIMIT}
     bound: float | None = None
     for margin in MARGINS:

@@ -23,11 +23,18 @@ class Problem:
         budgeted: The resources that are bounded.
         limits: Absolute bound on what the layers may cost together (what the rest of the model
             costs is already taken off), shape (b,).
+        weights: w_l of each layer's term in Σ_l w_l ε_l, None for ones.
     """
 
     layers: tuple[Candidates, ...]
     budgeted: tuple[str, ...]
     limits: Floats
+    weights: tuple[float, ...] | None = None
+
+    def losses(self, layer: int) -> Floats:
+        """Returns what each candidate of a layer adds to the objective, shape (n,)."""
+        losses = self.layers[layer].losses
+        return losses if self.weights is None else losses * self.weights[layer]
 
     def costs(self, layer: int) -> Floats:
         """Returns the budgeted costs of one layer's candidates, shape (n, b)."""
@@ -40,7 +47,7 @@ class Problem:
 
     def loss_of(self, choice: Ints) -> float:
         """Returns the objective of a choice."""
-        return float(sum(c.losses[row] for c, row in zip(self.layers, choice, strict=True)))
+        return float(sum(self.losses(layer)[row] for layer, row in enumerate(choice)))
 
     def fits(self, choice: Ints) -> bool:
         """Returns whether a choice keeps every budget."""
@@ -59,7 +66,7 @@ class Problem:
             )
             for c, kept in zip(self.layers, rows, strict=True)
         )
-        return Problem(layers, self.budgeted, self.limits)
+        return Problem(layers, self.budgeted, self.limits, self.weights)
 
 
 class Strategy(Protocol):

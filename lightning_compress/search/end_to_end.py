@@ -1,0 +1,328 @@
+"""The continuous search with the model's own outputs in its loss.
+
+Every layer's weight becomes a mixture of its kinds, each gated by monotone soft gates over its ordered
+components,
+
+    W(ρ, z) = Σ_k softmax(z)_k B_k diag(g(ρ_k)) A_k,    g_i = σ((ρ − i + ½) / T),
+
+and the composite compression loss
+
+    L(ρ, z) = log D(f_{ρ,z}(x̃), f(x̃)) + Σ_l ε_l(ρ_l, z_l) + Σ_b [ λ_b v_b + (μ/2) max(0, v_b)² ]
+
+is descended on synthetic inputs x̃ with D the normalised distance of the outputs, T annealed towards
+hard gates, and λ the least-squares multipliers (Nocedal and Wright, "Numerical Optimization", equation
+18.21). It starts from the exact optimum of the separable objective. The projection onto whole ranks is
+the exact solver's on the separable objective whose stationary point this is: that with every layer's
+term weighted by w_l = 1 + (∂ log D / ∂ρ_l) / (∂ε_l / ∂ρ_l). The result is kept if its own L is below
+that of the start.
+
+Memory: inputs go through the model in small groups; their gradients by the mixed weights are summed
+and sent back through the gates once. Extends arXiv 2409.03555 by the outputs and strict budgets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_compress.candidates import DENSE
+from lightning_compress.decompositions import DECOMPOSITIONS, factorise_in
+from lightning_compress.decompositions.base import Ints, threads_for
+from lightning_compress.inventory import Layer
+from lightning_compress.moments import Statistics
+from lightning_compress.search.exact import solve
+from lightning_compress.search.problem import Problem
+from lightning_compress.search.space import Space, around
+from lightning_compress.synthesis import WORK
+from lightning_compress.tracing import Arguments, inference, output_tensors
+
+STEPS = 40
+LEARNING_RATE = 0.03
+TEMPERATURES = (0.1, 0.01)
+"""First and last T, as a fraction of a path's ranks."""
+LEAST_TEMPERATURE = 0.25
+"""In ranks."""
+PENALTY = 20.0
+RETRACTIONS = 3
+INPUTS = 64
+"""Synthetic inputs per step; a step takes the next ones."""
+GROUP = 16
+"""Inputs that go through the model at once."""
+LEAST_INPUTS = 4
+"""With fewer affordable inputs per step "auto" leaves the outputs out."""
+REACH = 1.5
+"""Ranks are searched up to this factor above and below the start."""
+START_LOGIT = 3.0
+LARGEST_LOGIT = 10.0
+WINDOW = 8
+WEIGHTS = (0.2, 5.0)
+"""Bounds of w_l."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the distance of a model's outputs is worked out from.
+
+    Attributes:
+        model: The dense model.
+        layers: Those of the problem, in its order.
+        statistics: With the synthetic inputs, and the metric in which factors are fitted.
+        inputs: Synthetic inputs per step.
+    """
+
+    model: nn.Module
+    layers: tuple[Layer, ...]
+    statistics: Statistics
+    inputs: int = INPUTS
+
+    def groups(self, step: int) -> list[Arguments]:
+        """Returns the inputs of a step in groups."""
+        batches = self.statistics.batches
+        return _groups(batches[step % len(batches)], self.inputs, GROUP)
+
+    def factors(self, layer: int, kind: str, ranks: tuple[int, ...]) -> dict[str, Tensor]:
+        """Returns a layer's factors in the metric, in the weight's dtype."""
+        entry = self.layers[layer]
+        with threads_for(entry.weight), torch.no_grad():
+            weight = entry.weight.detach().to("cpu", torch.float64)
+            found = factorise_in(kind, weight, ranks, self.statistics.metric(entry.name))
+        return {name: value.to(entry.weight.device, entry.weight.dtype) for name, value in found.items()}
+
+
+def search_outputs(problem: Problem, outputs: Outputs, start: Ints, progress: Callable[[float], None]) -> Ints:
+    """Returns the choice that the composite loss leads to, or the start if that is better.
+
+    Args:
+        problem: The separable problem.
+        outputs: Of the model.
+        start: A choice that keeps every budget.
+        progress: Called with the fraction done.
+
+    Raises:
+        RuntimeError: If the model cannot be differentiated.
+    """
+    paths = _Paths.of(problem, outputs, start)
+    log_sizes, weights = _descend(paths, outputs, progress)
+    rows = around(paths.space, log_sizes, WINDOW)
+    rows = [np.union1d(kept, [row]).astype(np.int64) for kept, row in zip(rows, start, strict=True)]
+    weighted = replace(problem.restricted(rows), weights=tuple(float(w) for w in weights))
+    local = solve(weighted).choice
+    if local is None:
+        return start
+    choice = np.array([kept[row] for kept, row in zip(rows, local, strict=True)])
+    if (choice == start).all():
+        return start
+    losses = [composite_loss(problem, outputs, candidate) for candidate in (start, choice)]
+    return choice if losses[1] < losses[0] else start
+
+
+def composite_loss(problem: Problem, outputs: Outputs, choice: Ints) -> float:
+    """Returns log D + Σ_l ε_l of whole ranks, over all synthetic inputs."""
+    return math.log(max(output_distance(outputs, problem, choice), 1e-12)) + problem.loss_of(choice)
+
+
+def output_distance(outputs: Outputs, problem: Problem, choice: Ints) -> float:
+    """Returns D = ‖f − f̂‖² / ‖f − mean f‖² of whole ranks over all synthetic inputs; infinite if not finite."""
+    weights = {}
+    for index, (layer, row) in enumerate(zip(problem.layers, choice, strict=True)):
+        entry = outputs.layers[index]
+        if layer.kinds[row] != DENSE:
+            factors = outputs.factors(index, layer.kinds[row], layer.ranks[row])
+            weights[index] = DECOMPOSITIONS[layer.kinds[row]].dense_weight(factors, entry.weight_shape)
+    lost = spread = 0.0
+    with torch.no_grad():
+        for batch in outputs.statistics.batches:
+            for group in _groups(batch, None, 4 * GROUP):
+                found = _distances(outputs, weights, group)
+                lost, spread = lost + float(found[0]), spread + float(found[1])
+    distance = lost / spread if spread > 0 else lost
+    return math.inf if math.isnan(distance) else distance
+
+
+def affordable_inputs(macs: int) -> int:
+    """Returns how many inputs a step can take at most, for a model of so many MACs; see `WORK`."""
+    return min(INPUTS, WORK // (3 * STEPS * max(1, macs)))
+
+
+@dataclass(frozen=True)
+class _Paths:
+    """The space around the start, and every path's factors.
+
+    Attributes:
+        space: Of the problem.
+        start: Log-sizes, (P,).
+        low: The smallest log-sizes, (P,).
+        high: The largest, (P,).
+        logits: Of the kinds at the start, (P,).
+        factors: Of every path but the dense ones, up to its largest ranks.
+    """
+
+    space: Space
+    start: Tensor
+    low: Tensor
+    high: Tensor
+    logits: Tensor
+    factors: tuple[dict[str, Tensor] | None, ...]
+
+    @classmethod
+    def of(cls, problem: Problem, outputs: Outputs, choice: Ints) -> _Paths:
+        space = Space.of(problem)
+        sizes = torch.from_numpy(
+            np.array([(problem.costs(i)[row] / np.maximum(problem.limits, 1.0)).mean() for i, row in enumerate(choice)])
+        )[space.layer_of]
+        chosen = torch.tensor(
+            [
+                kind == problem.layers[int(i)].kinds[choice[int(i)]]
+                for kind, i in zip(space.kinds, space.layer_of, strict=True)
+            ]
+        )
+        least, most = space.sizes[:, 0].log(), space.sizes[:, -1].log()
+        start = sizes.log().clamp(least, most)
+        low, high = ((start + sign * math.log(REACH)).clamp(least, most) for sign in (-1, 1))
+        ranks = space.at(high)[2]
+        factors: list[dict[str, Tensor] | None] = []
+        for path, kind in enumerate(space.kinds):
+            if kind == DENSE:
+                factors.append(None)
+                continue
+            layer = int(space.layer_of[path])
+            limits = DECOMPOSITIONS[kind].max_ranks(outputs.layers[layer].weight_shape)
+            largest = tuple(min(m, math.ceil(r) + 1) for m, r in zip(limits, ranks[path].tolist(), strict=False))
+            factors.append(outputs.factors(layer, kind, largest))
+        logits = START_LOGIT * chosen.double()
+        dense = torch.tensor([kind == DENSE for kind in space.kinds])
+        logits[dense & ~chosen] = -LARGEST_LOGIT  # as good as off: a share of the dense weight would hide all errors
+        return cls(space, start, low, high, logits, tuple(factors))
+
+    def weights(self, outputs: Outputs, ranks: Tensor, probability: Tensor, temperature: float) -> dict[int, Tensor]:
+        """Returns the mixed weight of every layer that has more than its dense path."""
+        mixed: dict[int, Tensor] = {}
+        for path, factors in enumerate(self.factors):
+            layer = int(self.space.layer_of[path])
+            weight = outputs.layers[layer].weight.detach()
+            if factors is not None:
+                weight = _gated(self.space.kinds[path], factors, ranks[path], temperature, tuple(weight.shape))
+            part = probability[path].to(weight.dtype) * weight
+            mixed[layer] = mixed[layer] + part if layer in mixed else part
+        return mixed
+
+
+def _gated(kind: str, factors: dict[str, Tensor], ranks: Tensor, temperature: float, shape: tuple[int, ...]) -> Tensor:
+    """Returns the weight with soft gates on its components; two ranks gate the outputs' and the inputs' basis."""
+    names = list(factors)
+    gated = dict(factors)
+    first, last = factors[names[0]], factors[names[-1]]
+    if len(names) == 2:  # noqa: PLR2004
+        gated[names[0]] = first * _gates(ranks[0], len(first), temperature).to(first).reshape(
+            -1, *(1,) * (first.ndim - 1)
+        )
+    else:
+        inner = _gates(ranks[1], len(first), temperature).to(first)
+        outer = _gates(ranks[0], last.shape[1], temperature).to(last)
+        gated[names[0]] = first * inner.reshape(-1, *(1,) * (first.ndim - 1))
+        gated[names[-1]] = last * outer.reshape(1, -1, *(1,) * (last.ndim - 2))
+    return DECOMPOSITIONS[kind].dense_weight(gated, shape)
+
+
+def _gates(rank: Tensor, count: int, temperature: float) -> Tensor:
+    """Returns g_i = σ((ρ − i + ½) / T), (count,)."""
+    scale = max(LEAST_TEMPERATURE, temperature * count)
+    return torch.sigmoid((rank - torch.arange(1, count + 1, device=rank.device) + 0.5) / scale)
+
+
+def _descend(paths: _Paths, outputs: Outputs, progress: Callable[[float], None]) -> tuple[Tensor, Tensor]:
+    """Returns the log-sizes (P,) and the weight w_l of every layer's separable term (L,)."""
+    space = paths.space
+    log_sizes, logits = paths.start.clone().requires_grad_(), paths.logits.clone().requires_grad_()
+    optimizer = torch.optim.Adam([log_sizes, logits], lr=LEARNING_RATE, betas=(0.9, 0.99))
+    slopes, separable_slopes = (torch.zeros(space.layers, dtype=log_sizes.dtype) for _ in range(2))
+    for step in range(STEPS):
+        done = step / STEPS
+        temperature = TEMPERATURES[0] * (TEMPERATURES[1] / TEMPERATURES[0]) ** done
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - done) ** 0.5
+        loss, cost, ranks = space.at(log_sizes)
+        probability = space.softmax(logits)
+        mixed = paths.weights(outputs, ranks, probability, temperature)
+        by_weight = _gradient_of_log_distance(outputs, mixed, step)
+        through = sum((mixed[layer] * gradient).sum() for layer, gradient in by_weight.items())
+        separable, violation = (probability * loss).sum(), (probability[:, None] * cost).sum(dim=0) - 1
+        variables = [log_sizes, logits]
+        of_distance = _flat(through, variables, retain=True)
+        of_separable = _flat(separable, variables, retain=True)
+        of_cost = torch.stack([_flat(v, variables, retain=True) for v in violation])  # (b, 2 P)
+        objective = of_distance + of_separable
+        normal = of_cost @ of_cost.T + 1e-12 * torch.eye(len(of_cost), dtype=of_cost.dtype)
+        multipliers = torch.linalg.solve(normal, -(of_cost @ objective)).clamp_min(0)
+        gradient = objective + (multipliers + PENALTY * violation.detach().clamp_min(0)) @ of_cost
+        log_sizes.grad, logits.grad = gradient[: len(log_sizes)], gradient[len(log_sizes) :]
+        optimizer.step()
+        with torch.no_grad():
+            for _ in range(RETRACTIONS):  # back onto the budgets: costs are nearly proportional to the sizes
+                worst = (space.softmax(logits)[:, None] * space.at(log_sizes)[1]).sum(dim=0).amax()
+                log_sizes.copy_(torch.minimum(torch.maximum(log_sizes - worst.log(), paths.low), paths.high))
+            if done >= 0.5:  # noqa: PLR2004
+                slopes.index_add_(0, space.layer_of, of_distance[: len(log_sizes)])
+                separable_slopes.index_add_(0, space.layer_of, of_separable[: len(log_sizes)])
+        progress(done)
+    ratio = torch.where(separable_slopes < 0, slopes / separable_slopes.clamp_max(-1e-12), torch.zeros(()))
+    weights = (1 + ratio).clamp(*WEIGHTS)
+    return log_sizes.detach(), weights
+
+
+def _flat(value: Tensor | int, variables: Sequence[Tensor], *, retain: bool) -> Tensor:
+    gradients = torch.autograd.grad(cast(Tensor, value), variables, retain_graph=retain, allow_unused=True)
+    return torch.cat([torch.zeros_like(v) if g is None else g for g, v in zip(gradients, variables, strict=True)])
+
+
+def _gradient_of_log_distance(outputs: Outputs, mixed: dict[int, Tensor], step: int) -> dict[int, Tensor]:
+    """Returns ∂ log D / ∂ W of every mixed weight, group by group."""
+    leaves = {layer: weight.detach().requires_grad_() for layer, weight in mixed.items()}
+    sums = {layer: torch.zeros_like(weight) for layer, weight in leaves.items()}
+    lost = 0.0
+    for group in outputs.groups(step):
+        distance, _ = _distances(outputs, leaves, group)
+        gradients = torch.autograd.grad(distance, list(leaves.values()), allow_unused=True)
+        lost += float(distance.detach())
+        for layer, gradient in zip(leaves, gradients, strict=True):
+            if gradient is not None:
+                sums[layer] += gradient
+    return {layer: value / max(lost, 1e-30) for layer, value in sums.items()}
+
+
+def _distances(outputs: Outputs, weights: dict[int, Tensor], arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """Returns ‖f − f̂‖² and ‖f − mean f‖² with some weights in the place of the layers' own."""
+    names = {
+        f"{alias}.weight" if alias else "weight": w for i, w in weights.items() for alias in outputs.layers[i].aliases
+    }
+    model = outputs.model
+    args, kwargs = arguments
+    differentiable = torch.is_grad_enabled()
+    with inference(model):
+        targets = output_tensors(model(*args, **kwargs))
+        with torch.set_grad_enabled(differentiable):
+            found = output_tensors(functional_call(model, names, args, kwargs, tie_weights=False))
+            lost = torch.stack([(o - t).float().square().sum() for o, t in zip(found, targets, strict=True)]).sum()
+    spread = torch.stack([(t - t.mean(dim=0)).float().square().sum() for t in targets]).sum()
+    return lost, spread
+
+
+def _groups(batch: Arguments, inputs: int | None, size: int) -> list[Arguments]:
+    """Returns the first inputs of a batch in groups; all at once where the tensors differ in their number."""
+    counts = {len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim}
+    if len(counts) != 1:
+        return [batch]
+    count = min(inputs or max(counts), *counts)
+
+    def cut(start: int) -> Arguments:
+        end = min(start + size, count)
+        return cast(Arguments, tree_map(lambda t: t[start:end] if isinstance(t, Tensor) and t.ndim else t, batch))
+
+    return [cut(start) for start in range(0, count, size)]
