@@ -48,13 +48,13 @@ def main() -> None:
     dense = ClassificationTask(reference("resnet20").train(), lr=1e-3)
     dense.example_input_array = torch.zeros(1, 1, 28, 28)
     by_hand = copy.deepcopy(dense)
-    _fit(by_hand, loader, [Compress(Budget(params=0.28))], steps=1)
+    _fit(by_hand, loader, [_compress()], steps=1)
     _write_out(by_hand)
 
     rows: list[dict[str, Any]] = []
     for round_ in range(ROUNDS):
         callbacks: list[Callable[[], list[Callback]]] = [
-            lambda: [Compress(Budget(params=0.28), schedule=Schedule(warmup_steps=30))],
+            lambda: [_compress(schedule=Schedule(warmup_steps=30))],
             list,
         ]
         seconds = [
@@ -66,6 +66,11 @@ def main() -> None:
     ratio = statistics.median(row["ratio"] for row in rows)
     title = f"Training step of ResNet-20 at params=0.28, batch {BATCH}: median ratio {ratio:.3f}"
     publish("step_overhead", title, rows, ratio=ratio)
+
+
+def _compress(**settings: Any) -> Compress:
+    """Returns the callback without synthetic inputs: what it does before the first step is not timed."""
+    return Compress(Budget(params=0.28), objective="weight", heal=False, **settings)
 
 
 def _fit(task: ClassificationTask, loader: DataLoader[Any], callbacks: list[Callback], steps: int) -> float:

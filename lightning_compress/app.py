@@ -157,11 +157,11 @@ def _report(job: _Job, stages: tuple[_Tested, _Tested, _Tested]) -> Report:
         msg = "the fit ended without a plan."
         raise TrainingError(msg)
     latencies = measure_latency([stage.net for stage in stages], job.example_input)
-    figures = [
+    dense, zero_shot, fine_tuned = (
         Figures(measure_costs(stage.net, job.example_input), seconds, stage.metrics)
         for stage, seconds in zip(stages, latencies, strict=True)
-    ]
-    report = Report(job.compress.plan, *figures)
+    )
+    report = Report(job.compress.plan, dense, zero_shot, fine_tuned, job.compress.seconds)
     report.save(job.folder)
     save_compressed(job.task.net, job.folder / "compressed")
     if job.cfg.plot:

@@ -82,6 +82,7 @@ class Compress(RestoringCallback):
 
     Attributes:
         plan: The plan of the last fit, None before.
+        seconds: How long each part of its compression took.
 
     Raises:
         ConfigurationError: If an argument has a wrong type, name or value.
@@ -120,6 +121,7 @@ class Compress(RestoringCallback):
         self.distill = Distill.from_value(_plain(distill))
         self.example_input = _plain(example_input)
         self.plan: Plan | None = None
+        self.seconds: Mapping[str, float] = {}
         self._restored: tuple[Replacement, ...] | None = None
         self._saved_layout: list[dict[str, Any]] | None = None
         self._scheduled = False
@@ -258,7 +260,7 @@ class Compress(RestoringCallback):
                 progress=progress,
                 **self._search_settings(),
             )
-        self.plan = done.plan
+        self.plan, self.seconds = done.plan, done.seconds
         self._use_teacher(teacher)
         _log_plan(trainer, done)
         return done
@@ -448,6 +450,7 @@ def _log_plan(trainer: Trainer, done: Compression) -> None:
     if done.healing is not None:
         sizes["compress/distance_before_healing"] = done.healing.before
         sizes["compress/distance_after_healing"] = done.healing.after
+    sizes |= {f"compress/seconds/{part}": seconds for part, seconds in done.seconds.items()}
     for name, value in (("search_seconds", plan.seconds), ("optimality_gap", plan.optimality_gap)):
         if value is not None:
             sizes[f"compress/{name}"] = value

@@ -113,7 +113,10 @@ def compress_model_(
             warn(f"objective='weight' and no healing: {error}", CompressionWarning, stacklevel=3)
             objective, heal = "weight", False
     elif heal:
-        msg = "no healing: it needs an example_input to make synthetic inputs with; heal=False is silent."
+        msg = (
+            "no synthetic inputs without an example_input: the search uses the weights alone and the factors are not "
+            "healed. Pass an example_input, or heal=False."
+        )
         warn(msg, CompressionWarning, stacklevel=3)
     plan = search_ranks(
         model,

@@ -162,8 +162,8 @@ class Plan:
         table = Table(title="Plan", title_justify="left")
         for name, justify in (("layer", "left"), ("type", "left"), ("kind", "left"), ("ranks", "right")):
             table.add_column(name, justify=justify, no_wrap=name != "layer", overflow="fold")  # type: ignore[arg-type]
-        for name in ("error", "params", "kept"):
-            table.add_column(name, justify="right", no_wrap=True)
+        for name, justify in (("error", "right"), ("measured on", "left"), ("params", "right"), ("kept", "right")):
+            table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
         table.add_column("reason", overflow="fold")
         for layer in self.layers:
             table.add_row(
@@ -172,6 +172,7 @@ class Plan:
                 layer.kind,
                 ", ".join(map(str, layer.ranks)),
                 "" if layer.is_dense else f"{layer.error:.4f}",
+                "" if layer.is_dense else layer.source or "",
                 f"{layer.params_before:,} → {layer.params_after:,}"
                 if not layer.is_dense
                 else f"{layer.params_before:,}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,14 @@ class Report:
         dense: The dense model.
         zero_shot: After the swap, before any step on real data.
         fine_tuned: At the end.
+        seconds: How long each part of the compression took.
     """
 
     plan: Plan
     dense: Figures
     zero_shot: Figures
     fine_tuned: Figures
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def kept(self) -> dict[str, float | None]:
@@ -68,7 +70,15 @@ class Report:
             "budget": plan.budget.limits() if plan.budget is not None else {},
             **{stage: getattr(self, stage).as_dict() for stage in STAGES},
             "kept": self.kept,
-            "search": {"method": plan.method, "seconds": plan.seconds, "optimality_gap": plan.optimality_gap},
+            "search": {
+                "method": plan.method,
+                "objective": plan.objective,
+                "source": plan.source,
+                "seconds": plan.seconds,
+                "optimality_gap": plan.optimality_gap,
+                "output_distance": plan.output_distance,
+            },
+            "seconds": dict(self.seconds),
             "layers": [
                 {
                     "name": layer.name,
@@ -76,6 +86,7 @@ class Report:
                     "kind": layer.kind,
                     "ranks": list(layer.ranks),
                     "error": layer.error,
+                    "source": layer.source,
                     "params_before": layer.params_before,
                     "params_after": layer.params_after,
                     "reason": layer.reason,
@@ -119,13 +130,17 @@ class Report:
                 p.kind,
                 ", ".join(map(str, p.ranks)),
                 "" if p.is_dense else f"{p.error:.4f}",
+                p.source or "",
                 f"{p.params_before:,}",
                 f"{p.params_after:,}",
                 p.reason or "",
             )
             for p in self.plan.layers
         ]
-        header = ("layer", "type", "kind", "ranks", "error", "parameters", "afterwards", "reason")
+        header = ("layer", "type", "kind", "ranks", "error", "measured on", "parameters", "afterwards", "reason")
+        if self.seconds:
+            parts = [(name, f"{seconds:.1f} s") for name, seconds in self.seconds.items()]
+            lines += ["## Time", "", *_markdown(("part", "took"), parts), ""]
         return "\n".join([*lines, "## Layers", "", *_markdown(header, layers), ""])
 
     def save(self, folder: str | Path) -> None:
@@ -198,7 +213,11 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
     sizes.set_xlim(right=4 * max(p.params_before for p in layers))
     sizes.set_yticks(rows, [p.name for p in layers], fontsize=8)
     sizes.invert_yaxis()
-    errors.set(xlim=(0, 1), xlabel=r"$\Vert W - \hat{W} \Vert_F^2 \; / \; \Vert W \Vert_F^2$", title="Relative error")
+    errors.set(
+        xlim=(0, 1),
+        xlabel=r"$\Vert G^{1/2} (W - \hat{W}) S^{1/2} \Vert^2$ / $\Vert G^{1/2} W S^{1/2} \Vert^2$",
+        title="Relative error",
+    )
     figure.legend(loc="outside lower center", ncols=len(kinds) + 1, frameon=False)
     kept = percent(plan.kept["params"])
     figure.suptitle(f"{kept} of {plan.dense.params:,} parameters kept ({plan.method or 'given'} plan)")

@@ -10,11 +10,21 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_compress import Budget, Compress
+
+WEIGHTS_ALONE = {"objective": "weight", "heal": False}
+"""No synthetic inputs: fast, and the factors are those of the weights, for tests of everything else."""
+DEFAULTS = {"objective": "auto", "heal": True}
+
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_a_fixed_seed() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+def compress(params: float = 0.4, **settings) -> Compress:
+    return Compress(Budget(params=params), **{"search": "exact", **WEIGHTS_ALONE, **settings})
 
 
 class TinyNet(nn.Module):
@@ -81,6 +91,18 @@ class TwoManual(TinyTask):
             self.manual_backward(loss)
             optimizer.step()
         self.log("train_loss", loss)
+
+
+def error_in(metric, weight, new) -> float:
+    """‖G^½ (W − Ŵ) S^½‖² / ‖G^½ W S^½‖² by its traces, G with its share of the identity; ‖W − Ŵ‖² / ‖W‖² in None."""
+    weight, lost = weight.detach().double().flatten(1), (new - weight).detach().double().flatten(1)
+    inputs, outputs = (torch.eye(n, dtype=torch.float64) for n in (weight.shape[1], len(weight)))
+    if metric is not None:
+        inputs = metric.inputs
+    if metric is not None and metric.outputs is not None:
+        outputs = 0.95 * metric.outputs * len(weight) / metric.outputs.trace() + 0.05 * outputs
+    kept, whole = (torch.einsum("ij,ik,kl,jl->", m, outputs, m, inputs) for m in (lost, weight))
+    return float(kept / whole)
 
 
 def block_imports(monkeypatch, name):

@@ -36,7 +36,7 @@ from lightning_compress.export import load_compressed, save_compressed
 from lightning_compress.hydra_config import CONFIG_FOLDER, FAILED, or_exit, require_writable
 from lightning_compress.plan import Plan
 from lightning_compress.swap import apply_plan_
-from tests.conftest import block_imports
+from tests.conftest import WEIGHTS_ALONE, block_imports
 
 QUICK = (
     "trainer=debug",
@@ -121,7 +121,7 @@ def test_report_json_has_exactly_the_schema(job):
     _, folder, _, report = job
     content = json.loads((folder / "report.json").read_text("utf-8"))
     assert content == json.loads(json.dumps(report.as_dict()))
-    assert list(content) == ["schema", "data_free", "budget", *STAGES, "kept", "search", "layers"]
+    assert list(content) == ["schema", "data_free", "budget", *STAGES, "kept", "search", "seconds", "layers"]
     for stage in STAGES:
         assert list(content[stage]) == ["params", "macs", "bytes", "latency_ms", "metrics"]
         assert [type(content[stage][key]) for key in ("params", "macs", "bytes", "latency_ms")] == [
@@ -133,15 +133,21 @@ def test_report_json_has_exactly_the_schema(job):
         assert set(content[stage]["metrics"]) == {"accuracy", "loss"}
         assert content[stage]["latency_ms"] > 0
     assert list(content["kept"]) == ["params", "macs", "bytes", "latency"]
-    assert list(content["search"]) == ["method", "seconds", "optimality_gap"]
-    layer_keys = ["name", "type", "kind", "ranks", "error", "params_before", "params_after", "reason"]
+    search_keys = ["method", "objective", "source", "seconds", "optimality_gap", "output_distance"]
+    assert list(content["search"]) == search_keys
+    parts = ["synthetic inputs", "moments", "search", "swap", "regression", "distillation"]
+    assert list(content["seconds"]) == parts
+    assert all(seconds > 0 for seconds in content["seconds"].values())
+    layer_keys = ["name", "type", "kind", "ranks", "error", "source", "params_before", "params_after", "reason"]
     assert content["layers"]
     assert all(list(layer) == layer_keys for layer in content["layers"])
     assert content["schema"] == 1
     assert content["data_free"] is True
     assert content["budget"] == {"params": 0.4}
-    assert content["search"]["method"] == "exact"
+    found = {key: content["search"][key] for key in ("method", "objective", "source")}
+    assert found == {"method": "exact", "objective": "moments", "source": "batch norm"}
     assert content["search"]["seconds"] > 0
+    assert 0 < content["search"]["output_distance"] < 1
     assert content["search"]["optimality_gap"] == pytest.approx(0, abs=1e-6)
 
 
@@ -171,11 +177,13 @@ def test_report_agrees_with_the_plan(job):
     plan = Plan.from_json((folder / "plan.json").read_text("utf-8"))
     assert plan == report.plan
     assert content["budget"] == plan.budget.limits()
-    assert content["search"] == {"method": plan.method, "seconds": plan.seconds, "optimality_gap": plan.optimality_gap}
+    assert content["search"] == {key: getattr(plan, key) for key in content["search"]}
+    assert plan.timings.items() <= content["seconds"].items()
     for stage, costs in (("dense", plan.dense), ("zero_shot", plan.compressed), ("fine_tuned", plan.compressed)):
         assert {key: content[stage][key] for key in ("params", "macs", "bytes")} == vars(costs)
-    assert [(layer["name"], layer["kind"], tuple(layer["ranks"]), layer["error"]) for layer in content["layers"]] == [
-        (layer.name, layer.kind, layer.ranks, layer.error) for layer in plan.layers
+    keys = ("name", "kind", "error", "source")
+    assert [(*(layer[key] for key in keys), tuple(layer["ranks"])) for layer in content["layers"]] == [
+        (*(getattr(layer, key) for key in keys), layer.ranks) for layer in plan.layers
     ]
 
 
@@ -190,10 +198,14 @@ def test_given_weights_are_not_trained(job):
     assert sorted(path.name for path in (folder / "logs").iterdir()) == ["version_0"]  # of fine-tuning
 
 
-def test_zero_shot_figures_are_those_of_the_plan_on_the_dense_net(job):
+def test_zero_shot_figures_are_those_of_the_healed_net(job):
     _, folder, dense, report = job
     task = ClassificationTask(copy.deepcopy(dense))
-    apply_plan_(task, Plan.from_json((folder / "plan.json").read_text("utf-8")))
+    plan = compress_(task, {"params": 0.4}, example_input=(1, 1, 8, 8), method="exact")
+    assert plan.layers == Plan.from_json((folder / "plan.json").read_text("utf-8")).layers
+    plain = ClassificationTask(copy.deepcopy(dense))
+    apply_plan_(plain, plan)
+    assert report.zero_shot.metrics != figures_of(plain.net)
     assert report.zero_shot.metrics == figures_of(task.net)
     assert (report.zero_shot.costs.params, report.zero_shot.costs.bytes) == size_of(task.net)
 
@@ -244,9 +256,11 @@ def test_plot_is_a_png_of_sensible_size(job):
 
 
 def test_job_repeats_under_its_seed_and_trains_the_dense_net_first(tmp_path, capsys):
-    first = run(compose(*TINY_MLP, "seed=3", "plot=false"), tmp_path / "a")
+    settings = (*TINY_MLP, "seed=3", "plot=false", "compression.search=continuous")
+    first = run(compose(*settings), tmp_path / "a")
     out = capsys.readouterr().out
-    second = run(compose(*TINY_MLP, "seed=3", "plot=false"), tmp_path / "b")
+    second = run(compose(*settings), tmp_path / "b")
+    assert (first.plan.method, first.plan.objective) == ("continuous", "end_to_end")
     for stage in STAGES:
         assert getattr(first, stage).metrics == getattr(second, stage).metrics
     assert first.plan.layers == second.plan.layers
@@ -292,6 +306,19 @@ def test_zero_epochs_of_the_dense_net_leave_it_as_it_was_made(tmp_path):
     report = run(cfg, tmp_path)
     torch.manual_seed(4)
     assert report.dense.metrics == figures_of(make_net(cfg))
+
+
+def test_objective_and_healing_can_be_switched_off(tmp_path):
+    settings = ("compression.objective=weight", "compression.heal=false", "model.weights=" + str(tmp_path / "w.pt"))
+    cfg = compose(*TINY_MLP, "plot=false", *settings)
+    net = make_net(cfg)
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    report = run(cfg, tmp_path / "out")
+    assert (report.plan.objective, report.plan.source, report.plan.output_distance) == ("weight", "weight", None)
+    assert set(report.seconds) == {"search", "swap"}
+    task = ClassificationTask(net)
+    apply_plan_(task, report.plan)
+    assert report.zero_shot.metrics == figures_of(task.net)
 
 
 def test_zero_epochs_of_fine_tuning_end_with_the_zero_shot_net(tmp_path):
@@ -488,7 +515,7 @@ def test_other_errors_are_not_swallowed():
 
 def test_saved_model_loads_beside_the_one_of_compress_(tmp_path):
     net = SmallCNN(width=8)
-    plan = compress_(net, {"params": 0.5}, example_input=torch.zeros(1, 1, 8, 8))
+    plan = compress_(net, {"params": 0.5}, **WEIGHTS_ALONE)
     save_compressed(net, tmp_path)
     fresh = SmallCNN(width=8)
     loaded = load_compressed(fresh, tmp_path)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import itertools
 import os
 import random
 import subprocess
@@ -30,14 +31,16 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
 from lightning_compress import Budget, Compress, Distill, FactorisedLayer, Override, Schedule, apply_plan_, search_ranks
+from lightning_compress.compression import compress_model_
 from lightning_compress.errors import (
     BudgetError,
+    CompressionWarning,
     ConfigurationError,
     ExampleInputError,
     OrphanParameterError,
     UnsupportedError,
 )
-from tests.conftest import TinyTask
+from tests.conftest import DEFAULTS, WEIGHTS_ALONE, TinyTask, compress
 
 # TinyTask has a validation_step; most fits here need no validation data.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no .val_dataloader.")
@@ -49,10 +52,6 @@ DENSE_BYTES = 4 * (DENSE_PARAMETERS + 16) + 8  # the two running statistics and 
 def dense_macs(size: int) -> int:
     half = (size // 2) ** 2
     return 8 * 27 * size**2 + 16 * 72 * half + 16 * 16 * half + 16 * 32 + 32 * 4
-
-
-def compress(params: float = 0.4, **settings) -> Compress:
-    return Compress(Budget(params=params), **{"search": "exact", **settings})
 
 
 def without_example() -> TinyTask:
@@ -149,16 +148,55 @@ def test_fit_leaves_a_smaller_trained_module(make_trainer, loader, search):
     assert held_by(trainer.optimizers) == after
 
 
-def test_the_plan_on_the_callback_is_that_of_search_ranks(make_trainer, loader):
+@pytest.mark.parametrize(("search", "objective"), [("continuous", "end_to_end"), ("exact", "moments")])
+def test_the_plan_on_the_callback_is_that_of_search_ranks(make_trainer, loader, search, objective):
     task = TinyTask()
     budget = Budget(params=0.5, macs=0.7)
-    expected = search_ranks(copy.deepcopy(task), budget, example_input=torch.zeros(1, 3, 8, 8), method="exact", seed=3)
-    callback = Compress({"params": 0.5, "macs": 0.7}, search="exact", seed=3)
+    expected = search_ranks(copy.deepcopy(task), budget, example_input=torch.zeros(1, 3, 8, 8), method=search, seed=3)
+    callback = Compress({"params": 0.5, "macs": 0.7}, search=search, seed=3)
     assert callback.plan is None
     make_trainer(callback).fit(task, loader)
     assert callback.plan.layers == expected.layers
-    assert (callback.plan.budget, callback.plan.method, callback.plan.seed) == (budget, "exact", 3)
+    assert callback.plan.output_distance == expected.output_distance is not None
+    assert (callback.plan.budget, callback.plan.method, callback.plan.seed) == (budget, search, 3)
+    assert (callback.plan.objective, callback.plan.source) == (objective, "batch norm")
     assert callback.plan.compressed == expected.compressed
+
+
+def test_defaults_are_compress_and_then_a_plain_fit(make_trainer, loader):
+    task, logger = TinyTask(), MemoryLogger()
+    plain = copy.deepcopy(task)
+    callback = Compress(Budget(params=0.4))
+    make_trainer(callback, logger=logger, log_every_n_steps=1).fit(task, loader)
+    done = compress_model_(plain, Budget(params=0.4), example_input=torch.zeros(1, 3, 8, 8))
+    make_trainer().fit(plain, loader)
+    assert same_state(task, plain)
+    assert callback.plan.layers == done.plan.layers
+    assert (callback.plan.method, callback.plan.objective, callback.plan.data_free) == (
+        "continuous",
+        "end_to_end",
+        True,
+    )
+    (metrics,) = (m for _, m in logger.metrics if "compress/params" in m)
+    assert metrics["compress/distance_before_healing"] == done.healing.before
+    assert metrics["compress/distance_after_healing"] == done.healing.after < done.healing.before
+    parts = ("synthetic inputs", "moments", "search", "swap", "regression", "distillation")
+    seconds = {f"compress/seconds/{part}" for part in parts}
+    assert {name for name in metrics if name.startswith("compress/seconds/")} == seconds
+    assert all(metrics[name] > 0 for name in seconds)
+
+
+def test_defaults_work_in_half_precision(make_trainer, loader):
+    task, callback = TinyTask(), compress(**DEFAULTS)
+    plain = copy.deepcopy(task)
+    make_trainer(callback, precision="bf16-true").fit(task, loader)
+    example = torch.zeros(1, 3, 8, 8, dtype=torch.bfloat16)
+    done = compress_model_(plain.to(torch.bfloat16), Budget(params=0.4), example_input=example, method="exact")
+    make_trainer(precision="bf16-true").fit(plain, loader)
+    assert {p.dtype for p in task.parameters()} == {torch.bfloat16}
+    assert (callback.plan.objective, callback.plan.layers) == ("moments", done.plan.layers)
+    assert done.healing.after < done.healing.before
+    assert same_state(task, plain)
 
 
 def test_include_exclude_overrides_and_rank_multiple_reach_the_search(make_trainer, loader):
@@ -199,6 +237,7 @@ def expected_metrics(plan) -> dict[str, float]:
         "compress/bytes": float(plan.compressed.bytes),
         "compress/bytes_dense": float(DENSE_BYTES),
         "compress/bytes_kept": plan.compressed.bytes / DENSE_BYTES,
+        "compress/seconds/search": plan.timings["search"],
         "compress/search_seconds": plan.seconds,
         "compress/optimality_gap": plan.optimality_gap,
     }
@@ -227,7 +266,9 @@ def test_sizes_and_plan_go_to_every_logger_once(make_trainer, loader):
     make_trainer(callback, logger=loggers, log_every_n_steps=1).fit(TinyTask(), loader)
     for logger in loggers:
         sizes = [(step, metrics) for step, metrics in logger.metrics if "compress/params" in metrics]
-        assert sizes == [(0, expected_metrics(callback.plan))]
+        assert [step for step, _ in sizes] == [0]
+        assert 0 < sizes[0][1].pop("compress/seconds/swap") < 60
+        assert sizes[0][1] == expected_metrics(callback.plan)
         logged = [h["compress"] for h in logger.hyperparameters if "compress" in h]
         assert logged == [expected_hyperparameters(callback.plan)]
 
@@ -262,9 +303,14 @@ def test_a_progress_bar_changes_nothing(make_trainer, loader, bar, capsys):
 # --- what the callback must not disturb --------------------------------------------------------
 
 
-@pytest.mark.parametrize("example", ["array", "batch", "argument"])
-@pytest.mark.parametrize("search", ["continuous", "exact"])
-def test_random_state_after_fit_start_is_that_of_a_plain_run(make_trainer, loader, search, example):
+@pytest.mark.parametrize(
+    ("search", "example", "objective"),
+    [
+        *itertools.product(("continuous", "exact"), ("array", "batch", "argument"), (WEIGHTS_ALONE,)),
+        ("continuous", "batch", DEFAULTS),
+    ],
+)
+def test_random_state_after_fit_start_is_that_of_a_plain_run(make_trainer, loader, search, example, objective):
     shuffled = DataLoader(loader.dataset, batch_size=8, shuffle=True)
     recorders = []
     for compressed in (False, True):
@@ -274,7 +320,8 @@ def test_random_state_after_fit_start_is_that_of_a_plain_run(make_trainer, loade
         task = TinyTask() if example == "array" else without_example()
         settings = {"example_input": (1, 3, 8, 8)} if example == "argument" else {}
         recorder = Recorder()
-        callbacks = [compress(search=search, distill={}, **settings), recorder] if compressed else [recorder]
+        settings |= {"search": search, "distill": {}, **objective}
+        callbacks = [compress(**settings), recorder] if compressed else [recorder]
         make_trainer(*callbacks).fit(task, shuffled)
         recorders.append((recorder, torch.get_rng_state()))
     (plain, plain_end), (ours, ours_end) = recorders
@@ -413,7 +460,7 @@ def test_example_input_array_of_the_module_comes_second(make_trainer, loader, va
 
 
 def test_shape_of_the_first_training_batch_comes_last(make_trainer, loader):
-    callback = Compress(Budget(macs=0.5), search="exact")
+    callback = Compress(Budget(macs=0.5), search="exact", **WEIGHTS_ALONE)
     make_trainer(callback).fit(without_example(), loader)
     assert callback.plan.dense.macs == dense_macs(8)
     assert callback.plan.compressed.macs <= 0.5 * dense_macs(8)
@@ -455,7 +502,7 @@ def test_macs_budget_without_any_example_input_says_what_to_give(make_trainer, u
     task = Tokens()
     before = unchanged(task.fc)
     with pytest.raises(ExampleInputError, match=r"macs <= 50 %.*needs example_input: a tensor, or a shape such as"):
-        make_trainer(Compress(Budget(macs=0.5))).fit(task, token_loader())
+        make_trainer(Compress(Budget(macs=0.5), **WEIGHTS_ALONE)).fit(task, token_loader())
     before.check()
     assert type(task.fc) is nn.Linear
 
@@ -465,6 +512,17 @@ def test_params_budget_works_without_any_example_input(make_trainer):
     make_trainer(callback).fit(task, token_loader())
     assert callback.plan.dense.macs is None
     assert count(task) == callback.plan.compressed.params <= 0.7 * (160 + 272)
+
+
+def test_without_any_example_input_a_warning_says_there_is_no_healing(make_trainer):
+    task, callback = Tokens(), Compress(Budget(params=0.7))
+    plain = copy.deepcopy(task)
+    with pytest.warns(CompressionWarning, match=r"the factors are not healed\. Pass an example_input, or heal=False"):
+        make_trainer(callback).fit(task, token_loader())
+    assert (callback.plan.objective, callback.plan.source) == ("weight", "weight")
+    apply_plan_(plain, callback.plan)
+    make_trainer().fit(plain, token_loader())
+    assert same_state(task, plain)
 
 
 def test_params_budget_works_for_a_module_without_forward(make_trainer, loader):
@@ -652,8 +710,8 @@ def test_omegaconf_arguments_are_plain_afterwards(make_trainer, loader):
         }
     )
     plain = OmegaConf.to_container(settings)
-    ours = Compress(**{name: settings[name] for name in settings}, search="exact")
-    theirs = Compress(**plain, search="exact")
+    ours = Compress(**{name: settings[name] for name in settings}, search="exact", **WEIGHTS_ALONE)
+    theirs = Compress(**plain, search="exact", **WEIGHTS_ALONE)
     assert (ours.budget, ours.schedule, ours.distill) == (
         Budget(params=0.5, macs=0.8),
         Schedule(2, 1),
@@ -683,6 +741,7 @@ def test_dataclass_arguments_equal_their_mappings(make_trainer, loader):
         overrides={"net.fc1": {"max_rank": 3}},
         schedule={"warmup_steps": 3},
         distill={"weight": 0.2},
+        **WEIGHTS_ALONE,
     )
     make_trainer(ours).fit(first, loader)
     make_trainer(theirs).fit(second, loader)
@@ -697,7 +756,11 @@ def test_dataclass_arguments_equal_their_mappings(make_trainer, loader):
         ({"budget": {"parameters": 0.2}}, ConfigurationError, r"unknown key 'parameters'.*Did you mean 'params'"),
         ({"kinds": "svdd"}, ConfigurationError, r"'svdd'.*Did you mean.*svd"),
         ({"search": "exactly"}, ConfigurationError, r"'exactly' is unknown\. Did you mean 'exact'\?"),
-        ({"objective": "end_to_end"}, UnsupportedError, r"objective='end_to_end' is not in this version: use 'weight'"),
+        (
+            {"objective": "end_to_end", "search": "exact"},
+            ConfigurationError,
+            r"objective='end_to_end' needs method='continuous', not 'exact'",
+        ),
         ({"objective": "weights"}, ConfigurationError, r"objective='weights' is unknown\. Did you mean 'weight'\?"),
         ({"rank_multiple": 0}, ConfigurationError, r"rank_multiple=0: expected a whole number of at least 1"),
         ({"seed": -1}, ConfigurationError, r"seed=-1: expected a whole number of at least 0"),
@@ -758,7 +821,7 @@ def test_fit_on_two_processes_ends_with_the_refusal_and_a_dense_module(tmp_path,
             import torch
             from torch.utils.data import DataLoader, TensorDataset
             from lightning_compress import Budget, Compress
-            from tests.conftest import TinyTask
+            from tests.conftest import DEFAULTS, WEIGHTS_ALONE, TinyTask, compress
 
             if __name__ == "__main__":
                 torch.set_num_threads(1)

@@ -22,23 +22,42 @@ from lightning_compress import (
 )
 from lightning_compress import errors as error_tree
 from lightning_compress.costs import measure_costs
-from lightning_compress.errors import ConfigurationError, ExampleInputError, InfeasibleBudgetError, NonFiniteWeightError
-from tests.conftest import TinyNet
+from lightning_compress.errors import (
+    BudgetError,
+    ConfigurationError,
+    ExampleInputError,
+    InfeasibleBudgetError,
+    NonFiniteWeightError,
+    SelectionError,
+)
+from lightning_compress.moments import gather_statistics
+from tests.conftest import WEIGHTS_ALONE, TinyNet
 
 SHAPE = (1, 3, 8, 8)
 
 
-def test_compress_is_search_and_swap(net, images):
+@pytest.mark.parametrize(
+    ("objective", "example", "source"),
+    [
+        ("auto", SHAPE, "batch norm"),
+        ("moments", SHAPE, "batch norm"),
+        ("weight", SHAPE, None),
+        ("auto", None, None),
+        ("moments", None, "analytic"),
+    ],
+)
+def test_compress_without_healing_is_search_and_swap(net, images, objective, example, source):
     torch.manual_seed(0)
     other = TinyNet()
-    plan = compress_(net, Budget(params=0.5), example_input=SHAPE)
-    searched = search_ranks(other, Budget(params=0.5), example_input=SHAPE)
-    apply_plan_(other, searched)
+    plan = compress_(net, Budget(params=0.5), example_input=example, objective=objective, heal=False)
+    searched = search_ranks(other, Budget(params=0.5), example_input=example, objective=objective)
+    statistics = gather_statistics(other, example) if source is not None else None
+    apply_plan_(other, searched, statistics=statistics)
     assert isinstance(plan, Plan)
     assert plan.layers == searched.layers
-    assert plan.method == "continuous"
+    assert (plan.method, plan.source) == ("continuous", source or "weight")
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in net.state_dict().items())
-    assert measure_costs(net, SHAPE) == plan.compressed
+    assert measure_costs(net, example) == plan.compressed
     assert plan.kept["params"] <= 0.5
     assert torch.equal(net.eval()(images), other.eval()(images))
 
@@ -49,7 +68,7 @@ def test_compress_passes_every_setting_on(net):
         net,
         {"params": 0.85},
         method="exact",
-        objective="weight",
+        **WEIGHTS_ALONE,
         kinds=["svd"],
         include=["fc1", "fc2"],
         exclude="fc2",
@@ -64,7 +83,8 @@ def test_compress_passes_every_setting_on(net):
     assert "exact search" in seen
 
 
-def test_nearly_low_rank_model_survives_compression():
+@pytest.mark.parametrize("settings", [WEIGHTS_ALONE, {"example_input": (1, 24)}], ids=["weights alone", "defaults"])
+def test_nearly_low_rank_model_survives_compression(settings):
     generator = torch.Generator().manual_seed(3)
     net = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 6))
     with torch.no_grad():
@@ -74,14 +94,14 @@ def test_nearly_low_rank_model_survives_compression():
             layer.weight.copy_(left @ right.T / in_)
     x = torch.randn(50, 24, generator=generator)
     expected = net(x)
-    plan = compress_(net, Budget(params=0.4))
+    plan = compress_(net, Budget(params=0.4), **settings)
     assert plan.kept["params"] <= 0.4
     assert {p.name: p.ranks for p in plan.factorised if p.name != "4"} == {"0": (4,), "2": (3,)}
     torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_compressed_model_trains_saves_and_loads(net, images, tmp_path):
-    compress_(net, Budget(params=0.5), method="exact")
+    compress_(net, Budget(params=0.5), method="exact", **WEIGHTS_ALONE)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     labels = torch.tensor([0, 1, 2, 3, 0])
     first = F.cross_entropy(net(images), labels).item()
@@ -115,23 +135,51 @@ def test_compressed_model_trains_saves_and_loads(net, images, tmp_path):
 def test_error_leaves_the_model_as_it_was(net, unchanged, budget, settings, error, message):
     before = unchanged(net)
     with pytest.raises(error, match=message):
-        compress_(net, budget, **settings)
+        compress_(net, budget, **WEIGHTS_ALONE, **settings)
     before.check()
+
+
+@pytest.mark.parametrize(
+    ("budget", "settings", "error", "message"),
+    [
+        (0.5, {}, BudgetError, "budget=0.5: expected a Budget or a mapping"),
+        ({"param": 0.5}, {}, ConfigurationError, "budget: unknown key 'param'"),
+        (Budget(params=0.5), {"method": "x"}, ConfigurationError, "search method 'x' is unknown"),
+        (Budget(params=0.5), {"kinds": "tuker2"}, ConfigurationError, "unknown kind 'tuker2'"),
+        (Budget(params=0.5), {"include": "nope"}, SelectionError, "include: 'nope' matches no layer"),
+        (Budget(params=0.5), {"rank_multiples": 8}, TypeError, "rank_multiples"),
+        (
+            Budget(params=0.5),
+            {"method": "exact", "objective": "end_to_end"},
+            ConfigurationError,
+            "objective='end_to_end' needs method='continuous', not 'exact'",
+        ),
+    ],
+)
+def test_wrong_argument_is_an_error_before_synthetic_inputs_are_made(net, unchanged, budget, settings, error, message):
+    calls = []
+    net.fc1.register_forward_hook(lambda *_: calls.append(1))
+    before = unchanged(net)
+    with pytest.raises(error, match=message):
+        compress_(net, budget, example_input=SHAPE, **settings)
+    before.check()
+    assert len(calls) <= 1  # at most the trace
 
 
 def test_unknown_setting_is_a_type_error(net, unchanged):
     before = unchanged(net)
     with pytest.raises(TypeError, match="rank_multiples"):
-        compress_(net, Budget(params=0.5), rank_multiples=8)
+        compress_(net, Budget(params=0.5), rank_multiples=8, **WEIGHTS_ALONE)
     before.check()
 
 
-def test_non_finite_model_is_left_as_it_was(net):
+@pytest.mark.parametrize("settings", [WEIGHTS_ALONE, {"example_input": SHAPE}], ids=["weights alone", "defaults"])
+def test_non_finite_model_is_left_as_it_was(net, settings):
     with torch.no_grad():
         net.fc1.weight[0, 0] = float("inf")
     modules = list(net.modules())
     with pytest.raises(NonFiniteWeightError, match=r"parameter 'fc1\.weight' holds 1 NaN or infinite values of 512"):
-        compress_(net, Budget(params=0.5))
+        compress_(net, Budget(params=0.5), **settings)
     assert list(net.modules()) == modules
 
 
@@ -141,7 +189,7 @@ def test_zero_weights_do_not_matter(images):
         net.conv2.weight.zero_()
         net.fc1.weight.zero_()
     expected = net.eval()(images)
-    plan = compress_(net, Budget(params=0.35), method="exact")
+    plan = compress_(net, Budget(params=0.35), method="exact", **WEIGHTS_ALONE)
     assert {p.name: p.error for p in plan.layers if p.name in {"conv2", "fc1"}} == {"conv2": 0, "fc1": 0}
     assert isinstance(net.conv2, FactorisedLayer)
     assert torch.equal(net(images)[0], net(images)[1])
@@ -209,7 +257,11 @@ def test_unknown_name_is_an_attribute_error():
 
 
 def test_every_error_is_in_the_tree():
-    classes = [value for value in vars(error_tree).values() if isinstance(value, type)]
+    classes = [v for v in vars(error_tree).values() if isinstance(v, type) and not issubclass(v, Warning)]
+    assert [v for v in vars(error_tree).values() if isinstance(v, type) and v not in classes] == [
+        error_tree.CompressionWarning
+    ]
+    assert issubclass(error_tree.CompressionWarning, UserWarning)
     assert all(issubclass(c, LightningCompressError) for c in classes)
     drawn = {line.split("(")[0].strip(" │├└─") for line in error_tree.__doc__.splitlines() if "Error" in line}
     assert {c.__name__ for c in classes} == drawn

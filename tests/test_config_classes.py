@@ -90,7 +90,9 @@ def test_budget_refuses_both_spellings_at_once():
 
 @pytest.mark.parametrize("make", [Budget, lambda: Budget.from_value({}), lambda: Budget.from_value({"params": None})])
 def test_budget_refuses_to_bound_nothing(make):
-    with pytest.raises(BudgetError, match="bounds nothing: give at least one of params, macs, bytes, or ratio='5x'"):
+    with pytest.raises(
+        BudgetError, match="bounds nothing: give at least one of params, macs, bytes, ratio='5x', or max_error"
+    ):
         make()
 
 
@@ -131,7 +133,7 @@ def test_unknown_key_is_named_with_a_suggestion_and_the_known_ones(parse, owner,
 @pytest.mark.parametrize(
     ("parse", "known"),
     [
-        (Budget.from_value, "params, macs, latency, bytes, ratio"),
+        (Budget.from_value, "params, macs, latency, bytes, ratio, max_error"),
         (Schedule.from_value, "warmup_steps, freeze_epochs"),
         (Distill.from_value, "weight, temperature, module"),
         (lambda value: Override.from_value(value, "x"), "kinds, min_rank, max_rank, dense"),

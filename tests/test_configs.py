@@ -144,6 +144,7 @@ def test_compression_is_a_callback_with_the_budget_of_the_file(option):
     assert callback.budget == Budget(**raw["budget"])
     assert callback.rank_multiple == raw.get("rank_multiple", 1)
     assert (callback.search, callback.objective, callback.kinds) == ("continuous", "auto", "auto")
+    assert (callback.heal, callback.calibration) == (True, None)
     assert (callback.include, callback.exclude, callback.overrides) == (None, None, None)
     assert callback.schedule == Schedule(warmup_steps=20, freeze_epochs=0)
     assert callback.distill == Distill(weight=0.9, temperature=2.0)

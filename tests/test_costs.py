@@ -12,6 +12,7 @@ from lightning_compress.costs import Costs, measure_costs, measure_latency
 from lightning_compress.decompositions import LayerCall
 from lightning_compress.errors import ExampleInputError
 from lightning_compress.tracing import as_arguments, inference, shape_text, trace
+from tests.conftest import WEIGHTS_ALONE
 
 
 class Recorder(nn.Module):
@@ -242,6 +243,6 @@ def test_latency_shows_which_model_is_slower():
 
 
 def test_costs_of_a_compressed_model_count_its_factors(net):
-    compress_(net, Budget(params=0.7), example_input=(1, 3, 8, 8), method="exact")
+    compress_(net, Budget(params=0.7), example_input=(1, 3, 8, 8), method="exact", **WEIGHTS_ALONE)
     assert measure_costs(net).params == sum(p.numel() for p in net.parameters())
     assert trace(net, (1, 3, 8, 8)).macs < 36992

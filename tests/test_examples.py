@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import subprocess
 import sys
@@ -34,10 +35,14 @@ def test_callback_example_keeps_the_accuracy(capsys):
     assert "20.0 % kept" in capsys.readouterr().out
 
 
-def test_example_without_trainer_loads_what_it_saved(capsys):
-    net = load("02_without_trainer").main()
+@pytest.mark.parametrize("widths", [(8, 16), pytest.param((32, 64, 128), marks=pytest.mark.slow)])
+def test_example_without_trainer_loads_what_it_saved(capsys, monkeypatch, widths):
+    example = load("02_without_trainer")
+    monkeypatch.setattr(example, "VGG", functools.partial(example.VGG, widths=widths))
+    dense = sum(p.numel() for p in example.VGG().parameters())
+    net = example.main()
     assert "loaded model gives the same output: True" in capsys.readouterr().out
-    assert sum(p.numel() for p in net.parameters()) <= 0.3 * 420_778
+    assert sum(p.numel() for p in net.parameters()) <= 0.3 * dense
 
 
 @pytest.mark.slow

@@ -11,17 +11,13 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_compress import Budget, Compress, Distill, FactorisedLayer, Override, Schedule, apply_plan_
+from lightning_compress import Compress, Distill, FactorisedLayer, Override, Schedule, apply_plan_
 from lightning_compress.errors import ConfigurationError, DistillationError, UnsupportedError
 from lightning_compress.finetune.distill import Teacher, distillation_loss, fingerprint
-from tests.conftest import TinyTask
+from tests.conftest import TinyTask, compress
 
 # TinyTask has a validation_step; most fits here need no validation data.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no .val_dataloader.")
-
-
-def compress(params: float = 0.4, **settings) -> Compress:
-    return Compress(Budget(params=params), search="exact", **settings)
 
 
 def factors_of(module: nn.Module) -> list[nn.Parameter]:

@@ -1,4 +1,4 @@
-"""Decompositions in the metric of the inputs: ‖(W − Ŵ) S^½‖."""
+"""Decompositions in the metric of the inputs, ‖(W − Ŵ) S^½‖, and of the outputs too, ‖G^½ (W − Ŵ) S^½‖."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress.decompositions import DECOMPOSITIONS
+from lightning_compress.decompositions import DECOMPOSITIONS, factorise_in
+from lightning_compress.decompositions.metric import Metric
+from tests.conftest import error_in
 
 CASES = [
     ("svd", (12, 7)),
@@ -79,6 +81,22 @@ def test_singular_metric_gives_finite_factors(kind, shape):
     ranks = tuple(max(1, r // 2) for r in decomposition.max_ranks(shape))
     for factor in decomposition.factorise(weight, ranks, metric).values():
         assert bool(torch.isfinite(factor).all())
+
+
+def weight_and_two_sided_metric(shape):
+    weight, inputs = weight_and_metric(shape)
+    scales = torch.logspace(0, 3, len(weight), dtype=torch.float64)
+    basis, _ = torch.linalg.qr(torch.randn(len(weight), len(weight), dtype=torch.float64))
+    return weight, Metric(inputs, 7.0 * (basis * scales) @ basis.T)
+
+
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_fit_in_both_metrics_beats_the_fit_in_one_where_it_counts(kind, shape):
+    weight, metric = weight_and_two_sided_metric(shape)
+    ranks = tuple(max(1, r // 2) for r in DECOMPOSITIONS[kind].max_ranks(shape))
+    fits = [factorise_in(kind, weight, ranks, m) for m in (None, Metric(metric.inputs), metric)]
+    plain, one, both = (error_in(metric, weight, DECOMPOSITIONS[kind].dense_weight(f, shape)) for f in fits)
+    assert both < one < plain
 
 
 @pytest.mark.parametrize("kind", ["channel_svd", "spatial_svd", "tucker2"])

@@ -11,17 +11,13 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LinearLR, OneCycleLR, ReduceLROnPlateau, SequentialLR
 
-from lightning_compress import Budget, Compress, FactorisedLayer, apply_plan_, search_ranks
+from lightning_compress import Budget, FactorisedLayer, apply_plan_, search_ranks
 from lightning_compress.errors import OrphanParameterError, UnsupportedError
 from lightning_compress.finetune.optimizers import optimizer_layout, patch_optimizers_
-from tests.conftest import TinyNet, TinyTask, TwoManual
+from tests.conftest import TinyNet, TinyTask, TwoManual, compress
 
 # TinyTask has a validation_step; the fits here need no validation data.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no .val_dataloader.")
-
-
-def compress(params: float = 0.4, **settings) -> Compress:
-    return Compress(Budget(params=params), search="exact", **settings)
 
 
 def held_by(optimizers) -> list[int]:

@@ -18,7 +18,10 @@ from tests.conftest import TinyNet
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     torch.manual_seed(0)
-    return search_ranks(TinyNet(), Budget(params=0.5, macs=0.6), example_input=(1, 3, 8, 8), method="exact")
+    net = TinyNet()
+    return search_ranks(
+        net, Budget(params=0.5, macs=0.6), example_input=(1, 3, 8, 8), method="exact", objective="weight"
+    )
 
 
 def changed(plan, change):
@@ -65,7 +68,7 @@ def test_json_names_format_and_schema(plan):
 def test_print_shows_every_layer_and_every_reason(plan):
     text = str(plan)
     rows = {line.split("│")[1].strip(): line for line in text.splitlines() if line.startswith("│")}
-    flat = " ".join("".join(line.split("│")[8]).strip() for line in text.splitlines() if line.startswith("│"))
+    flat = " ".join("".join(line.split("│")[9]).strip() for line in text.splitlines() if line.startswith("│"))
     for layer in plan.layers:
         row = rows[layer.name]
         assert layer.type in row
@@ -74,6 +77,7 @@ def test_print_shows_every_layer_and_every_reason(plan):
         if not layer.is_dense:
             assert ", ".join(map(str, layer.ranks)) in row
             assert f"{layer.error:.4f}" in row
+            assert layer.source in row.split("│")[6]
             assert f"{layer.params_before:,} → {layer.params_after:,}" in row
             assert f"{100 * layer.params_after / layer.params_before:.1f} %" in row
         else:
@@ -95,6 +99,20 @@ def test_print_without_macs_and_search_shows_neither():
         "params 10 → 5 (50.0 % kept); bytes 40 → 20 (50.0 % kept)",
         "signal loss 0.2877",  # -log(1 - 0.25)
     ]
+
+
+def test_plan_of_a_search_on_outputs_says_so_and_comes_back_equal(net):
+    plan = search_ranks(net, Budget(max_error=0.5), example_input=(1, 3, 8, 8), method="exact")
+    assert (plan.objective, plan.source) == ("moments", "batch norm")
+    assert Plan.from_json(plan.to_json()) == plan
+    assert Plan.from_json(plan.to_json()).budget == Budget(max_error=0.5)
+    assert set(plan.timings) == {"synthetic inputs", "moments", "search"}
+    assert plan.output_distance <= 0.5
+    text = str(plan)
+    assert f"budget output distance <= 0.5; method exact; output distance {plan.output_distance:.4f}; signal" in text
+    measured = {line.split("│")[1].strip(): line.split("│")[6].strip() for line in text.splitlines() if "│" in line}
+    assert plan.factorised
+    assert all(measured[layer.name] == layer.source == "batch norm" for layer in plan.factorised)
 
 
 @pytest.mark.parametrize("field", ["seconds", "optimality_gap", "method", "seed"])
@@ -149,8 +167,20 @@ def test_newer_or_odd_schema_is_an_error(plan, schema):
         Plan.from_json(changed(plan, lambda d: d.update(schema=schema)))
 
 
-PLAN_FIELDS = [f.name for f in dataclasses.fields(Plan)]
-LAYER_FIELDS = [f.name for f in dataclasses.fields(LayerPlan)]
+LATER = {"output_distance": None, "timings": {}}  # fields that plans of schema 1 did not have from the start
+PLAN_FIELDS = [f.name for f in dataclasses.fields(Plan) if f.name not in LATER]
+LAYER_FIELDS = [f.name for f in dataclasses.fields(LayerPlan) if f.name != "source"]
+
+
+def test_plan_written_before_the_later_fields_is_read(plan):
+    def older(data):
+        for name in LATER:
+            del data[name]
+        for layer in data["layers"]:
+            del layer["source"]
+
+    layers = tuple(dataclasses.replace(layer, source=None) for layer in plan.layers)
+    assert Plan.from_json(changed(plan, older)) == dataclasses.replace(plan, layers=layers, **LATER)
 
 
 @pytest.mark.parametrize("field", PLAN_FIELDS)
@@ -190,6 +220,10 @@ def test_missing_cost_is_named(plan, costs, field):
         ("optimality_gap", "0", r"'optimality_gap' is '0', expected float"),
         ("seconds", True, r"'seconds' is True, expected float"),
         ("seed", 0.5, r"'seed' is 0.5, expected int"),
+        ("objective", 1, r"'objective' is 1, expected str"),
+        ("source", 1, r"'source' is 1, expected str"),
+        ("output_distance", "0", r"'output_distance' is '0', expected float"),
+        ("timings", [1.0], r"'timings' is \[1.0\], expected dict"),
     ],
 )
 def test_field_of_a_wrong_type_is_named(plan, field, value, message):
@@ -211,6 +245,7 @@ def test_field_of_a_wrong_type_is_named(plan, field, value, message):
         ("params_before", 1.5, r"'params_before' is 1.5, expected int"),
         ("macs_after", "1", r"'macs_after' is '1', expected int"),
         ("reason", 1, r"'reason' is 1, expected str"),
+        ("source", 1, r"'source' is 1, expected str"),
     ],
 )
 def test_field_of_a_layer_of_a_wrong_type_is_named(plan, field, value, message):

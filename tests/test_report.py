@@ -17,9 +17,11 @@ from tests.conftest import block_imports
 
 DENSE, COMPRESSED = Costs(10_000, 200_000, 40_000), Costs(2_500, 20_000, 10_400)
 LAYERS = (
-    LayerPlan("conv", "Conv2d", "tucker2", (3, 5), (16, 8, 3, 3), 0.12345, 8_000, 500, 180_000, 9_000),
+    LayerPlan(
+        "conv", "Conv2d", "tucker2", (3, 5), (16, 8, 3, 3), 0.12345, 8_000, 500, 180_000, 9_000, source="batch norm"
+    ),
     LayerPlan("norm", "BatchNorm2d", "dense", (), (), 0.0, 32, 32, reason="a norm layer"),
-    LayerPlan("head", "Linear", "dense", (), (10, 196), 0.0, 1_968, 1_968, 1_960, 1_960, reason="too small"),
+    LayerPlan("head", "Linear", "dense", (), (10, 196), 0.0, 1_968, 1_968, 1_960, 1_960, "too small", "batch norm"),
 )
 PLAN = Plan(
     layers=LAYERS,
@@ -27,8 +29,10 @@ PLAN = Plan(
     compressed=COMPRESSED,
     budget=Budget(params=0.25, bytes=0.3),
     method="exact",
-    objective="weight",
+    objective="moments",
+    source="batch norm",
     optimality_gap=0.0125,
+    output_distance=0.125,
     seconds=1.5,
     seed=0,
 )
@@ -40,7 +44,7 @@ def make(plan=PLAN, **changes):
         "zero_shot": Figures(COMPRESSED, 0.001, {"accuracy": 0.5, "loss": 1.25}),
         "fine_tuned": Figures(COMPRESSED, 0.0008, {"accuracy": 0.9375, "loss": 0.25}),
     }
-    return Report(plan, **{**stages, **changes})
+    return Report(plan, **{**stages, "seconds": {"search": 1.25, "swap": 0.06}, **changes})
 
 
 def stage(costs, latency_ms, accuracy, loss):
@@ -63,7 +67,15 @@ def test_json_holds_exactly_what_was_measured():
         "zero_shot": stage(COMPRESSED, 1.0, 0.5, 1.25),
         "fine_tuned": stage(COMPRESSED, 0.8, 0.9375, 0.25),
         "kept": {"params": 0.25, "macs": 0.1, "bytes": 0.26, "latency": pytest.approx(0.4, rel=1e-12)},
-        "search": {"method": "exact", "seconds": 1.5, "optimality_gap": 0.0125},
+        "search": {
+            "method": "exact",
+            "objective": "moments",
+            "source": "batch norm",
+            "seconds": 1.5,
+            "optimality_gap": 0.0125,
+            "output_distance": 0.125,
+        },
+        "seconds": {"search": 1.25, "swap": 0.06},
         "layers": [
             {
                 "name": "conv",
@@ -71,6 +83,7 @@ def test_json_holds_exactly_what_was_measured():
                 "kind": "tucker2",
                 "ranks": [3, 5],
                 "error": 0.12345,
+                "source": "batch norm",
                 "params_before": 8_000,
                 "params_after": 500,
                 "reason": None,
@@ -81,6 +94,7 @@ def test_json_holds_exactly_what_was_measured():
                 "kind": "dense",
                 "ranks": [],
                 "error": 0.0,
+                "source": None,
                 "params_before": 32,
                 "params_after": 32,
                 "reason": "a norm layer",
@@ -91,6 +105,7 @@ def test_json_holds_exactly_what_was_measured():
                 "kind": "dense",
                 "ranks": [],
                 "error": 0.0,
+                "source": "batch norm",
                 "params_before": 1_968,
                 "params_after": 1_968,
                 "reason": "too small",
@@ -132,13 +147,20 @@ def test_markdown_is_the_headline_the_rows_and_the_layers():
             "| accuracy | 0.9500 | 0.5000 | 0.9375 | -0.0125 |",
             "| loss | 0.2000 | 1.2500 | 0.2500 | +0.0500 |",
             "",
+            "## Time",
+            "",
+            "| part | took |",
+            "| --- | --- |",
+            "| search | 1.2 s |",
+            "| swap | 0.1 s |",
+            "",
             "## Layers",
             "",
-            "| layer | type | kind | ranks | error | parameters | afterwards | reason |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
-            "| `conv` | Conv2d | tucker2 | 3, 5 | 0.1235 | 8,000 | 500 |  |",
-            "| `norm` | BatchNorm2d | dense |  |  | 32 | 32 | a norm layer |",
-            "| `head` | Linear | dense |  |  | 1,968 | 1,968 | too small |",
+            "| layer | type | kind | ranks | error | measured on | parameters | afterwards | reason |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| `conv` | Conv2d | tucker2 | 3, 5 | 0.1235 | batch norm | 8,000 | 500 |  |",
+            "| `norm` | BatchNorm2d | dense |  |  |  | 32 | 32 | a norm layer |",
+            "| `head` | Linear | dense |  |  | batch norm | 1,968 | 1,968 | too small |",
             "",
         ]
     )
@@ -170,9 +192,13 @@ def test_real_data_is_said_so():
 def test_plan_without_a_known_gap_claims_none():
     # a plan read off a model was not searched: nothing is known about the optimum
     read_off = dataclasses.replace(PLAN, budget=None, method=None, objective=None, optimality_gap=None, seconds=None)
-    report = make(read_off)
+    read_off = dataclasses.replace(read_off, source=None, output_distance=None)
+    report = make(read_off, seconds={})
     assert report.as_dict()["budget"] == {}
-    assert report.as_dict()["search"] == {"method": None, "seconds": None, "optimality_gap": None}
+    keys = ("method", "objective", "source", "seconds", "optimality_gap", "output_distance")
+    assert report.as_dict()["search"] == dict.fromkeys(keys)
+    assert report.as_dict()["seconds"] == {}
+    assert "## Time" not in report.to_markdown()
     assert "above the optimum" not in report.to_markdown()
     assert "None" not in report.to_markdown()
 

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
-from lightning_compress import Budget, Compress, FactorisedLayer, Plan, apply_plan_
+from lightning_compress import Compress, FactorisedLayer, Plan, apply_plan_
 from lightning_compress.checkpoint import CHECKPOINT_KEY
 from lightning_compress.errors import PlanError, PlanFormatError, PlanMismatchError, ResumeError, UnsupportedError
-from tests.conftest import TinyTask, TwoManual
+from tests.conftest import DEFAULTS, WEIGHTS_ALONE, TinyTask, TwoManual, compress
 
 pytestmark = [
     # TinyTask has a validation_step; some fits here need no validation data.
@@ -28,10 +28,6 @@ pytestmark = [
 ]
 
 EPOCHS, BATCHES = 4, 4
-
-
-def compress(params: float = 0.4, **settings) -> Compress:
-    return Compress(Budget(params=params), search="exact", **settings)
 
 
 def factorised(module: nn.Module) -> dict[str, tuple]:
@@ -212,6 +208,11 @@ SETTINGS = {
 @pytest.mark.parametrize("configure", [groups, one_cycle])
 def test_resumed_schedule_and_distillation_are_identical(make_trainer, loader, tmp_path, settings, after, configure):
     require_identical_resume(make_trainer, loader, tmp_path, TinyTask(configure), settings, after)
+
+
+def test_resumed_run_is_identical_with_healing_and_the_search_over_outputs(make_trainer, loader, tmp_path):
+    settings = {"search": "continuous", "distill": {}, **DEFAULTS}
+    require_identical_resume(make_trainer, loader, tmp_path, TinyTask(groups), settings, 1)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
@@ -580,7 +581,7 @@ def test_checkpoint_holds_primitives_and_tensors_only(make_trainer, loader, tmp_
     settings = OmegaConf.create({"exclude": ["net.fc2"], "overrides": {"net.fc1": {"max_rank": 4}}, "distill": {}})
     task = TinyTask(one_cycle)
     names = [name for name, _ in copy.deepcopy(task).named_parameters()]
-    callback = Compress(OmegaConf.create({"params": 0.5}), search="continuous", **settings)
+    callback = Compress(OmegaConf.create({"params": 0.5}), search="continuous", **WEIGHTS_ALONE, **settings)
     path = first_epoch(make_trainer, loader, tmp_path, task, callback)
     checkpoint = torch.load(path, weights_only=True)
     require_primitive(checkpoint, "checkpoint")

@@ -109,7 +109,7 @@ def test_every_strategy_keeps_every_budget_in_the_real_model(net, unchanged, met
     dense_layers = trace(net, SHAPE)
     before = unchanged(net)
     numpy_state = np.random.get_state()[1].copy()
-    plan = search_ranks(net, budget, example_input=SHAPE, method=method)
+    plan = search_ranks(net, budget, example_input=SHAPE, method=method, objective="weight")
     before.check()
     assert (np.random.get_state()[1] == numpy_state).all()
     assert plan.dense == measure_costs(net, SHAPE)
@@ -216,7 +216,8 @@ def test_shared_module_is_counted_once_in_parameters_and_twice_in_macs(method):
             return self.c(self.b(F.relu(self.a(x))))
 
     model = Twice()
-    plan = search_ranks(model, Budget(params=0.8, macs=0.7), example_input=(1, 16), method=method)
+    budget = Budget(params=0.8, macs=0.7)
+    plan = search_ranks(model, budget, example_input=(1, 16), method=method, objective="weight")
     apply_plan_(model, plan)
     assert model.a is model.b
     assert plan.dense.macs == 3 * 256
@@ -298,7 +299,7 @@ def test_weight_used_elsewhere_stays_dense_when_an_example_shows_it():
         def forward(self, x):
             return F.linear(self.other(x), self.fc.weight)
 
-    plan = search_ranks(Reads(), Budget(params=0.8), example_input=(1, 16), method="exact")
+    plan = search_ranks(Reads(), Budget(params=0.8), example_input=(1, 16), method="exact", objective="weight")
     assert [(p.name, p.kind) for p in plan.layers] == [("fc", "dense"), ("other", "svd")]
     assert plan.layers[0].reason == "its weight is used outside its own forward"
 
@@ -428,7 +429,8 @@ def test_bound_is_below_the_optimum(seed):
 def test_continuous_is_within_one_percent_of_exact(seed, budget):
     net = random_net(seed)
     exact, continuous = (
-        search_ranks(net, budget, example_input=(1, 3, 8, 8), method=method) for method in ("exact", "continuous")
+        search_ranks(net, budget, example_input=(1, 3, 8, 8), method=method, objective="weight")
+        for method in ("exact", "continuous")
     )
     assert continuous.signal_loss <= 1.01 * exact.signal_loss
     assert exact.signal_loss <= continuous.signal_loss * (1 + 2e-4)
@@ -510,15 +512,15 @@ def test_energy_takes_the_cheapest_candidate_within_one_threshold(keep):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("resource", RESOURCES)
 def test_stated_smallest_budget_can_be_kept(net, unchanged, method, resource):
-    before = unchanged(net)
+    before, settings = unchanged(net), {"example_input": SHAPE, "method": method, "objective": "weight"}
     with pytest.raises(InfeasibleBudgetError, match=f"no plan keeps {resource} <= 1 %: the smallest reachable is") as e:
-        search_ranks(net, Budget(**{resource: 0.01}), example_input=SHAPE, method=method)
+        search_ranks(net, Budget(**{resource: 0.01}), **settings)
     before.check()
     stated = float(re.search(rf"reachable is {resource}=(\d\.\d+)\.", str(e.value)).group(1))
-    plan = search_ranks(net, Budget(**{resource: stated}), example_input=SHAPE, method=method)
+    plan = search_ranks(net, Budget(**{resource: stated}), **settings)
     assert stated - 1.01e-4 < plan.kept[resource] <= stated
     with pytest.raises(InfeasibleBudgetError, match=f"{resource}={stated:.4f}"):
-        search_ranks(net, Budget(**{resource: stated - 1.1e-4}), example_input=SHAPE, method=method)
+        search_ranks(net, Budget(**{resource: stated - 1.1e-4}), **settings)
 
 
 def test_infeasible_pair_states_both(net):
@@ -566,7 +568,7 @@ def test_ratio_is_one_over_the_kept_fraction(ratio, kept):
         (0.2, BudgetError, r"budget=0.2: expected a Budget or a mapping, as in Budget\(params=0.2\)"),
         (None, BudgetError, r"budget=None: expected a Budget"),
         ("5x", BudgetError, r"budget='5x': expected a Budget"),
-        ({}, BudgetError, r"Budget\(\) bounds nothing: give at least one of params, macs, bytes, or ratio='5x'"),
+        ({}, BudgetError, r"Budget\(\) bounds nothing: give at least one of params, macs, bytes, ratio='5x', or max_"),
         ({"params": None}, BudgetError, r"Budget\(\) bounds nothing"),
         ({"param": 0.2}, ConfigurationError, r"budget: unknown key 'param'. Did you mean 'params'"),
         ({"params": 0.2, "ratio": "5x"}, BudgetError, r"params=0.2, ratio='5x'.*give one of the two"),
@@ -587,9 +589,9 @@ BAD_SETTINGS = [
     ({"objective": "weights"}, ConfigurationError, r"objective='weights' is unknown. Did you mean 'weight'"),
     ({"objective": 1}, ConfigurationError, r"objective=1 is unknown"),
     (
-        {"objective": "end_to_end"},
-        UnsupportedError,
-        r"objective='end_to_end' is not in this version: use 'weight', or 'auto'",
+        {"objective": "end_to_end", "method": "exact"},
+        ConfigurationError,
+        r"objective='end_to_end' needs method='continuous', not 'exact'; use objective='moments'",
     ),
     ({"rank_multiple": 0}, ConfigurationError, r"rank_multiple=0: expected a whole number of at least 1"),
     ({"rank_multiple": 2.0}, ConfigurationError, r"rank_multiple=2.0: expected a whole number"),

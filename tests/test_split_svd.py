@@ -16,7 +16,7 @@ from lightning_compress.costs import Costs, measure_costs
 from lightning_compress.decompositions import AUTOMATIC, DECOMPOSITIONS, LayerCall, resolve_kinds
 from lightning_compress.plan import LayerPlan, Plan
 from lightning_compress.swap import plan_of
-from tests.conftest import TinyNet
+from tests.conftest import DEFAULTS, WEIGHTS_ALONE, TinyNet
 
 SPLITS = {"split2_svd": 2, "split4_svd": 4}
 SHAPES = [(5, 8, 3, 3), (6, 4, 1, 1), (40, 8, 3, 1), (3, 12, 5, 3)]
@@ -306,7 +306,9 @@ def test_split_kinds_are_used_only_where_they_are_named():
 def test_model_is_compressed_saved_and_loaded(kind, heal, tmp_path):
     net = TinyNet().eval()
     shape = (1, 3, 8, 8)
-    plan = compress_(net, Budget(params=0.7, macs=0.8), example_input=shape, kinds=kind, heal=heal)
+    settings = DEFAULTS if heal else WEIGHTS_ALONE
+    plan = compress_(net, Budget(params=0.7, macs=0.8), example_input=shape, kinds=kind, **settings)
+    assert plan.objective == ("end_to_end" if heal else "weight")
     assert {p.kind for p in plan.factorised} == {kind}
     assert measure_costs(net, shape) == plan.compressed
     seen = plan_of(net, shape)

@@ -11,7 +11,7 @@ from lightning_compress import Budget, apply_plan_, search_ranks
 from lightning_compress.errors import ExampleInputError
 from lightning_compress.moments import gather_statistics, input_moments, unfolded
 from lightning_compress.synthesis import LEAST_COUNT, LEAST_STEPS, WORK, affordable, synthesise
-from tests.conftest import TinyNet, Unchanged
+from tests.conftest import TinyNet, Unchanged, error_in
 
 SHAPE = (1, 3, 8, 8)
 
@@ -104,7 +104,8 @@ def test_tokens_are_drawn_from_the_vocabulary():
     assert args == ()
     assert kwargs["tokens"].shape == (32, 5)
     assert set(kwargs["tokens"].unique().tolist()) == set(range(11))
-    assert gather_statistics(Tokens(), example).metric("head").shape == (6, 6)
+    metric = gather_statistics(Tokens(), example).metric("head")
+    assert (metric.inputs.shape, metric.outputs.shape) == ((6, 6), (3, 3))
 
 
 @pytest.mark.parametrize(
@@ -152,9 +153,12 @@ def test_calibration_takes_real_batches_and_says_so(net, images):
     statistics = gather_statistics(net, SHAPE, calibration=[images[:3], images[3:]])
     assert (statistics.source, statistics.data_free) == ("real", False)
     expected = input_moments(net, [((images,), {})], ["fc2"])["fc2"].second
-    torch.testing.assert_close(statistics.metric("fc2"), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(statistics.metric("fc2").inputs, expected, rtol=1e-5, atol=1e-7)
     plan = search_ranks(net, Budget(params=0.5), statistics=statistics)
-    assert (plan.objective, plan.source, plan.data_free) == ("moments", "real", False)
+    assert (plan.objective, plan.source, plan.data_free) == ("end_to_end", "real", False)
+    assert {layer.source for layer in plan.factorised} == {"real"}
+    again = search_ranks(net, Budget(params=0.5), calibration=[images[:3], images[3:]])
+    assert (again.layers, again.data_free) == (plan.layers, False)
 
 
 def test_empty_calibration_is_an_error(net):
@@ -173,18 +177,30 @@ def test_errors_of_a_plan_are_those_of_the_outputs():
     net = trained_like()
     statistics = gather_statistics(net, SHAPE)
     plan = search_ranks(net, Budget(params=0.4), statistics=statistics, example_input=SHAPE)
-    dense = {layer.name: net.get_submodule(layer.name).weight.detach().double().flatten(1) for layer in plan.factorised}
+    dense = {layer.name: net.get_submodule(layer.name).weight.detach().clone() for layer in plan.factorised}
     apply_plan_(net, plan, statistics=statistics)
-    assert plan.source == "batch norm"
+    assert (plan.objective, plan.source) == ("end_to_end", "batch norm")
     for layer in plan.factorised:
-        metric, weight = statistics.metric(layer.name), dense[layer.name]
-        lost = net.get_submodule(layer.name).dense_weight().detach().double().flatten(1) - weight
-        error = float(((lost @ metric) * lost).sum() / ((weight @ metric) * weight).sum())
+        error = error_in(statistics.metric(layer.name), dense[layer.name], net.get_submodule(layer.name).weight)
         assert error == pytest.approx(layer.error, rel=1e-3, abs=1e-5)
 
 
-def test_search_by_moments_without_any_input_is_an_error(net, unchanged):
+def test_search_by_moments_without_any_input_takes_those_of_the_norm_layers(net, unchanged):
+    with torch.no_grad():
+        net.norm.weight.uniform_(0.5, 2)
+        net.norm.bias.uniform_(-1, 1)
     before = unchanged(net)
-    with pytest.raises(ExampleInputError, match="objective='moments' needs statistics, or an example_input"):
-        search_ranks(net, Budget(params=0.5), objective="moments")
+    plan = search_ranks(net, Budget(params=0.5), objective="moments", method="exact")
     before.check()
+    statistics = gather_statistics(net)
+    assert (statistics.batches, set(statistics.moments)) == ((), {"conv2", "point", "fc1", "fc2"})
+    assert (plan.objective, plan.source, plan.data_free, plan.output_distance) == ("moments", "analytic", True, None)
+    sources = {layer.name: layer.source for layer in plan.layers}
+    analytic = dict.fromkeys(("conv2", "point", "fc1", "fc2"), "analytic")
+    assert sources == {"conv1": "weight", "norm": None, **analytic}
+    dense = {layer.name: net.get_submodule(layer.name).weight.detach().clone() for layer in plan.factorised}
+    apply_plan_(net, plan, statistics=statistics)
+    assert "conv2" in dense
+    for layer in plan.factorised:
+        error = error_in(statistics.metric(layer.name), dense[layer.name], net.get_submodule(layer.name).weight)
+        assert error == pytest.approx(layer.error, rel=1e-3, abs=1e-5)

@@ -13,6 +13,7 @@ from torch import nn
 from lightning_compress import Budget, apply_plan_, search_ranks
 from lightning_compress.candidates import Candidates, tabulate
 from lightning_compress.config import RESOURCES
+from lightning_compress.decompositions.metric import Metric
 from lightning_compress.inventory import take_inventory
 from lightning_compress.moments import gather_statistics
 from lightning_compress.search import STRATEGIES
@@ -29,7 +30,7 @@ from lightning_compress.search.paper import (
     _window,
 )
 from lightning_compress.search.problem import Problem
-from tests.conftest import TinyNet
+from tests.conftest import TinyNet, error_in
 
 SHAPE = (1, 3, 8, 8)
 
@@ -109,17 +110,21 @@ def test_kind_of_several_ranks_has_no_spectrum():
 
 
 @pytest.mark.parametrize(("kind", "layer"), [("svd", nn.Linear(9, 14)), ("channel_svd", nn.Conv2d(4, 20, 3))])
-def test_columns_in_a_metric_are_those_of_the_weight_times_its_root(kind, layer):
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_columns_in_a_metric_are_those_of_the_weight_times_its_roots(kind, layer, two_sided):
     weight = layer.weight.detach().double().flatten(1)
     root = torch.linalg.cholesky(torch.cov(normal(weight.shape[1], 100, seed=2)))
-    table = table_of(layer, kind, metric=root @ root.T)
-    values = torch.linalg.svdvals(weight @ root).numpy()
+    outputs = torch.cov(normal(len(weight), 100, seed=4))
+    table = table_of(layer, kind, metric=Metric(root @ root.T, outputs if two_sided else None))
+    floored = 0.95 * outputs / outputs.diagonal().mean() + 0.05 * torch.eye(len(weight), dtype=torch.float64)
+    left = torch.linalg.cholesky(floored).T if two_sided else torch.eye(len(weight), dtype=torch.float64)
+    values = torch.linalg.svdvals(left @ weight @ root).numpy()
     assert table.spectral == pytest.approx([*(values[r] / values[0] for (r,) in table.ranks[:-1]), 0.0], abs=1e-7)
     assert table.energy == pytest.approx(np.square(values).sum(), rel=1e-10)
 
 
 def test_spectral_column_of_spatial_svd_in_a_metric_is_what_its_components_explain():
-    layer, metric = nn.Conv2d(6, 8, 3), torch.cov(normal(54, 200, seed=3))
+    layer, metric = nn.Conv2d(6, 8, 3), Metric(torch.cov(normal(54, 200, seed=3)))
     table = table_of(layer, "spatial_svd", metric=metric)
     shares = 1 - table.errors[0], *(-np.diff(table.errors[:-1]))
     assert table.ranks[: len(shares)] == tuple((r,) for r in range(1, len(shares) + 1))
@@ -245,10 +250,8 @@ def test_published_methods_keep_several_budgets_in_the_real_model(method, object
     apply_plan_(net, plan, statistics=statistics)
     assert all(plan.kept[name] <= limit for name, limit in budget.limits().items())
     for planned in plan.factorised:
-        flat = weights[planned.name].flatten(1)
-        lost = net.get_submodule(planned.name).weight.detach().double().flatten(1) - flat
-        metric = statistics.metric(planned.name) if statistics else torch.eye(flat.shape[1], dtype=torch.float64)
-        measured = float(((lost @ metric) * lost).sum() / ((flat @ metric) * flat).sum())
+        metric = statistics.metric(planned.name) if statistics else None
+        measured = error_in(metric, weights[planned.name], net.get_submodule(planned.name).weight)
         if objective == "weight" or not planned.kind.startswith("split"):
             assert measured == pytest.approx(planned.error, abs=1e-5)
         else:
