@@ -48,8 +48,11 @@ FEWEST_STEPS = 20
 """Fewer are not worth the time: then there is no distillation."""
 LEARNING_RATE = 1e-3
 SHIFT = 0.08
+"""Largest shift of an image, as a fraction of its sides."""
 EVERY = 20
 """Steps between two looks at the held-out inputs."""
+PATIENCE = 4
+"""Looks without a better state after which the distillation stops."""
 
 _NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
@@ -111,12 +114,15 @@ def heal_(
         states.judge(output_distance(dense, model, judging))
         states.restore()
         regressed, middle = states.best, time.perf_counter()
+        states.waited = 0
         steps, skipped = _affordable(dense, model, replacements, fitting, steps)
         if skipped is None:
             progress("healing: distillation", 0.0)
             for step in _distil(dense, model, replacements, fitting, steps, seed):
                 progress("healing: distillation", step / steps)
                 states.judge(output_distance(dense, model, judging))
+                if states.waited >= PATIENCE:
+                    break
         states.restore()
     except BaseException:
         states.undo()
@@ -162,7 +168,7 @@ class _States:
     def __init__(self, model: nn.Module, distance: float) -> None:
         self._model = model
         self._first = self._best = self._copy()
-        self.best = distance
+        self.best, self.waited = distance, 0
 
     def _copy(self) -> dict[str, Tensor]:
         state = self._model.state_dict()
@@ -170,8 +176,9 @@ class _States:
 
     def judge(self, distance: float) -> None:
         """Keeps the present state if it is the best so far."""
+        self.waited += 1
         if distance < self.best:
-            self.best, self._best = distance, self._copy()
+            self.best, self.waited, self._best = distance, 0, self._copy()
 
     def restore(self) -> None:
         """Goes back to the best state."""
