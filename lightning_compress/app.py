@@ -96,7 +96,8 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Job:
     if cfg.model.weights is not None:
         load_weights_(task.net, cfg.model.weights)
     # An impossible budget shows before the training; what the weights are does not matter for that.
-    compress.plan_for(task, example_input, method="uniform", objective="weight")
+    if compress.budget.max_error is None:
+        compress.plan_for(task, example_input, method="uniform", objective="weight")
     return _Job(cfg, folder, data, task, compress, callbacks, example_input)
 
 

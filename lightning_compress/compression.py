@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 from warnings import warn
 
 from torch import Tensor, nn
@@ -14,13 +14,12 @@ from lightning_compress.config import Budget
 from lightning_compress.copying import detached_copy
 from lightning_compress.errors import CompressionWarning, ExampleInputError
 from lightning_compress.heal import Healing, heal_, restore_, shared_state
-from lightning_compress.inventory import require_usable_weights
-from lightning_compress.moments import gather_statistics
+from lightning_compress.moments import Statistics, gather_statistics
 from lightning_compress.plan import Plan
 from lightning_compress.progress import Progress, silent
-from lightning_compress.search import AUTOMATIC_METHODS, check_settings, search_ranks
+from lightning_compress.search import search_with_statistics
 from lightning_compress.swap import Replacement, apply_plan_, uninstall
-from lightning_compress.tracing import ExampleInput, trace
+from lightning_compress.tracing import ExampleInput
 
 
 def compress_(
@@ -97,47 +96,26 @@ def compress_model_(
 ) -> Compression:
     """Like `compress_`, and returns all that was done."""
     report = progress or silent
-    if objective == "auto" and settings.get("method", "continuous") not in AUTOMATIC_METHODS:
-        objective = "weight"
-    needs_inputs = heal or objective != "weight"
-    statistics = None
-    if needs_inputs and (example_input is not None or calibration is not None):
-        check_settings(settings.get("method", "continuous"), objective, settings.get("rank_multiple", 1), seed)
-        require_usable_weights(model)
-        try:
-            statistics = gather_statistics(model, example_input, calibration=calibration, seed=seed, progress=report)
-        except ExampleInputError as error:
-            if calibration is not None:
-                raise
-            trace(model, cast(ExampleInput, example_input))  # an input that fails as it was given is the user's mistake
-            warn(f"objective='weight' and no healing: {error}", CompressionWarning, stacklevel=3)
-            objective, heal = "weight", False
-    elif heal:
-        msg = (
-            "no synthetic inputs without an example_input: the search uses the weights alone and the factors are not "
-            "healed. Pass an example_input, or heal=False."
-        )
-        warn(msg, CompressionWarning, stacklevel=3)
-    plan = search_ranks(
+    plan, metric = search_with_statistics(
         model,
         budget,
         example_input=example_input,
+        calibration=calibration,
         objective=objective,
-        statistics=statistics if objective != "weight" else None,
         seed=seed,
         progress=progress,
         **settings,
     )
+    statistics = _inputs_for_healing(model, metric, example_input, calibration, seed, report) if heal else None
     start = time.perf_counter()
-    metric = statistics if plan.objective != "weight" else None
-    dense = detached_copy(model) if heal and statistics is not None else None
+    dense = detached_copy(model) if statistics is not None else None
     replacements = apply_plan_(model, plan, statistics=metric, progress=progress)
     seconds = {
         **(statistics.seconds if statistics is not None else {}),
         **plan.timings,
         "swap": time.perf_counter() - start,
     }
-    if dense is None or statistics is None or not statistics.batches or not replacements:
+    if dense is None or statistics is None or not replacements:
         return Compression(plan, replacements, None, (), seconds)
     kept = shared_state(model, replacements)
     try:
@@ -147,3 +125,28 @@ def compress_model_(
         restore_(kept)
         raise
     return Compression(plan, replacements, healing, kept, {**seconds, **healing.seconds})
+
+
+def _inputs_for_healing(
+    model: nn.Module,
+    known: Statistics | None,
+    example_input: ExampleInput | None,
+    calibration: Iterable[Any] | None,
+    seed: int,
+    progress: Progress,
+) -> Statistics | None:
+    """Returns statistics with inputs, None and a warning if there can be none."""
+    if known is not None and known.batches:
+        return known
+    if example_input is None and calibration is None:
+        msg = (
+            "the factors are not healed: without an example_input there are no synthetic inputs, and the search "
+            "sees the weights alone. Pass an example_input, or heal=False."
+        )
+        warn(msg, CompressionWarning, stacklevel=4)
+        return None
+    try:
+        return gather_statistics(model, example_input, calibration=calibration, seed=seed, progress=progress)
+    except ExampleInputError as error:
+        warn(f"the factors are not healed: {error}", CompressionWarning, stacklevel=4)
+        return None

@@ -143,6 +143,10 @@ class Budget:
         """Returns the bounds that were given, resource to kept fraction."""
         return {name: float(getattr(self, name)) for name in RESOURCES if getattr(self, name) is not None}
 
+    def as_dict(self) -> dict[str, float]:
+        """Returns what was given: the bounds, or the quality target."""
+        return self.limits() or {"max_error": float(cast(float, self.max_error))}
+
     def __str__(self) -> str:
         """Returns the bounds as a user would write them."""
         if not self.limits():

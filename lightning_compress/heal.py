@@ -29,7 +29,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress.decompositions import factorise_in
@@ -106,6 +106,7 @@ def heal_(
     states = _States(model, before)
     skipped: str | None
     try:
+        replacements = _in_forward_order(model, replacements, fitting[0])
         for index, replacement in enumerate(replacements):
             progress("healing: regression", index / len(replacements))
             _refit(dense, model, replacement, fitting, statistics.metric(replacement.aliases[0]))
@@ -124,10 +125,10 @@ def heal_(
                 if states.waited >= PATIENCE:
                     break
         states.restore()
+        progress("healing", 1.0)
     except BaseException:
         states.undo()
         raise
-    progress("healing", 1.0)
     seconds = {"regression": middle - start, "distillation": time.perf_counter() - middle}
     return Healing(before, regressed, states.best, seconds, skipped)
 
@@ -187,6 +188,18 @@ class _States:
     def undo(self) -> None:
         """Goes back to the first state."""
         self._model.load_state_dict(self._first, strict=False)
+
+
+def _in_forward_order(model: nn.Module, replacements: Sequence[Replacement], arguments: Arguments) -> list[Replacement]:
+    """Returns the factorised layers by their first call, those never called last."""
+    called: dict[int, int] = {}
+
+    def note(module: nn.Module, _args: Any) -> None:
+        called.setdefault(id(module), len(called))
+
+    with hooked(r.factorised.register_forward_pre_hook(note) for r in replacements), inference(model):
+        model(*arguments[0], **arguments[1])
+    return sorted(replacements, key=lambda r: called.get(id(r.factorised), len(called)))
 
 
 class _Reached(Exception):  # noqa: N818
@@ -255,12 +268,18 @@ def _renormalise(model: nn.Module, batches: Sequence[Arguments]) -> None:
                 norm.train()
                 norm.momentum = None  # a plain average over the batches
             for args, kwargs in batches:
-                model(*args, **kwargs)
+                if _size(args, kwargs) > 1:  # the variance of one sample is none
+                    model(*args, **kwargs)
         finally:
             for norm, momentum, count in zip(norms, momenta, counts, strict=True):
                 norm.momentum = momentum
                 if norm.num_batches_tracked is not None and count is not None:
                     norm.num_batches_tracked.copy_(count)
+
+
+def _size(*arguments: Any) -> int:
+    """Returns the number of samples in a batch."""
+    return min((len(leaf) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.ndim), default=1)
 
 
 def _affordable(
@@ -273,7 +292,13 @@ def _affordable(
         return 0, "the parameters are in half precision"
     args, kwargs = batches[0]
     with FlopCounterMode(display=False) as flops, inference(dense):
-        dense(*args, **kwargs)
+        outputs = output_tensors(dense(*args, **kwargs))
+    if not outputs:
+        return 0, "the model returns no floating-point tensor"
+    try:
+        _gradients(dense, model, replacements, batches[0])
+    except RuntimeError as error:
+        return 0, f"the model cannot be differentiated ({error})"
     steps = min(steps, WORK // max(1, flops.get_total_flops()))  # forward of both, backward of the smaller one
     if steps < FEWEST_STEPS:
         return 0, f"{FEWEST_STEPS} steps would cost more than {WORK:.0e} MACs"
@@ -304,15 +329,22 @@ def _distil(  # noqa: PLR0917
         for step in range(1, steps + 1):
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * step / steps)) / 2
             arguments = _shuffled(batches, generator)
-            with _requiring_grad(trained):
-                gradients = torch.autograd.grad(
-                    _distance(dense, model, replacements, arguments), trained, allow_unused=True
-                )
+            gradients = _gradients(dense, model, replacements, arguments)
             for parameter, gradient in zip(free, gradients, strict=True):
                 parameter.grad = gradient
             optimizer.step()
             if step % EVERY == 0 or step == steps:
                 yield step
+
+
+def _gradients(
+    dense: nn.Module, model: nn.Module, replacements: Sequence[Replacement], arguments: Arguments
+) -> tuple[Tensor | None, ...]:
+    """Returns those of the distance by the trained parameters, which keep their own."""
+    trained = _trained(model, replacements)
+    with torch.inference_mode(mode=False), _requiring_grad(trained):
+        distance = _distance(dense, model, replacements, arguments)
+        return torch.autograd.grad(distance, trained, allow_unused=True)
 
 
 def _shuffled(batches: Sequence[Arguments], generator: torch.Generator) -> Arguments:

@@ -17,7 +17,16 @@ from lightning_compress.errors import ExampleInputError
 from lightning_compress.inventory import list_layers
 from lightning_compress.progress import Progress, silent
 from lightning_compress.synthesis import synthesise
-from lightning_compress.tracing import Arguments, ExampleInput, hooked, inference, output_tensors, run, whole_arguments
+from lightning_compress.tracing import (
+    Arguments,
+    ExampleInput,
+    hooked,
+    inference,
+    is_shape,
+    output_tensors,
+    run,
+    whole_arguments,
+)
 
 POSITIONS = 2**16
 """Rows of an unfolded input that are taken at most per layer and batch, evenly spread."""
@@ -34,7 +43,7 @@ class Moments:
     Attributes:
         second: S = E[x xᵀ], (D, D) float64; D = in for Linear, in·k_h·k_w for Conv2d.
         mean: E[x], (D,).
-        outputs: G = E[g gᵀ], (out, out) float64, g the gradient of a random combination of the
+        outputs: G = Σ g gᵀ, (out, out) float64, of which only the shape matters; g the gradient of a random combination of the
             model's outputs by those of the layer at one position; None if unknown.
         source: Where they come from: "batch norm" (synthetic inputs matched to running
             statistics), "tokens" or "noise" (synthetic inputs of that kind), "analytic" (the norm
@@ -139,11 +148,21 @@ def _real(model: nn.Module, calibration: Iterable[Any]) -> tuple[Arguments, ...]
             "for one batch write [batch]."
         )
         raise ExampleInputError(msg)
-    batches = tuple(whole_arguments(model, batch) for batch in calibration)
+    batches = tuple(whole_arguments(model, _batch(batch)) for batch in calibration)
     if not batches:
         msg = "calibration holds no batch: expected batches of inputs."
         raise ExampleInputError(msg)
     return batches
+
+
+def _batch(batch: Any) -> Any:
+    if isinstance(batch, (Tensor, Mapping)) or (isinstance(batch, tuple) and not is_shape(batch)):
+        return batch
+    msg = (
+        f"calibration holds a {type(batch).__name__}: expected each batch as a tensor, or a tuple or dict of the "
+        "arguments of forward; of batches [inputs, labels] pass the inputs alone."
+    )
+    raise ExampleInputError(msg)
 
 
 def _spread(layer: nn.Module, channels: ChannelMoments) -> Moments:
@@ -180,13 +199,14 @@ def input_moments(
         ExampleInputError: If the model fails on a batch, or the inputs of a layer are not finite.
     """
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
+    finite = True
     layers = {name: model.get_submodule(name) for name in names}
 
     def gather(name: str, layer: nn.Module, inputs: Tensor) -> None:
         rows = unfolded(layer, inputs)
-        rows = rows[:: max(1, len(rows) // POSITIONS)].float()
+        rows = rows[:: max(1, len(rows) // POSITIONS)].double()  # with few rows S is singular, in float32 even less
         second, mean, count = sums.get(name, (0, 0, 0))
-        sums[name] = (second + (rows.T @ rows).double(), mean + rows.sum(dim=0).double(), count + len(rows))
+        sums[name] = (second + rows.T @ rows, mean + rows.sum(dim=0), count + len(rows))
 
     with (
         hooked(
@@ -199,7 +219,8 @@ def input_moments(
         inference(model),
     ):
         for arguments in batches:
-            run(model, arguments, f"{source} inputs")
+            for output in output_tensors(run(model, arguments, f"{source} inputs")):
+                finite = finite and bool(torch.isfinite(output).all())
     for name, (second, _, _) in sums.items():
         if not bool(torch.isfinite(second).all()):
             msg = (
@@ -207,6 +228,9 @@ def input_moments(
                 "or pass real inputs as calibration."
             )
             raise ExampleInputError(msg)
+    if not finite:
+        msg = f"the model's outputs are not finite on {source} inputs: use objective='weight', or calibration."
+        raise ExampleInputError(msg)
     return {
         name: Moments((second / count).cpu(), (mean / count).cpu(), source=source)
         for name, (second, mean, count) in sums.items()

@@ -98,7 +98,7 @@ class Plan:
     optimality_gap: float | None = None
     output_distance: float | None = None
     seconds: float | None = None
-    timings: Mapping[str, float] = field(default_factory=dict)
+    timings: Mapping[str, float] = field(default_factory=dict, hash=False)
     seed: int | None = None
 
     @property

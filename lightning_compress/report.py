@@ -67,7 +67,7 @@ class Report:
         return {
             "schema": SCHEMA,
             "data_free": plan.data_free,
-            "budget": plan.budget.limits() if plan.budget is not None else {},
+            "budget": plan.budget.as_dict() if plan.budget is not None else {},
             **{stage: getattr(self, stage).as_dict() for stage in STAGES},
             "kept": self.kept,
             "search": {

@@ -25,7 +25,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_compress.progress import Progress, silent
-from lightning_compress.tracing import Arguments, ExampleInput, as_arguments, hooked, inference, output_tensors, trace
+from lightning_compress.tracing import (
+    Arguments,
+    ExampleInput,
+    as_arguments,
+    hooked,
+    inference,
+    output_tensors,
+    run,
+    trace,
+)
 
 COUNT = 256
 STEPS = 40
@@ -97,7 +106,10 @@ def synthesise(
             source = "batch norm"
             report = functools.partial(_report, progress, index, len(sizes))
             arguments, mismatch = _match(model, arguments, norms, steps, report)
-            mismatches.append(mismatch)
+            if math.isfinite(mismatch):
+                mismatches.append(mismatch)
+            else:  # no norm was called, or its inputs are not finite
+                source = "noise"
         batches.append(arguments)
     progress("synthetic inputs", 1.0)
     return SyntheticInputs(tuple(batches), source, sum(mismatches) / len(mismatches) if mismatches else None)
@@ -195,7 +207,11 @@ def _match(
     best, best_loss, mismatch = [f.detach().clone() for f in free], math.inf, math.inf
     with (
         hooked(
-            norm.register_forward_pre_hook(lambda m, args: deviations.append(_deviation(m, args[0]))) for norm in norms
+            norm.register_forward_pre_hook(
+                lambda m, args, kwargs: deviations.append(_deviation(m, args[0] if args else kwargs["input"])),
+                with_kwargs=True,
+            )
+            for norm in norms
         ),
         inference(model),
         torch.inference_mode(mode=False),
@@ -205,7 +221,9 @@ def _match(
         for step in range(steps + 1):
             deviations.clear()
             args, kwargs = tree_unflatten(_with_free(leaves, free), spec)
-            outputs = model(*args, **kwargs)
+            outputs = run(model, (args, kwargs), "batch norm inputs")
+            if not deviations:  # no norm was called
+                break
             deviation = torch.stack(deviations).mean()
             loss = deviation + _indecision(outputs)
             if not bool(torch.isfinite(loss)):
@@ -216,9 +234,11 @@ def _match(
             if step == steps:
                 break
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps) ** 0.5
-            gradients = torch.autograd.grad(loss, free)  # of the inputs alone: the parameters stay untouched
+            if not loss.requires_grad:  # nothing the inputs could change
+                break
+            gradients = torch.autograd.grad(loss, free, allow_unused=True)  # of the inputs alone
             for leaf, gradient in zip(free, gradients, strict=True):
-                leaf.grad = gradient
+                leaf.grad = gradient  # None where the outputs do not depend on it: it stays as it is
             optimizer.step()
             progress((step + 1) / steps)
     return tree_unflatten(_with_free(leaves, best), spec), mismatch

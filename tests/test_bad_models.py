@@ -188,6 +188,7 @@ def test_norm_that_is_never_called():
     check(model, IMAGE)
 
 
+@pytest.mark.slow
 def test_norm_before_anything_the_input_can_change():
     """The batch norm sees a constant of the model, not the input."""
 
@@ -220,7 +221,7 @@ class Two(nn.Module):
         return {"logits": self.head(x), "index": x.argmax(dim=1), "hidden": (x,)}
 
 
-@pytest.mark.parametrize("form", ["tuple", "dict"])
+@pytest.mark.parametrize("form", [pytest.param("tuple", marks=pytest.mark.slow), "dict"])
 def test_several_inputs_and_outputs(form):
     model = Two()
     for _ in range(10):
@@ -250,7 +251,7 @@ class Tokens(nn.Module):
         return self.head(x if mask is None else x * mask[..., None])
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_tokens(masked):
     tokens = torch.randint(13, (1, 7))
     example = {"tokens": tokens, "mask": torch.ones(1, 7, dtype=torch.bool)} if masked else tokens

@@ -161,6 +161,21 @@ def test_calibration_takes_real_batches_and_says_so(net, images):
     assert (again.layers, again.data_free) == (plan.layers, False)
 
 
+@pytest.mark.parametrize("kind", ["svd", "channel_svd", "spatial_svd", "tucker2"])
+def test_fewer_rows_of_inputs_than_there_are_inputs_are_no_obstacle(kind):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 1 if kind == "svd" else 3, padding=1))
+    batches = [torch.randn(2, 4, 4, 4)]  # 32 positions, 64 or 576 inputs of the last layer
+    plan = search_ranks(
+        net, Budget(params=0.5), calibration=batches, objective="moments", overrides={"2": {"kinds": kind}}
+    )
+    statistics = gather_statistics(net, calibration=batches)
+    dense = net[2].weight.detach().clone()
+    apply_plan_(net, plan, statistics=statistics)
+    error = error_in(statistics.metric("2"), dense, net[2].weight)
+    assert error == pytest.approx(plan.layers[1].error, rel=1e-2, abs=1e-4)
+
+
 def test_empty_calibration_is_an_error(net):
     with pytest.raises(ExampleInputError, match="calibration holds no batch"):
         gather_statistics(net, SHAPE, calibration=[])

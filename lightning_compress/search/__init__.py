@@ -98,9 +98,10 @@ def search_ranks(
             weights; "moments", the same over what the errors do to the model's outputs, for inputs
             with the second moments of `statistics`; "end_to_end" (method "continuous" alone), that
             plus log D, D the distance of the model's outputs on synthetic inputs. "auto" is the best
-            that applies: "end_to_end" with an example input, statistics or calibration, "moments"
-            for other methods and models so large that it would take long, "weight" without any of
-            them and for the published methods, whose criterion is on the weights. Where the
+            that applies: with an example input, statistics or calibration "end_to_end", or "moments" for
+            "exact" and for models so large that it would take long; else "weight". "uniform" and "energy"
+            are "weight" too unless statistics are given, and the published methods, whose
+            criterion is on the weights, always. Where the
             model fails on synthetic inputs the search falls back, with a `CompressionWarning`.
         kinds: "auto", a kind, or a list of kinds to choose from. "auto" is svd, channel_svd,
             spatial_svd and tucker2; for "alds" svd, channel_svd, split2_svd and split4_svd.
@@ -125,6 +126,42 @@ def search_ranks(
         ModelError: If the model has lazy or non-finite weights, fails on the example input,
             or holds nothing to factorise.
     """
+    return search_with_statistics(
+        model,
+        budget,
+        example_input=example_input,
+        method=method,
+        objective=objective,
+        kinds=kinds,
+        include=include,
+        exclude=exclude,
+        overrides=overrides,
+        rank_multiple=rank_multiple,
+        seed=seed,
+        calibration=calibration,
+        statistics=statistics,
+        progress=progress,
+    )[0]
+
+
+def search_with_statistics(
+    model: nn.Module,
+    budget: Budget | Mapping[str, Any],
+    *,
+    example_input: ExampleInput | None = None,
+    method: str = "continuous",
+    objective: str = "auto",
+    kinds: str | Sequence[str] = "auto",
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    rank_multiple: int = 1,
+    seed: int = 0,
+    calibration: Iterable[Any] | None = None,
+    statistics: Statistics | None = None,
+    progress: Progress | None = None,
+) -> tuple[Plan, Statistics | None]:
+    """Like `search_ranks`, and returns the statistics the errors were measured in, None for the weights alone."""
     start = time.perf_counter()
     budget = Budget.from_value(budget)
     check_settings(method, objective, rank_multiple, seed)
@@ -150,6 +187,7 @@ def search_ranks(
         chosen = tuple(layer for layer in layers if layer.reason is None)
         inputs = max(LEAST_INPUTS, affordable_inputs(traced.macs)) if traced is not None else LEAST_INPUTS
         outputs = Outputs(model, chosen, statistics, inputs)
+        outputs = outputs if outputs.exist else None
     if budget.max_error is not None:
         problem, choice = _within_error(tables, dense, budget, method, outputs, report)
         objective = "moments" if objective == "end_to_end" else objective
@@ -157,7 +195,7 @@ def search_ranks(
         problem = _problem(tables, dense, budget)
         _require_feasible(problem, dense, budget)
         choice, objective = _choose(problem, method, objective, outputs, report)
-    return Plan(
+    plan = Plan(
         layers=tuple(_layer_plans(layers, problem, choice, traced, statistics)),
         dense=dense,
         compressed=_costs_after(problem, choice, dense),
@@ -172,6 +210,7 @@ def search_ranks(
         timings={**(statistics.seconds if statistics is not None else {}), "search": time.perf_counter() - searched},
         seed=seed,
     )
+    return plan, statistics
 
 
 def _statistics(  # noqa: PLR0917
@@ -189,9 +228,6 @@ def _statistics(  # noqa: PLR0917
     automatic = objective == "auto"
     if objective == "weight" or (automatic and method in ON_WEIGHTS):
         return None, "weight"
-    if objective == "end_to_end" and method != "continuous":
-        msg = f"objective='end_to_end' needs method='continuous', not {method!r}; use objective='moments'."
-        raise ConfigurationError(msg)
     known = given is not None or example_input is not None or calibration is not None
     if automatic and given is None and (not known or method not in AUTOMATIC_METHODS):
         return None, "weight"
@@ -207,6 +243,9 @@ def _statistics(  # noqa: PLR0917
                 raise
             warn(f"the search falls back to objective='weight': {error}", CompressionWarning, stacklevel=3)
             return None, "weight"
+    if objective == "end_to_end" and not statistics.batches:
+        msg = "objective='end_to_end' needs inputs, and the given statistics are analytic: use objective='moments'."
+        raise ExampleInputError(msg)
     if objective == "moments" or method != "continuous" or not statistics.batches:
         return statistics, "moments"
     if automatic and traced is not None and affordable_inputs(traced.macs) < LEAST_INPUTS:
@@ -218,6 +257,10 @@ def _choose(
     problem: Problem, method: str, objective: str, outputs: Outputs | None, progress: Progress
 ) -> tuple[Ints, str]:
     """Returns the choice, and the objective it is of."""
+    if objective == "end_to_end" and outputs is None:
+        msg = "the search falls back to objective='moments': the model returns no floating-point tensor."
+        warn(msg, CompressionWarning, stacklevel=3)
+        objective = "moments"
     if objective != "end_to_end" or outputs is None:
         return STRATEGIES[method](problem, progress=progress), objective
     progress("end-to-end search", 0.0)
@@ -288,6 +331,9 @@ def check_settings(method: object, objective: object, rank_multiple: object, see
         raise ConfigurationError(msg)
     if objective not in OBJECTIVES:
         msg = f"objective={objective!r} is unknown.{did_you_mean(objective, OBJECTIVES)}"
+        raise ConfigurationError(msg)
+    if objective == "end_to_end" and method != "continuous":
+        msg = f"objective='end_to_end' needs method='continuous', not {method!r}; use objective='moments'."
         raise ConfigurationError(msg)
     require_count(f"rank_multiple={rank_multiple!r}", rank_multiple, 1)
     require_count(f"seed={seed!r}", seed, 0)
@@ -399,4 +445,4 @@ def _layer_plan(
     )
 
 
-__all__ = ["AUTOMATIC_METHODS", "OBJECTIVES", "STRATEGIES", "Strategy", "check_settings", "search_ranks"]
+__all__ = ["OBJECTIVES", "STRATEGIES", "Strategy", "check_settings", "search_ranks", "search_with_statistics"]

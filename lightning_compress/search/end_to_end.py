@@ -83,6 +83,13 @@ class Outputs:
     statistics: Statistics
     inputs: int = INPUTS
 
+    @property
+    def exist(self) -> bool:
+        """Whether the model returns any floating-point tensor."""
+        args, kwargs = _groups(self.statistics.batches[0], 2, 2)[0]
+        with inference(self.model):
+            return bool(output_tensors(self.model(*args, **kwargs)))
+
     def groups(self, step: int) -> list[Arguments]:
         """Returns the inputs of a step in groups."""
         batches = self.statistics.batches
@@ -109,8 +116,9 @@ def search_outputs(problem: Problem, outputs: Outputs, start: Ints, progress: Ca
     Raises:
         RuntimeError: If the model cannot be differentiated.
     """
-    paths = _Paths.of(problem, outputs, start)
-    log_sizes, weights = _descend(paths, outputs, progress)
+    with torch.inference_mode(mode=False), torch.enable_grad():  # whatever the caller is in
+        paths = _Paths.of(problem, outputs, start)
+        log_sizes, weights = _descend(paths, outputs, progress)
     rows = around(paths.space, log_sizes, WINDOW)
     rows = [np.union1d(kept, [row]).astype(np.int64) for kept, row in zip(rows, start, strict=True)]
     weighted = replace(problem.restricted(rows), weights=tuple(float(w) for w in weights))
@@ -221,9 +229,9 @@ def _gated(kind: str, factors: dict[str, Tensor], ranks: Tensor, temperature: fl
     gated = dict(factors)
     first, last = factors[names[0]], factors[names[-1]]
     if len(names) == 2:  # noqa: PLR2004
-        gated[names[0]] = first * _gates(ranks[0], len(first), temperature).to(first).reshape(
-            -1, *(1,) * (first.ndim - 1)
-        )
+        splits = getattr(DECOMPOSITIONS[kind], "splits", 1)  # the components of one split after those of another
+        gates = _gates(ranks[0], len(first) // splits, temperature).to(first).repeat(splits)
+        gated[names[0]] = first * gates.reshape(-1, *(1,) * (first.ndim - 1))
     else:
         inner = _gates(ranks[1], len(first), temperature).to(first)
         outer = _gates(ranks[0], last.shape[1], temperature).to(last)
@@ -299,9 +307,7 @@ def _gradient_of_log_distance(outputs: Outputs, mixed: dict[int, Tensor], step: 
 
 def _distances(outputs: Outputs, weights: dict[int, Tensor], arguments: Arguments) -> tuple[Tensor, Tensor]:
     """Returns ‖f − f̂‖² and ‖f − mean f‖² with some weights in the place of the layers' own."""
-    names = {
-        f"{alias}.weight" if alias else "weight": w for i, w in weights.items() for alias in outputs.layers[i].aliases
-    }
+    names = {f"{outputs.layers[i].name}.weight".lstrip("."): w for i, w in weights.items()}  # aliases share the module
     model = outputs.model
     args, kwargs = arguments
     differentiable = torch.is_grad_enabled()
