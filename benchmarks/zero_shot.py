@@ -1,6 +1,6 @@
 """Accuracy right after the swap, before a single real image is seen, over methods and budgets.
 
-python -m benchmarks.zero_shot [--seeds 3] [--networks vgg resnet20] [--plot]
+python -m benchmarks.zero_shot [--seeds 3] [--networks vgg resnet20] [--keep 0.1 0.05] [--plot]
 
 Fashion-MNIST, all 10,000 test images. Methods without random numbers run once. With --plot nothing
 is measured: accuracy against parameters kept is drawn from the results.
@@ -45,7 +45,7 @@ HEALED = "end_to_end"
 """The row that has another with healing."""
 
 
-def main(networks: list[str], seeds: int) -> None:
+def main(networks: list[str], seeds: int, keeps: list[float]) -> None:
     """Prints one row per budget and method for each network: mean and spread (max − min) over the seeds."""
     data = FashionMNISTDataModule()
     data.setup("test")
@@ -56,7 +56,7 @@ def main(networks: list[str], seeds: int) -> None:
         synthetic = [gather_statistics(net, IMAGE, seed=seed) for seed in range(seeds)]
         seconds = statistics.mean(sum(found.seconds.values()) for found in synthetic)
         real = gather_statistics(net, calibration=torch.split(train, 128))
-        for keep in KEEP:
+        for keep in keeps:
             for method, settings in METHODS.items():
                 found = _statistics(method, settings, synthetic, real)
                 measured = [_compressed(net, keep, settings, each, test, healed=method == HEALED) for each in found]
@@ -123,7 +123,8 @@ def plot() -> None:
             axis.plot([r["keep"] for r in rows], [r["accuracy"] for r in rows], marker="o", label=method, **style)
         axis.axhline(result["dense"], color="grey", linewidth=1, label="dense")
         axis.set(title=name, xscale="log", xlabel="parameters kept")
-        axis.set_xticks(KEEP, [f"{100 * keep:g} %" for keep in KEEP])
+        keeps = sorted({row["keep"] for row in result["rows"]})
+        axis.set_xticks(keeps, [f"{100 * keep:g} %" for keep in keeps])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy, 10,000 test images, no fine-tuning")
@@ -146,6 +147,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--keep", nargs="+", type=float, default=list(KEEP))
     parser.add_argument("--plot", action="store_true")
     options = parser.parse_args()
-    plot() if options.plot else main(options.networks, options.seeds)
+    plot() if options.plot else main(options.networks, options.seeds, options.keep)

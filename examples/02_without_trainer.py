@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_compress import Budget, apply_plan_, compress_, load_compressed, save_compressed, search_ranks
 from lightning_compress.demo.models import VGG
+from lightning_compress.moments import gather_statistics
 
 
 def main() -> nn.Module:
@@ -22,17 +23,20 @@ def main() -> nn.Module:
     plan = compress_(net, Budget(params=0.3, macs=0.4), example_input=image)
     print(plan)
 
-    # Or in two: a plan can be looked at, kept as JSON, and applied to any copy of the network.
+    # Or in two: a plan can be looked at, kept as JSON, and applied to any copy of the network. The statistics are
+    # what errors are measured in; without them the factors would be fitted to the weights alone.
     other = VGG().eval()
+    statistics = gather_statistics(other, (1, 1, 28, 28))  # a shape is enough
     plan = search_ranks(
         other,
         Budget(ratio="4x"),
-        example_input=(1, 1, 28, 28),  # a shape is enough
+        example_input=(1, 1, 28, 28),
+        statistics=statistics,
         kinds=["svd", "tucker2"],
         exclude="features.0.*",  # the stem stays as it is
         overrides={"classifier.0": {"min_rank": 8}},
     )
-    apply_plan_(other, plan)
+    apply_plan_(other, plan, statistics=statistics)
 
     # safetensors and JSON, no pickle; loading starts from the dense architecture.
     with tempfile.TemporaryDirectory() as folder:

@@ -66,7 +66,7 @@ class Compress(RestoringCallback):
         include: Names, globs, class names or classes of layers to factorise, None for all.
         exclude: Likewise for layers to leave alone.
         overrides: Pattern to `Override`, a mapping of its fields, or "dense".
-        search: Strategy: "continuous", "exact", "uniform" or "energy".
+        search: Strategy: "continuous", "exact", "uniform", "energy", "alds" or "paper".
         objective: "weight", "moments", "end_to_end" or "auto", the best that applies; see
             `search_ranks`. All but "weight" use synthetic inputs made from the module's own statistics.
         heal: Whether to repair the factors on synthetic inputs before fine-tuning.
@@ -78,7 +78,7 @@ class Compress(RestoringCallback):
             batch dimension. By default the module's `example_input_array`, else the shape of
             the first batch of the training data (only its shape is used).
         rank_multiple: Ranks are multiples of this number.
-        seed: Recorded in the plan; the strategies of this version draw no random numbers.
+        seed: Of the synthetic inputs and the repair.
 
     Attributes:
         plan: The plan of the last fit, None before.

@@ -127,7 +127,7 @@ def compress_model_(
     return Compression(plan, replacements, healing, kept, {**seconds, **healing.seconds})
 
 
-def _inputs_for_healing(
+def _inputs_for_healing(  # noqa: PLR0917
     model: nn.Module,
     known: Statistics | None,
     example_input: ExampleInput | None,
@@ -140,8 +140,8 @@ def _inputs_for_healing(
         return known
     if example_input is None and calibration is None:
         msg = (
-            "the factors are not healed: without an example_input there are no synthetic inputs, and the search "
-            "sees the weights alone. Pass an example_input, or heal=False."
+            "without an example_input there are no synthetic inputs: the search sees the weights alone and "
+            "the factors are not healed. Pass an example_input, or heal=False."
         )
         warn(msg, CompressionWarning, stacklevel=4)
         return None

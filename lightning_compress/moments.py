@@ -43,8 +43,9 @@ class Moments:
     Attributes:
         second: S = E[x xᵀ], (D, D) float64; D = in for Linear, in·k_h·k_w for Conv2d.
         mean: E[x], (D,).
-        outputs: G = Σ g gᵀ, (out, out) float64, of which only the shape matters; g the gradient of a random combination of the
-            model's outputs by those of the layer at one position; None if unknown.
+        outputs: G = Σ g gᵀ, (out, out) float64, of which only the shape matters; g the gradient of a
+            random combination of the model's outputs by those of the layer at one position; None
+            if unknown.
         source: Where they come from: "batch norm" (synthetic inputs matched to running
             statistics), "tokens" or "noise" (synthetic inputs of that kind), "analytic" (the norm
             layers alone), or "real".
