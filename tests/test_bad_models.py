@@ -312,7 +312,7 @@ def test_activations_that_are_not_finite(function):
 
 def test_activations_that_are_not_finite_behind_a_norm():
     model = Conv(nn.BatchNorm2d(10), Map(torch.log))
-    falls_back(model, IMAGE, "the inputs of layer 'conv2' are not finite on batch norm inputs")
+    falls_back(model, IMAGE, "the inputs of layer 'conv2' are not finite on noise inputs")
 
 
 @pytest.mark.parametrize("function", [torch.log, lambda x: x / 0], ids=["nan", "inf"])
