@@ -53,8 +53,16 @@ def compress_(
     Raises:
         LightningCompressError: As `search_ranks` and `apply_plan_`; the model is then as it was.
     """
-    settings = {"objective": objective, "heal": heal, "calibration": calibration, "seed": seed, **settings}
-    return compress_model_(model, budget, example_input=example_input, **settings).plan
+    return compress_model_(
+        model,
+        budget,
+        example_input=example_input,
+        objective=objective,
+        heal=heal,
+        calibration=calibration,
+        seed=seed,
+        **settings,
+    ).plan
 
 
 @dataclass(frozen=True)

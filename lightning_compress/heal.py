@@ -29,7 +29,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress.decompositions import factorise_in
@@ -39,7 +39,7 @@ from lightning_compress.moments import Statistics, unfolded
 from lightning_compress.progress import Progress, silent
 from lightning_compress.swap import Replacement
 from lightning_compress.synthesis import WORK
-from lightning_compress.tracing import Arguments, hooked, inference, output_tensors
+from lightning_compress.tracing import Arguments, hooked, inference, input_of, output_tensors, sample_counts
 
 RIDGE = 1e-3
 """Relative ridge of the regression: synthetic inputs leave some directions almost unseen."""
@@ -91,7 +91,7 @@ def heal_(
     Args:
         dense: The dense model.
         model: The compressed one; also its norm layers' scales and running statistics may change.
-        replacements: Its factorised layers, in forward order.
+        replacements: Its factorised layers, in any order.
         statistics: Of the dense model; the last quarter of its batches is held out to judge the
             result.
         steps: Of the distillation at most; fewer where they would cost more than `WORK` MACs.
@@ -210,7 +210,7 @@ def _inputs_of(model: nn.Module, layer: nn.Module, arguments: Arguments) -> Tens
     found: list[Tensor] = []
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(args[0] if args else kwargs["input"])
+        found.append(input_of(args, kwargs))
         raise _Reached
 
     hook = layer.register_forward_pre_hook(stop, with_kwargs=True)
@@ -268,7 +268,7 @@ def _renormalise(model: nn.Module, batches: Sequence[Arguments]) -> None:
                 norm.train()
                 norm.momentum = None  # a plain average over the batches
             for args, kwargs in batches:
-                if _size(args, kwargs) > 1:  # the variance of one sample is none
+                if min(sample_counts((args, kwargs)), default=1) > 1:  # the variance of one sample is none
                     model(*args, **kwargs)
         finally:
             for norm, momentum, count in zip(norms, momenta, counts, strict=True):
@@ -277,18 +277,14 @@ def _renormalise(model: nn.Module, batches: Sequence[Arguments]) -> None:
                     norm.num_batches_tracked.copy_(count)
 
 
-def _size(*arguments: Any) -> int:
-    """Returns the number of samples in a batch."""
-    return min((len(leaf) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.ndim), default=1)
-
-
 def _affordable(
     dense: nn.Module, model: nn.Module, replacements: Sequence[Replacement], batches: Sequence[Arguments], steps: int
 ) -> tuple[int, str | None]:
     """Returns the number of steps, and why there can be none."""
     if not replacements:
         return 0, "no layer is factorised"
-    if any(parameter.dtype not in (torch.float32, torch.float64) for parameter in _trained(model, replacements)):
+    trained = _trained(model, replacements)
+    if any(parameter.dtype not in (torch.float32, torch.float64) for parameter in trained):
         return 0, "the parameters are in half precision"
     args, kwargs = batches[0]
     with FlopCounterMode(display=False) as flops, inference(dense):
@@ -296,7 +292,7 @@ def _affordable(
     if not outputs:
         return 0, "the model returns no floating-point tensor"
     try:
-        _gradients(dense, model, replacements, batches[0])
+        _gradients(dense, model, replacements, trained, batches[0])
     except RuntimeError as error:
         return 0, f"the model cannot be differentiated ({error})"
     steps = min(steps, WORK // max(1, flops.get_total_flops()))  # forward of both, backward of the smaller one
@@ -329,7 +325,7 @@ def _distil(  # noqa: PLR0917
         for step in range(1, steps + 1):
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * step / steps)) / 2
             arguments = _shuffled(batches, generator)
-            gradients = _gradients(dense, model, replacements, arguments)
+            gradients = _gradients(dense, model, replacements, trained, arguments)
             for parameter, gradient in zip(free, gradients, strict=True):
                 parameter.grad = gradient
             optimizer.step()
@@ -338,10 +334,13 @@ def _distil(  # noqa: PLR0917
 
 
 def _gradients(
-    dense: nn.Module, model: nn.Module, replacements: Sequence[Replacement], arguments: Arguments
+    dense: nn.Module,
+    model: nn.Module,
+    replacements: Sequence[Replacement],
+    trained: Sequence[nn.Parameter],
+    arguments: Arguments,
 ) -> tuple[Tensor | None, ...]:
     """Returns those of the distance by the trained parameters, which keep their own."""
-    trained = _trained(model, replacements)
     with torch.inference_mode(mode=False), _requiring_grad(trained):
         distance = _distance(dense, model, replacements, arguments)
         return torch.autograd.grad(distance, trained, allow_unused=True)
@@ -351,7 +350,7 @@ def _shuffled(batches: Sequence[Arguments], generator: torch.Generator) -> Argum
     """Returns a batch drawn anew from all of them, or one of them where they cannot be mixed."""
     leaves = [tree_flatten(batch)[0] for batch in batches]
     spec = tree_flatten(batches[0])[1]
-    size = min(len(leaf) for batch in leaves for leaf in batch if isinstance(leaf, Tensor) and leaf.ndim)
+    size = min(sample_counts(leaves))
     picked = torch.randint(len(batches), (size,), generator=generator), torch.randperm(size, generator=generator)
     mixed: list[Any] = []
     for parts in zip(*leaves, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from lightning_compress.tracing import (
     ExampleInput,
     hooked,
     inference,
+    input_of,
     is_shape,
     output_tensors,
     run,
@@ -30,8 +32,6 @@ from lightning_compress.tracing import (
 
 POSITIONS = 2**16
 """Rows of an unfolded input that are taken at most per layer and batch, evenly spread."""
-
-
 PROBES = 2
 """Random combinations of the outputs whose gradients are taken per batch."""
 
@@ -56,7 +56,7 @@ class Moments:
     outputs: Tensor | None = None
     source: str = "real"
 
-    @property
+    @functools.cached_property
     def metric(self) -> Metric:
         """The metric in which the layer's errors are measured."""
         return Metric(self.second, self.outputs)
@@ -212,7 +212,7 @@ def input_moments(
     with (
         hooked(
             layer.register_forward_pre_hook(
-                lambda m, args, kwargs, name=name: gather(name, m, args[0] if args else kwargs["input"]),
+                lambda m, args, kwargs, name=name: gather(name, m, input_of(args, kwargs)),
                 with_kwargs=True,
             )
             for name, layer in layers.items()

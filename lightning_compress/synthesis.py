@@ -31,6 +31,7 @@ from lightning_compress.tracing import (
     as_arguments,
     hooked,
     inference,
+    input_of,
     output_tensors,
     run,
     trace,
@@ -208,7 +209,7 @@ def _match(
     with (
         hooked(
             norm.register_forward_pre_hook(
-                lambda m, args, kwargs: deviations.append(_deviation(m, args[0] if args else kwargs["input"])),
+                lambda m, args, kwargs: deviations.append(_deviation(m, input_of(args, kwargs))),
                 with_kwargs=True,
             )
             for norm in norms

@@ -7,6 +7,7 @@ after an exception, and no gradient is computed.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
@@ -60,27 +61,25 @@ def trace(model: nn.Module, example_input: ExampleInput) -> Trace:
     def record(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             uses.leave(name)
-            inputs = args[0] if args else kwargs["input"]
-            calls[name].append(_layer_call(module, inputs, output))
+            calls[name].append(_layer_call(module, input_of(args, kwargs), output))
 
         return hook
 
-    handles = []
-    try:
-        for name, layer in layers.items():
-            handles.append(layer.register_forward_pre_hook(lambda *_, name=name: uses.enter(name)))
-            handles.append(layer.register_forward_hook(record(name), with_kwargs=True))
-        flops = FlopCounterMode(display=False)
-        with inference(model), uses, flops:
-            run(
-                model,
-                (args, kwargs),
-                f"example_input {shape_text(example_input)}",
-                " Shapes include the batch dimension; pass tensors where the values or the dtype matter.",
-            )
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = itertools.chain.from_iterable(
+        (
+            layer.register_forward_pre_hook(lambda *_, name=name: uses.enter(name)),
+            layer.register_forward_hook(record(name), with_kwargs=True),
+        )
+        for name, layer in layers.items()
+    )
+    flops = FlopCounterMode(display=False)
+    with hooked(hooks), inference(model), uses, flops:
+        run(
+            model,
+            (args, kwargs),
+            f"example_input {shape_text(example_input)}",
+            " Shapes include the batch dimension; pass tensors where the values or the dtype matter.",
+        )
     return Trace(
         calls={name: tuple(found) for name, found in calls.items()},
         read_elsewhere=frozenset(uses.read_elsewhere),
@@ -187,6 +186,16 @@ def run(model: nn.Module, arguments: Arguments, what: str, advice: str = "") -> 
     except Exception as error:
         msg = f"the model fails on {what}: {type(error).__name__}: {error}.{advice}"
         raise ExampleInputError(msg) from error
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Returns what a torch layer was called with, by position or as `input`."""
+    return cast(Tensor, args[0] if args else kwargs["input"])
+
+
+def sample_counts(arguments: Any) -> set[int]:
+    """Returns the leading sizes of the tensors in a batch that have one."""
+    return {len(leaf) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.ndim}
 
 
 def output_tensors(outputs: Any) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -128,6 +128,18 @@ class Decomposition(ABC):
     def factorise(self, weight: Tensor, ranks: tuple[int, ...], metric: Tensor | None = None) -> dict[str, Tensor]:
         """Returns the weights of the child layers by name, float64, fitted in the metric."""
 
+    def gated(self, factors: Mapping[str, Tensor], gates: Callable[[int, int], Tensor]) -> dict[str, Tensor]:
+        """Returns the factors with each ordered component times its gate.
+
+        This is the rule of kinds with one rank, whose components are the rows of the first factor.
+
+        Args:
+            factors: Weights of the child layers by name, as from `factorise`.
+            gates: Called with the index of a rank and the number of its components, returns (count,).
+        """
+        first = next(iter(factors))
+        return {**factors, first: along(factors[first], gates(0, len(factors[first])))}
+
     @abstractmethod
     def children(self, layer: nn.Module, ranks: tuple[int, ...]) -> dict[str, nn.Module]:
         """Returns the child layers in forward order, on the meta device, the bias in the last."""
@@ -194,6 +206,13 @@ class FactorisedLayer(nn.Sequential):
     def extra_repr(self) -> str:
         """Returns kind and ranks for `print(model)`."""
         return f"kind={self.kind}, ranks={self.ranks}"
+
+
+def along(factor: Tensor, gates: Tensor, dim: int = 0) -> Tensor:
+    """Returns a factor times one gate, (n,), for each index of a dimension of size n."""
+    shape = [1] * factor.ndim
+    shape[dim] = -1
+    return factor * gates.to(factor).reshape(shape)
 
 
 def conv_like(

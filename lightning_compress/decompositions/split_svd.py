@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import numpy as np
@@ -17,6 +17,7 @@ from lightning_compress.decompositions.base import (
     Ints,
     LayerCall,
     RankProfile,
+    along,
     balanced,
     conv_like,
     singular_energies,
@@ -101,6 +102,13 @@ class SplitSvd(Decomposition):
             "reduce": reduce.reshape(len(reduce), -1, *weight.shape[2:]),
             "expand": expand[:, :, None, None],
         }
+
+    @override
+    def gated(self, factors: Mapping[str, Tensor], gates: Callable[[int, int], Tensor]) -> dict[str, Tensor]:
+        """Gates every split alike: the components of one come after those of another."""
+        reduce = factors["reduce"]
+        own = gates(0, len(reduce) // self.splits)
+        return {**factors, "reduce": along(reduce, own.repeat(self.splits))}
 
     @override
     def children(self, layer: nn.Module, ranks: tuple[int, ...]) -> dict[str, nn.Module]:

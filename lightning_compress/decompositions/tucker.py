@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import numpy as np
@@ -20,6 +20,7 @@ from lightning_compress.decompositions.base import (
     Ints,
     LayerCall,
     RankProfile,
+    along,
     conv_like,
 )
 from lightning_compress.decompositions.metric import energy, regularised, solvable, whitened_targets
@@ -99,6 +100,16 @@ class Tucker2(Decomposition):
             "reduce": (u_in.T * scale)[:, :, None, None],
             "core": core / scale**2,
             "expand": (u_out * scale)[:, :, None, None],
+        }
+
+    @override
+    def gated(self, factors: Mapping[str, Tensor], gates: Callable[[int, int], Tensor]) -> dict[str, Tensor]:
+        """Gates the basis of the outputs with the first rank and that of the inputs with the second."""
+        reduce, expand = factors["reduce"], factors["expand"]
+        return {
+            **factors,
+            "reduce": along(reduce, gates(1, len(reduce))),
+            "expand": along(expand, gates(0, expand.shape[1]), dim=1),
         }
 
     @override

@@ -316,7 +316,7 @@ def _within_error(  # noqa: PLR0917
 
 def _smallest_share(problem: Problem, dense: Costs) -> float:
     """Returns the smallest fraction of the parameters that can be reached."""
-    rest = dense.params - sum(table.costs[-1][0] for table in problem.layers)
+    rest = _rest(problem.layers, dense)[RESOURCES.index("params")]
     return float((problem.cost_of(smallest(problem))[0] + rest + 1) / dense.params)
 
 
@@ -357,8 +357,7 @@ def _tabulate(
 
 
 def _problem(tables: tuple[Candidates, ...], dense: Costs, budget: Budget) -> Problem:
-    totals = _vector(dense)
-    rest = totals - np.sum([table.costs[-1] for table in tables], axis=0)
+    totals, rest = _vector(dense), _rest(tables, dense)
     budgeted = tuple(budget.limits())
     columns = [RESOURCES.index(name) for name in budgeted]
     fractions = np.array(list(budget.limits().values()))
@@ -369,11 +368,16 @@ def _vector(costs: Costs) -> Floats:
     return np.array([costs.params, costs.macs or 0, costs.bytes], dtype=np.float64)
 
 
+def _rest(tables: Sequence[Candidates], dense: Costs) -> Floats:
+    """Returns what everything but the layers costs, shape (3,)."""
+    rest: Floats = _vector(dense) - np.sum([table.costs[-1] for table in tables], axis=0)
+    return rest
+
+
 def _require_feasible(problem: Problem, dense: Costs, budget: Budget) -> None:
     cheapest = np.array([problem.costs(i).min(axis=0) for i in range(len(problem.layers))])  # (layers, b)
-    totals = _vector(dense)[[RESOURCES.index(name) for name in problem.budgeted]]
-    rest = totals - np.sum([problem.costs(i)[-1] for i in range(len(problem.layers))], axis=0)
-    floor = (cheapest.sum(axis=0) + rest) / totals
+    columns = [RESOURCES.index(name) for name in problem.budgeted]
+    floor = (cheapest.sum(axis=0) + _rest(problem.layers, dense)[columns]) / _vector(dense)[columns]
     together = problem.fits(smallest(problem)) if (problem.limits > 0).all() else False
     if together:
         return

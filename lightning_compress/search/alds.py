@@ -23,7 +23,7 @@ import numpy as np
 
 from lightning_compress.decompositions.base import Ints
 from lightning_compress.progress import Progress
-from lightning_compress.search.exact import smallest
+from lightning_compress.search.exact import first_that_fits, smallest
 from lightning_compress.search.problem import Problem
 
 ALDS_KINDS = ("svd", "channel_svd", "split2_svd", "split4_svd")
@@ -41,15 +41,7 @@ def search_alds(problem: Problem, *, progress: Progress) -> Ints:
     """
     progress("operator-norm threshold", 0.0)
     thresholds = np.unique(np.concatenate([layer.spectral for layer in problem.layers]))
-    best = smallest(problem)
-    low, high = 0, len(thresholds)
-    while low < high:
-        middle = (low + high) // 2
-        choice = _smallest_within(problem, float(thresholds[middle]))
-        if problem.fits(choice):
-            best, high = choice, middle
-        else:
-            low = middle + 1
+    best = first_that_fits(problem, thresholds, lambda t: _smallest_within(problem, t), smallest(problem))
     progress("operator-norm threshold", 1.0)
     return best
 

@@ -24,14 +24,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from lightning_compress.candidates import DENSE
 from lightning_compress.decompositions import DECOMPOSITIONS, factorise_in
@@ -42,7 +42,7 @@ from lightning_compress.search.exact import solve
 from lightning_compress.search.problem import Problem
 from lightning_compress.search.space import Space, around
 from lightning_compress.synthesis import WORK
-from lightning_compress.tracing import Arguments, inference, output_tensors
+from lightning_compress.tracing import Arguments, inference, output_tensors, sample_counts
 
 STEPS = 40
 LEARNING_RATE = 0.03
@@ -76,12 +76,14 @@ class Outputs:
         layers: Those of the problem, in its order.
         statistics: With the synthetic inputs, and the metric in which factors are fitted.
         inputs: Synthetic inputs per step.
+        measured: Distances that were worked out, by kinds and ranks: a search asks for some twice.
     """
 
     model: nn.Module
     layers: tuple[Layer, ...]
     statistics: Statistics
     inputs: int = INPUTS
+    measured: dict[tuple[Any, ...], float] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def exist(self) -> bool:
@@ -139,6 +141,13 @@ def composite_loss(problem: Problem, outputs: Outputs, choice: Ints) -> float:
 
 def output_distance(outputs: Outputs, problem: Problem, choice: Ints) -> float:
     """Returns D = ‖f − f̂‖² / ‖f − mean f‖² of whole ranks over all synthetic inputs; infinite if not finite."""
+    key = tuple((layer.kinds[row], layer.ranks[row]) for layer, row in zip(problem.layers, choice, strict=True))
+    if key not in outputs.measured:
+        outputs.measured[key] = _measure(outputs, problem, choice)
+    return outputs.measured[key]
+
+
+def _measure(outputs: Outputs, problem: Problem, choice: Ints) -> float:
     weights = {}
     for index, (layer, row) in enumerate(zip(problem.layers, choice, strict=True)):
         entry = outputs.layers[index]
@@ -224,20 +233,10 @@ class _Paths:
 
 
 def _gated(kind: str, factors: dict[str, Tensor], ranks: Tensor, temperature: float, shape: tuple[int, ...]) -> Tensor:
-    """Returns the weight with soft gates on its components; two ranks gate the outputs' and the inputs' basis."""
-    names = list(factors)
-    gated = dict(factors)
-    first, last = factors[names[0]], factors[names[-1]]
-    if len(names) == 2:  # noqa: PLR2004
-        splits = getattr(DECOMPOSITIONS[kind], "splits", 1)  # the components of one split after those of another
-        gates = _gates(ranks[0], len(first) // splits, temperature).to(first).repeat(splits)
-        gated[names[0]] = first * gates.reshape(-1, *(1,) * (first.ndim - 1))
-    else:
-        inner = _gates(ranks[1], len(first), temperature).to(first)
-        outer = _gates(ranks[0], last.shape[1], temperature).to(last)
-        gated[names[0]] = first * inner.reshape(-1, *(1,) * (first.ndim - 1))
-        gated[names[-1]] = last * outer.reshape(1, -1, *(1,) * (last.ndim - 2))
-    return DECOMPOSITIONS[kind].dense_weight(gated, shape)
+    """Returns the weight with soft gates on its components."""
+    decomposition = DECOMPOSITIONS[kind]
+    gated = decomposition.gated(factors, lambda rank, count: _gates(ranks[rank], count, temperature))
+    return decomposition.dense_weight(gated, shape)
 
 
 def _gates(rank: Tensor, count: int, temperature: float) -> Tensor:
@@ -263,9 +262,9 @@ def _descend(paths: _Paths, outputs: Outputs, progress: Callable[[float], None])
         through = sum((mixed[layer] * gradient).sum() for layer, gradient in by_weight.items())
         separable, violation = (probability * loss).sum(), (probability[:, None] * cost).sum(dim=0) - 1
         variables = [log_sizes, logits]
-        of_distance = _flat(through, variables, retain=True)
-        of_separable = _flat(separable, variables, retain=True)
-        of_cost = torch.stack([_flat(v, variables, retain=True) for v in violation])  # (b, 2 P)
+        of_distance = _flat(through, variables)
+        of_separable = _flat(separable, variables)
+        of_cost = torch.stack([_flat(v, variables) for v in violation])  # (b, 2 P)
         objective = of_distance + of_separable
         normal = of_cost @ of_cost.T + 1e-12 * torch.eye(len(of_cost), dtype=of_cost.dtype)
         multipliers = torch.linalg.solve(normal, -(of_cost @ objective)).clamp_min(0)
@@ -285,8 +284,8 @@ def _descend(paths: _Paths, outputs: Outputs, progress: Callable[[float], None])
     return log_sizes.detach(), weights
 
 
-def _flat(value: Tensor | int, variables: Sequence[Tensor], *, retain: bool) -> Tensor:
-    gradients = torch.autograd.grad(cast(Tensor, value), variables, retain_graph=retain, allow_unused=True)
+def _flat(value: Tensor | int, variables: Sequence[Tensor]) -> Tensor:
+    gradients = torch.autograd.grad(cast(Tensor, value), variables, retain_graph=True, allow_unused=True)
     return torch.cat([torch.zeros_like(v) if g is None else g for g, v in zip(gradients, variables, strict=True)])
 
 
@@ -322,7 +321,7 @@ def _distances(outputs: Outputs, weights: dict[int, Tensor], arguments: Argument
 
 def _groups(batch: Arguments, inputs: int | None, size: int) -> list[Arguments]:
     """Returns the first inputs of a batch in groups; all at once where the tensors differ in their number."""
-    counts = {len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim}
+    counts = sample_counts(batch)
     if len(counts) != 1:
         return [batch]
     count = min(inputs or max(counts), *counts)

@@ -6,7 +6,7 @@ import numpy as np
 
 from lightning_compress.decompositions.base import Ints
 from lightning_compress.progress import Progress
-from lightning_compress.search.exact import smallest
+from lightning_compress.search.exact import first_that_fits, smallest
 from lightning_compress.search.problem import Problem
 
 
@@ -18,15 +18,7 @@ def search_energy(problem: Problem, *, progress: Progress) -> Ints:
     """
     progress("energy threshold", 0.0)
     thresholds = np.unique(np.concatenate([layer.errors for layer in problem.layers]))
-    best = smallest(problem)
-    low, high = 0, len(thresholds)
-    while low < high:
-        middle = (low + high) // 2
-        choice = _cheapest_within(problem, float(thresholds[middle]))
-        if problem.fits(choice):
-            best, high = choice, middle
-        else:
-            low = middle + 1
+    best = first_that_fits(problem, thresholds, lambda t: _cheapest_within(problem, t), smallest(problem))
     progress("energy threshold", 1.0)
     return best
 

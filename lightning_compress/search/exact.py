@@ -7,6 +7,7 @@ is the certificate by which every other strategy is judged.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +76,26 @@ def smallest(problem: Problem) -> Ints:
     integrality[-1] = 0
     result = milp(worst, integrality=integrality, bounds=Bounds(0, upper), constraints=rows)
     return _to_choice(problem, result.x[:-1])
+
+
+def first_that_fits(problem: Problem, values: Floats, choose: Callable[[float], Ints], otherwise: Ints) -> Ints:
+    """Returns the choice of the first value whose choice keeps every budget, by bisection.
+
+    Args:
+        problem: The problem.
+        values: In such an order that the choices grow cheaper.
+        choose: Value to choice.
+        otherwise: What is returned if none fits.
+    """
+    best, low, high = otherwise, 0, len(values)
+    while low < high:
+        middle = (low + high) // 2
+        choice = choose(float(values[middle]))
+        if problem.fits(choice):
+            best, high = choice, middle
+        else:
+            low = middle + 1
+    return best
 
 
 def _one_per_layer(problem: Problem, extra: int = 0) -> list[LinearConstraint]:

@@ -54,7 +54,7 @@ from torch import Tensor
 from lightning_compress.candidates import DENSE, Candidates
 from lightning_compress.decompositions.base import Floats, Ints
 from lightning_compress.progress import Progress
-from lightning_compress.search.exact import smallest
+from lightning_compress.search.exact import first_that_fits, smallest
 from lightning_compress.search.problem import Problem
 
 GAMMA, BETA = 0.4, 0.8
@@ -212,16 +212,12 @@ def _loss(probability: Tensor, shares: Tensor, ranks: Tensor) -> Tensor:
 def _scaled(problem: Problem, paths: list[_Path], ranks: list[float], fallback: Ints) -> Ints:
     """Returns the choice of the largest common factor that keeps every budget, by bisection."""
     factors = [np.append(p.ranks, p.ranks[-1] + 1) / rank for p, rank in zip(paths, ranks, strict=True)]
-    every = np.unique(np.concatenate(factors))
-    best, low, high = fallback, 0, len(every)
-    while low < high:
-        middle = (low + high) // 2
+
+    def scaled(factor: float) -> Ints:
         choice = np.array([len(layer) - 1 for layer in problem.layers])
         for path, own in zip(paths, factors, strict=True):
-            reached = max(int(np.searchsorted(own, every[middle], side="right")) - 1, 0)
+            reached = max(int(np.searchsorted(own, factor, side="right")) - 1, 0)
             choice[path.layer] = np.append(path.rows, choice[path.layer])[reached]
-        if problem.fits(choice):
-            best, low = choice, middle + 1
-        else:
-            high = middle
-    return best
+        return choice
+
+    return first_that_fits(problem, np.unique(np.concatenate(factors))[::-1], scaled, fallback)
