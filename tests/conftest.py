@@ -72,6 +72,28 @@ class TinyTask(L.LightningModule):
         return self.configure(self) if self.configure else torch.optim.Adam(self.parameters(), lr=1e-2)
 
 
+class InMode(nn.Module):
+    """A model run in a mode of its own, such as torch.no_grad."""
+
+    def __init__(self, model: nn.Module, mode) -> None:
+        super().__init__()
+        self.model, self.mode = model, mode
+
+    def forward(self, x):
+        with self.mode():
+            return self.model(x)
+
+
+def interrupting(phase: str, after: float):
+    """Ctrl-C as soon as more than a fraction of a phase is done, as a `progress`."""
+
+    def interrupt(what: str, done: float) -> None:
+        if what == phase and done > after:
+            raise KeyboardInterrupt
+
+    return interrupt
+
+
 class TwoManual(TinyTask):
     """Two optimizers stepped by hand, one for the convolutions and one for the linear layers."""
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_compress import Budget, Compress, FactorisedLayer, compress_, search_ranks
 from lightning_compress.compression import compress_model_
 from lightning_compress.errors import CompressionWarning
-from tests.conftest import TinyTask, Unchanged
+from tests.conftest import InMode, TinyTask, Unchanged, interrupting
 
 IMAGE = (1, 3, 5, 5)
 VECTOR = (1, 8)
@@ -330,19 +330,9 @@ def test_outputs_that_are_not_finite(function):
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
 
 
-def test_outputs_that_never_vary():
-    falls = Mlp(after=Map(lambda x: 0 * x))
-    before = Everything(falls)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CompressionWarning)
-        plan = search_ranks(falls, Budget(params=0.7), example_input=VECTOR)
-        before.check()
-        compress_(falls, Budget(params=0.7), example_input=VECTOR)
-    assert plan.kept["params"] <= 0.7
-
-
-def test_outputs_that_are_no_floats():
-    model = Mlp(after=Map(lambda x: x.argmax(dim=1)))
+@pytest.mark.parametrize("function", [lambda x: 0 * x, lambda x: x.argmax(dim=1)], ids=["constant", "no floats"])
+def test_outputs_without_a_spread(function):
+    model = Mlp(after=Map(function))
     before = Everything(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CompressionWarning)
@@ -378,25 +368,15 @@ def test_forward_with_norms_that_fails_on_more_than_one_sample(error):
     falls_back(One(run_in(Conv(nn.BatchNorm2d(10))), error), IMAGE, "the model fails on")
 
 
-class Graphless(nn.Module):
-    def __init__(self, model: nn.Module, mode) -> None:
-        super().__init__()
-        self.model, self.mode = model, mode
-
-    def forward(self, x):
-        with self.mode():
-            return self.model(x)
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_forward_without_gradient(mode):
     message = "falls back to objective='moments': the model cannot be differentiated"
-    falls_back(Graphless(Mlp(), mode), VECTOR, message, objective="moments")
+    falls_back(InMode(Mlp(), mode), VECTOR, message, objective="moments")
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_forward_with_norms_without_gradient(mode):
-    model = Graphless(run_in(Conv(nn.BatchNorm2d(10))), mode)
+    model = InMode(run_in(Conv(nn.BatchNorm2d(10))), mode)
     falls_back(model, IMAGE, "falls back to objective='moments'", objective="moments")
 
 
@@ -471,27 +451,18 @@ def test_interruption_in_every_phase_leaves_the_dense_model(phase, call):
 def test_interruption_of_the_search_leaves_the_model(phase):
     model = interruptible()
     before = Everything(model)
-
-    def interrupt(what, done):
-        if what == phase and done > 0.4:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        search_ranks(model, Budget(params=0.7), example_input=VECTOR, progress=interrupt)
+        search_ranks(model, Budget(params=0.7), example_input=VECTOR, progress=interrupting(phase, 0.4))
     before.check()
 
 
 def test_interruption_of_a_quality_target_leaves_the_model():
     model = Mlp()
     before = Everything(model)
-
-    def interrupt(what, done):
-        if what == "quality target" and done > 0.1:
-            raise KeyboardInterrupt
-
+    progress = interrupting("quality target", 0.1)
     with pytest.raises(KeyboardInterrupt):
         compress_(
-            model, Budget(max_error=0.1), example_input=VECTOR, method="exact", objective="moments", progress=interrupt
+            model, Budget(max_error=0.1), example_input=VECTOR, method="exact", objective="moments", progress=progress
         )
     before.check()
 

@@ -31,7 +31,7 @@ from lightning_compress.search.end_to_end import (
     affordable_inputs,
 )
 from lightning_compress.synthesis import WORK
-from tests.conftest import TinyTask, Unchanged
+from tests.conftest import InMode, TinyTask, Unchanged
 from tests.test_statistics import SHAPE, trained_like
 
 VECTOR = (1, 6)
@@ -320,18 +320,6 @@ def test_unknown_objective_is_an_error(small, objective):
 # --- models that cannot be differentiated -----------------------------------------------------------
 
 
-class Without(nn.Module):
-    """A model run in a mode."""
-
-    def __init__(self, model: nn.Module, mode) -> None:
-        super().__init__()
-        self.model, self.mode = model, mode
-
-    def forward(self, x):
-        with self.mode():
-            return self.model(x)
-
-
 class Detach(nn.Module):
     def forward(self, x):
         return x.detach().tanh()
@@ -339,7 +327,7 @@ class Detach(nn.Module):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_model_without_gradients_falls_back_to_the_moments(mode, unchanged):
-    net = Without(mlp(), mode)
+    net = InMode(mlp(), mode)
     before = unchanged(net)
     with pytest.warns(CompressionWarning, match="falls back to objective='moments': the model cannot be differ"):
         plan = search_ranks(net, Budget(params=0.6), example_input=VECTOR)
@@ -352,7 +340,7 @@ def test_model_without_gradients_falls_back_to_the_moments(mode, unchanged):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_model_without_gradients_that_holds_batch_norms_falls_back_too(mode, unchanged):
-    net = Without(trained_like(), mode)
+    net = InMode(trained_like(), mode)
     before = unchanged(net)
     with pytest.warns(CompressionWarning):
         plan = search_ranks(net, Budget(params=0.6), example_input=SHAPE)

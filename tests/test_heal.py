@@ -12,7 +12,7 @@ from lightning_compress.compression import compress_model_
 from lightning_compress.errors import CompressionWarning, ConfigurationError, UnsupportedError
 from lightning_compress.heal import heal_, output_distance
 from lightning_compress.moments import gather_statistics
-from tests.conftest import TinyTask
+from tests.conftest import TinyTask, interrupting
 from tests.test_statistics import SHAPE, trained_like
 
 
@@ -134,13 +134,9 @@ def test_heal_is_true_or_false(heal):
 def test_interrupted_compression_leaves_the_dense_model(unchanged):
     model = trained_like()
     before = unchanged(model)
-
-    def interrupt(what, done):
-        if what == "healing: regression" and done > 0.5:
-            raise KeyboardInterrupt
-
+    progress = interrupting("healing: regression", 0.5)
     with pytest.raises(KeyboardInterrupt):
-        compress_model_(model, Budget(params=0.5), example_input=SHAPE, heal=True, progress=interrupt)
+        compress_model_(model, Budget(params=0.5), example_input=SHAPE, heal=True, progress=progress)
     before.check()
 
 
