@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 
 from lightning_compress.config import RESOURCES
-from lightning_compress.decompositions import DECOMPOSITIONS, profile_in
+from lightning_compress.decompositions import DECOMPOSITIONS, profile_in, weighted_energy
 from lightning_compress.decompositions.base import Floats, Ints, RankProfile, spectral_errors, threads_for
-from lightning_compress.decompositions.metric import Metric, energy
+from lightning_compress.decompositions.metric import Metric
 from lightning_compress.errors import ConfigurationError
 from lightning_compress.inventory import Layer
 
@@ -83,6 +83,7 @@ def tabulate(
 ) -> Candidates:
     """Returns the candidates of a layer: smaller than dense, no more MACs, none dominated.
 
+    Only lookups may cost more MACs than dense, as a dense one costs none.
     A candidate is dominated if another of its kind has no larger error and no larger cost in
     any budgeted resource.
 
@@ -95,20 +96,21 @@ def tabulate(
     Raises:
         ConfigurationError: If the layer's rank bounds leave no rank of any kind.
     """
-    weight = layer.weight.detach().to("cpu", torch.float64)
+    weight = layer.canonical_weight().detach().to("cpu", torch.float64)
+    groups = layer.operator.groups
     columns = [RESOURCES.index(name) for name in budgeted]
     dense = _dense_costs(layer)
     found: list[tuple[str, Ints, Floats, Floats, Floats]] = []
     in_bounds = False
     for kind in layer.kinds:
         with threads_for(weight):
-            profile = profile_in(kind, weight, metric)
+            profile = profile_in(kind, weight, metric, groups)
         rows = np.flatnonzero(_allowed(layer, profile.ranks, rank_multiple))
         in_bounds = in_bounds or len(rows) > 0
         rows = rows[_thinned(profile.ranks[rows])]
         ranks, errors, spectral = profile.ranks[rows], profile.errors[rows], _spectral(profile)[rows]
         costs = _costs(layer, kind, ranks)
-        rows = np.flatnonzero((costs[:, 0] < dense[0]) & (costs[:, 1] <= dense[1]))
+        rows = np.flatnonzero((costs[:, 0] < dense[0]) & ((costs[:, 1] <= dense[1]) | layer.operator.lookup))
         rows = rows[_undominated(errors[rows], costs[rows][:, columns])]
         found.append((kind, ranks[rows], errors[rows], spectral[rows], costs[rows]))
     if not in_bounds:
@@ -124,15 +126,9 @@ def tabulate(
         ranks=(*(tuple(map(int, row)) for _, ranks, *_ in found for row in ranks), ()),
         errors=np.concatenate([*(errors for *_, errors, _, _ in found), np.zeros(1)]),
         spectral=np.concatenate([*(spectral for *_, spectral, _ in found), np.zeros(1)]),
-        energy=_energy(weight, metric),
+        energy=weighted_energy(weight, metric, groups),
         costs=np.concatenate([*(costs for *_, costs in found), dense[None]]),
     )
-
-
-def _energy(weight: torch.Tensor, metric: Metric | None) -> float:
-    if metric is None:
-        return float(weight.square().sum())
-    return energy(metric.weigh(weight).flatten(1), metric.inputs)
 
 
 def _spectral(profile: RankProfile) -> Floats:
@@ -150,7 +146,7 @@ def _spectral(profile: RankProfile) -> Floats:
 
 
 def _largest(layer: Layer) -> str:
-    return ", ".join(f"{kind} {DECOMPOSITIONS[kind].max_ranks(layer.weight_shape)}" for kind in layer.kinds)
+    return ", ".join(f"{kind} {DECOMPOSITIONS[kind].max_ranks(layer.operator.shape)}" for kind in layer.kinds)
 
 
 def _allowed(layer: Layer, ranks: Ints, multiple: int) -> Mask:
@@ -206,9 +202,9 @@ def dense_macs(layer: Layer) -> int:
 
 
 def _costs(layer: Layer, kind: str, ranks: Ints) -> Floats:
-    decomposition = DECOMPOSITIONS[kind]
-    params = decomposition.parameters(layer.weight_shape, ranks)
+    decomposition, operator = DECOMPOSITIONS[kind], layer.operator
+    params = decomposition.parameters(operator.shape, ranks) * operator.groups
     macs = np.zeros(len(ranks), dtype=np.int64)
     for call in layer.calls or ():
-        macs += decomposition.macs(layer.weight_shape, ranks, call)
+        macs += decomposition.macs(operator.shape, ranks, call) * operator.groups
     return np.column_stack([params, macs, params * layer.weight.element_size()]).astype(np.float64)

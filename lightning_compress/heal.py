@@ -34,8 +34,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress.decompositions import factorise_in
 from lightning_compress.decompositions.base import threads_for
+from lightning_compress.decompositions.layer_types import canonical, family_of
 from lightning_compress.decompositions.metric import Metric
-from lightning_compress.moments import Statistics, unfolded
+from lightning_compress.moments import Statistics
 from lightning_compress.progress import Progress, silent
 from lightning_compress.swap import Replacement
 from lightning_compress.synthesis import WORK
@@ -224,37 +225,46 @@ def _refit(
     dense: nn.Module, model: nn.Module, replacement: Replacement, batches: Sequence[Arguments], metric: Metric | None
 ) -> None:
     layer, new = dense.get_submodule(replacement.aliases[0]), replacement.factorised
-    weight = cast(Tensor, layer.weight).detach().flatten(1).double().cpu()
-    size = weight.shape[1]
-    gram, cross = (torch.zeros(size, size, dtype=torch.float64) for _ in range(2))
-    mean_new, mean_dense, count = torch.zeros(size).double(), torch.zeros(size).double(), 0
+    family, operator = family_of(layer), new.operator
+    if operator.lookup:  # its inputs are the same in both models
+        return
+    weight = canonical(layer, cast(Tensor, layer.weight)).detach().double().cpu()
+    weight = weight.reshape(operator.groups, -1, weight[0].numel())  # (groups, out, D)
+    size = weight.shape[2]
+    gram, cross = (torch.zeros(operator.groups, size, size, dtype=torch.float64) for _ in range(2))
+    mean_new, mean_dense, count = torch.zeros_like(gram[:, 0]), torch.zeros_like(gram[:, 0]), 0
     for arguments in batches:
         inputs = _inputs_of(dense, layer, arguments), _inputs_of(model, new, arguments)
         if inputs[0] is None or inputs[1] is None:  # never called on these inputs
             return
-        rows_dense, rows_new = (unfolded(layer, value).float() for value in inputs if value is not None)
-        gram += (rows_new.T @ rows_new).double().cpu()
-        cross += (rows_new.T @ rows_dense).double().cpu()
-        mean_new += rows_new.sum(0).double().cpu()
-        mean_dense += rows_dense.sum(0).double().cpu()
-        count += len(rows_new)
+        rows_dense, rows_new = (cast(Tensor, family.rows(layer, v)).float() for v in inputs if v is not None)
+        gram += (rows_new.mT @ rows_new).double().cpu()
+        cross += (rows_new.mT @ rows_dense).double().cpu()
+        mean_new += rows_new.sum(1).double().cpu()
+        mean_dense += rows_dense.sum(1).double().cpu()
+        count += rows_new.shape[1]
     gram, cross, mean_new, mean_dense = gram / count, cross / count, mean_new / count, mean_dense / count
-    total = gram.trace()
+    total = _trace(gram)
     if new.bias is not None:  # the bias takes care of the means
-        gram, cross = gram - torch.outer(mean_new, mean_new), cross - torch.outer(mean_new, mean_dense)
-    if not gram.trace() > total * torch.finfo(torch.float32).eps:  # inputs that never vary say nothing
+        gram = gram - mean_new[:, :, None] * mean_new[:, None, :]
+        cross = cross - mean_new[:, :, None] * mean_dense[:, None, :]
+    if not bool((_trace(gram) > total * torch.finfo(torch.float32).eps).all()):  # inputs that never vary say nothing
         return
-    ridge = RIDGE * gram.diagonal().mean() * torch.eye(size, dtype=torch.float64)
+    ridge = RIDGE * (_trace(gram) / size)[:, None, None] * torch.eye(size, dtype=torch.float64)
     with threads_for(weight):
-        target = torch.linalg.solve(gram + ridge, (cross + ridge) @ weight.T).T.reshape(new.weight_shape)
-        here = Metric(gram + ridge, metric.outputs if metric is not None else None)
-        factors = factorise_in(new.kind, target, new.ranks, here)
-    for name, child in new.named_children():
-        parameter = cast(Tensor, child.weight)
-        parameter.copy_(factors[name].reshape(parameter.shape))
+        target = torch.linalg.solve(gram + ridge, (cross + ridge) @ weight.mT).mT  # (groups, out, D)
+        outputs = metric.outputs if metric is not None else None
+        here = Metric(*((gram + ridge, outputs) if operator.groups > 1 else ((gram + ridge)[0], outputs)))
+        whole = target.reshape(-1, *operator.shape[1:])
+        new.load_factors(factorise_in(new.kind, whole, new.ranks, here, operator.groups))
     if new.bias is not None and layer.bias is not None:
-        fitted = new.dense_weight().flatten(1).double().cpu()
-        new.bias.copy_((cast(Tensor, layer.bias).double().cpu() + weight @ mean_dense - fitted @ mean_new).to(new.bias))
+        fitted = new.canonical_weight().double().cpu().reshape(weight.shape)
+        shift = (weight @ mean_dense[:, :, None] - fitted @ mean_new[:, :, None]).flatten()
+        new.bias.copy_((cast(Tensor, layer.bias).double().cpu() + shift).to(new.bias))
+
+
+def _trace(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
 
 
 def _renormalise(model: nn.Module, batches: Sequence[Arguments]) -> None:

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_compress.config import Override
-from lightning_compress.decompositions import DECOMPOSITIONS, FactorisedLayer, LayerCall, resolve_kinds
+from lightning_compress.decompositions import DECOMPOSITIONS, FactorisedLayer, LayerCall, Operator, resolve_kinds
+from lightning_compress.decompositions.layer_types import (
+    canonical,
+    family_of,
+    known_types,
+    layer_type,
+    operator_of,
+    own_layout,
+)
 from lightning_compress.errors import (
     ConfigurationError,
     ModelError,
@@ -22,9 +30,6 @@ from lightning_compress.errors import (
     SelectionError,
 )
 from lightning_compress.tracing import Trace
-
-FACTORISABLE_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
-"""Exact types; a subclass may use its weight in its own way."""
 
 _STATE_DICT_HOOKS = (
     "_state_dict_hooks",
@@ -78,6 +83,19 @@ class Layer:
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the dense weight."""
         return tuple(self.weight.shape)
+
+    @property
+    def operator(self) -> Operator:
+        """What a layer that can be factorised does."""
+        return operator_of(self.module)
+
+    def canonical_weight(self) -> Tensor:
+        """Returns the dense weight as (groups · out, in, *kernel)."""
+        return canonical(self.module, self.weight)
+
+    def own_layout(self, weight: Tensor) -> Tensor:
+        """Returns a canonical weight in the layout of the module's own."""
+        return own_layout(self.module, weight)
 
 
 def take_inventory(
@@ -241,7 +259,7 @@ def _with_kinds(
     if reason is not None:
         return replace(layer, reason=reason)
     wanted = resolve_kinds(override.kinds) if override.kinds is not None else general
-    refusals = {kind: DECOMPOSITIONS[kind].unsupported(layer.module) for kind in wanted}
+    refusals = {kind: DECOMPOSITIONS[kind].unsupported(layer.operator) for kind in wanted}
     kinds = tuple(kind for kind, refusal in refusals.items() if refusal is None)
     if not kinds:
         return replace(layer, reason="; ".join(filter(None, refusals.values())))
@@ -257,10 +275,8 @@ def _with_kinds(
 def _why_dense(module: nn.Module, shared: set[int], trace: Trace | None, name: str) -> str | None:
     if isinstance(module, FactorisedLayer):
         return f"already factorised ({module.kind}, ranks {module.ranks})"
-    if type(module) not in FACTORISABLE_TYPES:
-        return (
-            f"{type(module).__name__} is not one of {', '.join(t.__name__ for t in FACTORISABLE_TYPES)} (exact types)"
-        )
+    if layer_type(module) is None:
+        return f"{type(module).__name__} is not one of {', '.join(known_types())} (exact types)"
     if not name:
         return "it is the model itself, which has no parent to swap it in; wrap it, as in nn.Sequential(layer)"
     if "forward" in module.__dict__:
@@ -276,8 +292,8 @@ def _why_weight_dense(module: nn.Module, shared: set[int]) -> str | None:
         return "its weight is computed from other parameters (weight_norm, spectral_norm, pruning or the like)"
     if not weight.is_floating_point():
         return f"its weight is of dtype {weight.dtype}"
-    if isinstance(module, nn.Conv2d) and module.groups != 1:
-        return f"grouped convolution (groups={module.groups})"
+    if (refusal := family_of(module).refusal(module)) is not None:
+        return refusal
     if id(weight) in shared:
         return "its weight is tied to another module's, factorising would untie it"
     if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_compress.analytic import ChannelMoments, analytic_moments
+from lightning_compress.decompositions.layer_types import family_of, operator_of
 from lightning_compress.decompositions.metric import Metric
 from lightning_compress.errors import ExampleInputError
 from lightning_compress.inventory import list_layers
@@ -41,11 +41,12 @@ class Moments:
     """What is known of a layer's unfolded inputs and of what its outputs do.
 
     Attributes:
-        second: S = E[x xᵀ], (D, D) float64; D = in for Linear, in·k_h·k_w for Conv2d.
-        mean: E[x], (D,).
-        outputs: G = Σ g gᵀ, (out, out) float64, of which only the shape matters; g the gradient of a
-            random combination of the model's outputs by those of the layer at one position; None
-            if unknown.
+        second: S = E[x xᵀ], (D, D) float64, D = in times the kernel's size; (groups, D, D) for
+            several groups.
+        mean: E[x], (D,) or (groups, D).
+        outputs: G = Σ g gᵀ, (out, out) or (groups, out, out) float64, of which only the shape
+            matters; g the gradient of a random combination of the model's outputs by those of the
+            layer at one position; None if unknown.
         source: Where they come from: "batch norm" (synthetic inputs matched to running
             statistics), "tokens" or "noise" (synthetic inputs of that kind), "analytic" (the norm
             layers alone), or "real".
@@ -168,21 +169,18 @@ def _batch(batch: Any) -> Any:
 
 def _spread(layer: nn.Module, channels: ChannelMoments) -> Moments:
     """Returns the moments of the unfolded input from those per channel, taken as independent."""
-    kernel = torch.Size(getattr(layer, "kernel_size", ())).numel()
-    mean = channels.mean.repeat_interleave(kernel)
-    variance = channels.variance.repeat_interleave(kernel)
-    return Moments(torch.outer(mean, mean) + variance.diag(), mean, source="analytic")
+    operator = operator_of(layer)
+    kernel = torch.Size(operator.kernel).numel()
+    mean, variance = (
+        values.repeat_interleave(kernel).reshape(operator.groups, -1) for values in (channels.mean, channels.variance)
+    )
+    second = mean[:, :, None] * mean[:, None, :] + torch.diag_embed(variance)
+    return Moments(_joined(second), _joined(mean), source="analytic")
 
 
-def unfolded(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """Returns what the weight is applied to, one row per output position, (rows, D)."""
-    if not isinstance(layer, nn.Conv2d):
-        return inputs.reshape(-1, inputs.shape[-1])
-    inputs = inputs if inputs.ndim == 4 else inputs[None]  # noqa: PLR2004
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
-    columns = F.unfold(padded, layer.kernel_size, layer.dilation, stride=layer.stride)  # (B, D, positions)
-    return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+def _joined(values: Tensor) -> Tensor:
+    """Returns (groups, …) without the first dimension where there is but one group."""
+    return values[0] if len(values) == 1 else values
 
 
 def input_moments(
@@ -193,7 +191,7 @@ def input_moments(
     Args:
         model: Any module; it is run in eval mode and not changed.
         batches: Arguments of its forward pass.
-        names: Layers, nn.Linear or nn.Conv2d.
+        names: Layers that can be factorised.
         source: What the batches are.
 
     Raises:
@@ -204,10 +202,12 @@ def input_moments(
     layers = {name: model.get_submodule(name) for name in names}
 
     def gather(name: str, layer: nn.Module, inputs: Tensor) -> None:
-        rows = unfolded(layer, inputs)
-        rows = rows[:: max(1, len(rows) // POSITIONS)].double()  # with few rows S is singular, in float32 even less
+        rows = family_of(layer).rows(layer, inputs)
+        if rows is None:
+            return
+        rows = rows[:, :: max(1, rows.shape[1] // POSITIONS)].double()  # with few S is singular, in float32 even less
         second, mean, count = sums.get(name, (0, 0, 0))
-        sums[name] = (second + rows.T @ rows, mean + rows.sum(dim=0), count + len(rows))
+        sums[name] = (second + rows.mT @ rows, mean + rows.sum(dim=1), count + rows.shape[1])
 
     with (
         hooked(
@@ -233,7 +233,7 @@ def input_moments(
         msg = f"the model's outputs are not finite on {source} inputs: use objective='weight', or calibration."
         raise ExampleInputError(msg)
     return {
-        name: Moments((second / count).cpu(), (mean / count).cpu(), source=source)
+        name: Moments(_joined(second / count).cpu(), _joined(mean / count).cpu(), source=source)
         for name, (second, mean, count) in sums.items()
     }
 
@@ -250,7 +250,7 @@ def output_moments(
     Args:
         model: Any module; it is run in eval mode and not changed.
         batches: Arguments of its forward pass.
-        names: Layers, nn.Linear or nn.Conv2d.
+        names: Layers that can be factorised.
         seed: Of the directions.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -297,7 +297,7 @@ def _gradients(
 
 
 def _second(layer: nn.Module, gradient: Tensor) -> Tensor:
-    """Returns Σ g gᵀ over samples and positions, (out, out)."""
-    rows = (gradient.movedim(-3, -1) if isinstance(layer, nn.Conv2d) else gradient).float()
-    rows = rows.reshape(-1, rows.shape[-1])
-    return (rows.T @ rows).double()
+    """Returns Σ g gᵀ over samples and positions, (out, out), or that of each group."""
+    rows = family_of(layer).output_rows(layer, gradient).float()
+    rows = rows.reshape(len(rows), operator_of(layer).groups, -1).transpose(0, 1)
+    return _joined(rows.mT @ rows).double()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,8 @@ from lightning_compress.config import did_you_mean
 from lightning_compress.costs import Costs, measure_costs
 from lightning_compress.decompositions import DECOMPOSITIONS, FactorisedLayer, factorise_in
 from lightning_compress.decompositions.base import threads_for
+from lightning_compress.decompositions.factorised import FactorisedBag
+from lightning_compress.decompositions.layer_types import children_of, own_layout
 from lightning_compress.decompositions.metric import Metric
 from lightning_compress.errors import ConfigurationError, PlanMismatchError
 from lightning_compress.inventory import Layer, list_layers, require_module, require_usable_weights
@@ -165,13 +167,20 @@ def plan_of(model: nn.Module, example_input: ExampleInput | None = None) -> Plan
 def _macs_of(name: str, module: FactorisedLayer, traced: Trace) -> tuple[int, int]:
     """Returns the MACs of the dense layer and of its factors, over all traced calls."""
     prefix = f"{name}." if name else ""
+    names = list(module.factors())
     after = sum(
         factor.numel() * call.positions
         for child, factor in module.factors().items()
         for call in traced.calls[f"{prefix}{child}"]
     )
-    last = list(module.factors())[-1]
-    positions = sum(call.positions for call in traced.calls[f"{prefix}{last}"])
+    if module.operator.lookup:
+        return 0, after
+    # the dense weight is applied where the last factor writes, or, transposed, where the first reads
+    ends = traced.calls[f"{prefix}{names[0]}"], traced.calls[f"{prefix}{names[-1]}"]
+    positions = sum(
+        replace(last, inputs=first.inputs, transposed=module.operator.transposed).positions
+        for first, last in zip(*ends, strict=True)
+    )
     return torch.Size(module.weight_shape).numel() * positions, after
 
 
@@ -227,8 +236,8 @@ def _require_applicable(layer: Layer, planned: LayerPlan) -> None:
     if decomposition is None:
         msg = f"{where} has the unknown kind {planned.kind!r} in the plan.{did_you_mean(planned.kind, DECOMPOSITIONS)}"
         raise PlanMismatchError(msg)
-    refusal = decomposition.unsupported(layer.module)
-    largest = decomposition.max_ranks(layer.weight_shape) if refusal is None else ()
+    refusal = decomposition.unsupported(layer.operator)
+    largest = decomposition.max_ranks(layer.operator.shape) if refusal is None else ()
     fits = len(planned.ranks) == len(largest) and all(1 <= r <= m for r, m in zip(planned.ranks, largest, strict=True))
     if refusal is not None or not fits:
         why = refusal or f"its ranks go up to {largest}"
@@ -239,18 +248,21 @@ def _require_applicable(layer: Layer, planned: LayerPlan) -> None:
 def _build(layer: Layer, planned: LayerPlan, metric: Metric | None, *, decompose: bool) -> FactorisedLayer:
     dense, weight = layer.module, cast(nn.Parameter, layer.module.weight)
     decomposition = DECOMPOSITIONS[planned.kind]
-    children = decomposition.children(dense, planned.ranks)
+    children = children_of(decomposition, dense, planned.ranks)
     factors: dict[str, Tensor] = {}
     if decompose:
         with threads_for(weight):
-            factors = factorise_in(planned.kind, weight.detach().to("cpu", torch.float64), planned.ranks, metric)
+            whole = layer.canonical_weight().detach().to("cpu", torch.float64)
+            factors = factorise_in(planned.kind, whole, planned.ranks, metric, layer.operator.groups)
     for name, child in children.items():
         shape = cast(Tensor, child.weight).shape
-        value = factors[name].reshape(shape) if decompose else torch.zeros(shape)
+        value = own_layout(child, factors[name]).reshape(shape) if decompose else torch.zeros(shape)
         child.weight = nn.Parameter(_like(value, weight), requires_grad=weight.requires_grad)
-    last = children[list(children)[-1]]
-    last.register_parameter("bias", cast("nn.Parameter | None", dense.bias))
-    new = FactorisedLayer(children, dense=dense, decomposition=decomposition, ranks=planned.ranks)
+    if "bias" in dense._parameters:
+        last = children[list(children)[-1]]
+        last.register_parameter("bias", cast("nn.Parameter | None", dense.bias))
+    make = FactorisedBag if isinstance(dense, nn.EmbeddingBag) else FactorisedLayer
+    new = make(children, dense=dense, decomposition=decomposition, ranks=planned.ranks)
     new.error = planned.error
     for hooks in _HOOKS:
         new.__dict__[hooks] = dense.__dict__[hooks]  # the same dict objects, so handles keep working

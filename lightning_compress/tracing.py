@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.decompositions import LayerCall
+from lightning_compress.decompositions.layer_types import family_of, layer_type
 from lightning_compress.errors import ExampleInputError
 
 ExampleInput: TypeAlias = "Tensor | Mapping[str, Any] | Sequence[Any]"
@@ -46,7 +47,7 @@ class Trace:
 
 
 def trace(model: nn.Module, example_input: ExampleInput) -> Trace:
-    """Runs the model once in eval mode and records every nn.Linear and nn.Conv2d.
+    """Runs the model once in eval mode and records every layer of a type that can be factorised.
 
     MACs are those of `torch.utils.flop_counter`, halved.
 
@@ -54,14 +55,14 @@ def trace(model: nn.Module, example_input: ExampleInput) -> Trace:
         ExampleInputError: If the example input has a wrong type or the model fails on it.
     """
     args, kwargs = as_arguments(model, example_input)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    layers = {name: m for name, m in model.named_modules() if layer_type(m) is not None}
     uses = _WeightUses(layers)
     calls: dict[str, list[LayerCall]] = {name: [] for name in layers}
 
     def record(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             uses.leave(name)
-            calls[name].append(_layer_call(module, input_of(args, kwargs), output))
+            calls[name].append(family_of(module).call(module, input_of(args, kwargs), output))
 
         return hook
 
@@ -213,12 +214,6 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in kept:
             handle.remove()
-
-
-def _layer_call(layer: nn.Module, inputs: Tensor, output: Tensor) -> LayerCall:
-    if isinstance(layer, nn.Conv2d):
-        return LayerCall(tuple(inputs.shape[-2:]), tuple(output.shape[-2:]), rows=output.shape[:-3].numel())
-    return LayerCall((), (), rows=output.shape[:-1].numel())
 
 
 class _WeightUses(TorchFunctionMode):

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_compress import Budget, apply_plan_, compress_, load_compressed, save_compressed, search_ranks
 from lightning_compress.costs import Costs, measure_costs
 from lightning_compress.decompositions import AUTOMATIC, DECOMPOSITIONS, LayerCall, resolve_kinds
+from lightning_compress.decompositions.layer_types import operator_of
 from lightning_compress.plan import LayerPlan, Plan
 from lightning_compress.swap import plan_of
 from tests.conftest import DEFAULTS, WEIGHTS_ALONE, TinyNet
@@ -285,7 +286,7 @@ def test_inputs_that_never_vary_give_finite_factors(kind, dead):
     ],
 )
 def test_kind_says_why_it_does_not_apply(kind, layer, why):
-    assert DECOMPOSITIONS[kind].unsupported(layer) == why
+    assert DECOMPOSITIONS[kind].unsupported(operator_of(layer)) == why
 
 
 def test_split_kinds_are_used_only_where_they_are_named():

@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_compress import Budget, apply_plan_, search_ranks
+from lightning_compress.decompositions.layer_types import family_of
 from lightning_compress.errors import ExampleInputError
-from lightning_compress.moments import gather_statistics, input_moments, unfolded
+from lightning_compress.moments import gather_statistics, input_moments
 from lightning_compress.synthesis import LEAST_COUNT, LEAST_STEPS, WORK, affordable, synthesise
 from tests.conftest import TinyNet, Unchanged, error_in
 
@@ -132,7 +133,7 @@ def test_work_of_the_synthesis_is_bounded(macs, expected):
 def test_unfolded_inputs_times_the_weight_are_the_outputs(settings):
     layer = nn.Conv2d(3, 5, bias=False, **settings).double()
     images = torch.randn(2, 3, 7, 6, dtype=torch.float64)
-    rows = unfolded(layer, images)
+    rows = family_of(layer).rows(layer, images)[0]
     expected = layer(images).permute(0, 2, 3, 1).reshape(-1, 5)
     torch.testing.assert_close(rows @ layer.weight.flatten(1).T, expected, rtol=1e-12, atol=1e-12)
 
@@ -142,7 +143,7 @@ def test_moments_are_those_of_the_rows_that_enter_the_layer(net, images):
     net.eval()
     with torch.no_grad():
         x = F.relu(net.norm(net.conv1(images)))
-        rows = unfolded(net.conv2, x).double()
+        rows = family_of(net.conv2).rows(net.conv2, x)[0].double()
         pooled = F.relu(net.point(F.relu(net.conv2(x)))).mean(dim=(2, 3)).double()
     for name, expected in (("conv2", rows), ("fc1", pooled)):
         torch.testing.assert_close(found[name].second, expected.T @ expected / len(expected), rtol=1e-5, atol=1e-6)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from lightning_compress.config import did_you_mean
-from lightning_compress.decompositions.base import (
-    Decomposition,
-    FactorisedLayer,
-    LayerCall,
-    RankProfile,
-)
-from lightning_compress.decompositions.metric import Metric
+from lightning_compress.decompositions.base import Decomposition, LayerCall, Operator, RankProfile
+from lightning_compress.decompositions.factorised import FactorisedLayer, by_group, multiplied_out
+from lightning_compress.decompositions.metric import Metric, energy
 from lightning_compress.decompositions.split_svd import SplitSvd
 from lightning_compress.decompositions.svd import ChannelSvd, SpatialSvd, Svd
 from lightning_compress.decompositions.tucker import Tucker2
@@ -51,29 +49,78 @@ def resolve_kinds(kinds: str | Sequence[str], automatic: tuple[str, ...] = AUTOM
     return tuple(dict.fromkeys(names))
 
 
-def profile_in(kind: str, weight: Tensor, metric: Metric | None = None) -> RankProfile:
+def profile_in(kind: str, weight: Tensor, metric: Metric | None = None, groups: int = 1) -> RankProfile:
     """Returns the errors ‖G^½ (W − Ŵ) S^½‖² / ‖G^½ W S^½‖² of every rank of a kind.
 
     Args:
         kind: A key of `DECOMPOSITIONS`.
-        weight: The dense weight.
+        weight: The dense weight, (groups · out, in, *kernel).
         metric: S and G; None for the identity in both.
+        groups: Blocks of the weight that are factorised each on its own, with the same ranks.
     """
+    if groups == 1:
+        return _profile(DECOMPOSITIONS[kind], weight, metric)
+    profiles, energies = [], []
+    for index, block in enumerate(weight.chunk(groups)):
+        own = metric.group(index) if metric is not None else None
+        profiles.append(_profile(DECOMPOSITIONS[kind], block, own))
+        energies.append(weighted_energy(block, own))
+    shares = np.array(energies) / max(sum(energies), np.finfo(float).tiny)
+    return RankProfile(profiles[0].ranks, np.sum([s * p.errors for s, p in zip(shares, profiles, strict=True)], axis=0))
+
+
+def _profile(decomposition: Decomposition, weight: Tensor, metric: Metric | None) -> RankProfile:
     if metric is None:
-        return DECOMPOSITIONS[kind].profile(weight)
-    return DECOMPOSITIONS[kind].profile(metric.weigh(weight), metric.inputs)
+        return decomposition.profile(weight)
+    return decomposition.profile(metric.weigh(weight), metric.inputs)
 
 
-def factorise_in(kind: str, weight: Tensor, ranks: tuple[int, ...], metric: Metric | None = None) -> dict[str, Tensor]:
-    """Returns the weights of the child layers, fitted in the metric; see `profile_in`.
+def weighted_energy(weight: Tensor, metric: Metric | None, groups: int = 1) -> float:
+    """Returns ‖G^½ W S^½‖²_F of a weight, (groups · out, in, *kernel)."""
+    if metric is None:
+        return float(weight.square().sum())
+    if groups > 1:
+        return sum(weighted_energy(block, metric.group(i)) for i, block in enumerate(weight.chunk(groups)))
+    weighed = metric.weigh(weight).flatten(1)
+    return float(weighed.square().sum()) if metric.inputs is None else energy(weighed, metric.inputs)
 
-    Every kind leaves the output channels to its last factor, so G is a change of their basis.
+
+def factorise_in(
+    kind: str, weight: Tensor, ranks: tuple[int, ...], metric: Metric | None = None, groups: int = 1
+) -> dict[str, Tensor]:
+    """Returns the canonical weights of the child layers, fitted in the metric; see `profile_in`.
+
+    Those of several groups are one after the other along the first dimension. Every kind leaves the
+    output channels to its last factor, so G is a change of their basis.
     """
+    decomposition = DECOMPOSITIONS[kind]
+    if groups > 1:
+        parts = [
+            factorise_in(kind, block, ranks, metric.group(index) if metric is not None else None)
+            for index, block in enumerate(weight.chunk(groups))
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if metric is None:
-        return DECOMPOSITIONS[kind].factorise(weight, ranks)
-    factors = DECOMPOSITIONS[kind].factorise(metric.weigh(weight), ranks, metric.inputs)
+        return decomposition.factorise(weight, ranks)
+    factors = decomposition.factorise(metric.weigh(weight), ranks, metric.inputs)
     last = list(factors)[-1]
     return {**factors, last: metric.unweigh(factors[last])}
+
+
+def gated_weight(
+    kind: str, factors: Mapping[str, Tensor], operator: Operator, gates: Callable[[int, int], Tensor]
+) -> Tensor:
+    """Returns the weight (groups · out, in, *kernel) of canonical factors with each ordered component times its gate.
+
+    Args:
+        kind: A key of `DECOMPOSITIONS`.
+        factors: As from `factorise_in`.
+        operator: Of the layer.
+        gates: Called with the index of a rank and the number of its components, returns (count,).
+    """
+    decomposition = DECOMPOSITIONS[kind]
+    gated = by_group(lambda own: decomposition.gated(own, gates), factors, operator.groups)
+    return multiplied_out(decomposition, gated, operator.shape, operator.groups)
 
 
 __all__ = [
@@ -82,6 +129,12 @@ __all__ = [
     "Decomposition",
     "FactorisedLayer",
     "LayerCall",
+    "Operator",
     "RankProfile",
+    "factorise_in",
+    "gated_weight",
+    "multiplied_out",
+    "profile_in",
     "resolve_kinds",
+    "weighted_energy",
 ]

@@ -19,18 +19,55 @@ Ints = npt.NDArray[np.int64]
 
 SMALL_WEIGHT = 2**22
 
-_SHAPE_ATTRIBUTES = (
-    "in_features",
-    "out_features",
-    "in_channels",
-    "out_channels",
-    "kernel_size",
-    "stride",
-    "padding",
-    "dilation",
-    "groups",
-    "padding_mode",
-)
+
+@dataclass(frozen=True)
+class Operator:
+    """What a layer does with its weight, whatever its class: the one form decompositions work on.
+
+    Attributes:
+        shape: Shape of the weight of one group, (out, in, *kernel); no kernel for nn.Linear.
+        groups: Number of groups, each of that shape and with channels of its own.
+        transposed: Whether it is a transposed convolution.
+        lookup: Whether the inputs are indices into the second dimension (nn.Embedding).
+    """
+
+    shape: tuple[int, ...]
+    groups: int = 1
+    transposed: bool = False
+    lookup: bool = False
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Size of the kernel on each spatial axis."""
+        return self.shape[2:]
+
+    @property
+    def is_spatial(self) -> bool:
+        """Whether the weight spans more than one position."""
+        return any(size > 1 for size in self.kernel)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One child layer of a kind, for one group of the dense layer; sizes may be arrays over ranks, (n,).
+
+    Attributes:
+        name: Name of the child.
+        outputs: Channels out.
+        inputs: Channels in.
+        axes: The spatial axes its kernel spans, with the dense layer's geometry; on the others it is 1.
+        groups: Of the child itself (the rank, where each channel is filtered on its own).
+    """
+
+    name: str
+    outputs: Any
+    inputs: Any
+    axes: tuple[int, ...] = ()
+    groups: Any = 1
+
+    def parameters(self, kernel: tuple[int, ...]) -> Any:
+        """Returns the number of weights."""
+        return self.outputs * (self.inputs // self.groups) * int(np.prod([kernel[axis] for axis in self.axes]))
 
 
 @dataclass(frozen=True)
@@ -40,18 +77,24 @@ class LayerCall:
     Attributes:
         inputs: Spatial size of the input, (H, W) for Conv2d, () for Linear.
         outputs: Spatial size of the output, likewise.
-        rows: Independent vectors a Linear was applied to (1, or the sequence length); for
-            Conv2d the number of images, 1.
+        rows: Independent vectors a Linear or nn.Embedding was applied to (1, or the sequence
+            length); for convolutions the number of images, 1.
+        transposed: See `Operator`: the weight is then applied at every input position.
+        lookup: See `Operator`: the weight is then not multiplied at all.
     """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     rows: int
+    transposed: bool = False
+    lookup: bool = False
 
     @property
     def positions(self) -> int:
-        """How often the weight is applied: rows times output positions."""
-        return self.rows * int(np.prod(self.outputs, dtype=np.int64))
+        """How often the dense weight is applied: rows times positions, 0 for a lookup."""
+        if self.lookup:
+            return 0
+        return self.rows * int(np.prod(self.inputs if self.transposed else self.outputs, dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -92,15 +135,15 @@ def threads_for(weight: Tensor) -> Iterator[None]:
 class Decomposition(ABC):
     """One kind of factorisation: its mathematics, its costs and the layers it becomes.
 
-    Weights are passed as float64 CPU tensors of the dense layer's own shape. Costs leave the
-    bias out (it is kept as it is) and are vectorised over the rows of `ranks`, shape (n, R).
+    All of it is about one group: weights are float64 CPU tensors of `Operator.shape`. Costs leave
+    the bias out (it is kept as it is) and are vectorised over the rows of `ranks`, shape (n, R).
     """
 
     kind: str
 
     @abstractmethod
-    def unsupported(self, layer: nn.Module) -> str | None:
-        """Returns why the kind does not apply to the layer, or None if it does."""
+    def unsupported(self, operator: Operator) -> str | None:
+        """Returns why the kind does not apply, or None if it does."""
 
     @abstractmethod
     def max_ranks(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -112,17 +155,32 @@ class Decomposition(ABC):
 
         Args:
             weight: The dense weight.
-            metric: Second moment S of what enters the layer, (D, D) with D = in for Linear and
-                in·k_h·k_w for Conv2d; None for the identity.
+            metric: Second moment S of what enters the layer, (D, D) with D = in times the kernel's
+                size; None for the identity.
         """
 
     @abstractmethod
+    def stages(self, shape: tuple[int, ...], ranks: Ints) -> tuple[Stage, ...]:
+        """Returns the child layers in forward order; their sizes have shape (n,)."""
+
     def parameters(self, shape: tuple[int, ...], ranks: Ints) -> Ints:
         """Returns the number of weights the factors hold, shape (n,)."""
+        return cast(Ints, sum(stage.parameters(shape[2:]) for stage in self.stages(shape, ranks)))
 
-    @abstractmethod
     def macs(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Ints:
-        """Returns the multiply-accumulates of one call, shape (n,)."""
+        """Returns the multiply-accumulates of one call, shape (n,).
+
+        A stage works on the sizes that the axes have by then: the outputs' once some stage spanned them.
+        """
+        size, total = list(call.inputs), np.zeros(len(ranks), dtype=np.int64)
+        for index, stage in enumerate(self.stages(shape, ranks)):
+            before = int(np.prod(size, dtype=np.int64))
+            for axis in stage.axes:
+                size[axis] = call.outputs[axis]
+            positions = before if call.transposed else int(np.prod(size, dtype=np.int64))
+            if not (call.lookup and index == 0):
+                total = total + stage.parameters(shape[2:]) * positions * call.rows
+        return total
 
     @abstractmethod
     def factorise(self, weight: Tensor, ranks: tuple[int, ...], metric: Tensor | None = None) -> dict[str, Tensor]:
@@ -140,72 +198,13 @@ class Decomposition(ABC):
         first = next(iter(factors))
         return {**factors, first: along(factors[first], gates(0, len(factors[first])))}
 
-    @abstractmethod
-    def children(self, layer: nn.Module, ranks: tuple[int, ...]) -> dict[str, nn.Module]:
-        """Returns the child layers in forward order, on the meta device, the bias in the last."""
+    def own_children(self, operator: Operator, ranks: tuple[int, ...]) -> dict[str, nn.Module] | None:  # noqa: ARG002
+        """Returns the child layers of a kind that are not plain torch layers, else None."""
+        return None
 
     @abstractmethod
     def dense_weight(self, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         """Returns the weight of the dense layer that the factors are equivalent to."""
-
-
-class FactorisedLayer(nn.Sequential):
-    """A dense layer's replacement: its factors as plain torch layers, applied in order.
-
-    `weight` is read-only and multiplies the factors out, for code that reads the weight of a
-    layer (the eval fast path of nn.TransformerEncoderLayer does); `bias` is the dense layer's
-    own Parameter.
-
-    Attributes:
-        kind: Kind of decomposition, a key of `DECOMPOSITIONS`.
-        ranks: Its ranks.
-        weight_shape: Shape of the dense weight.
-        dense_type: "Linear" or "Conv2d".
-        error: Predicted relative error of the plan it was made from, None if unknown.
-    """
-
-    def __init__(
-        self,
-        children: Mapping[str, nn.Module],
-        *,
-        dense: nn.Module,
-        decomposition: Decomposition,
-        ranks: tuple[int, ...],
-    ) -> None:
-        super().__init__()
-        for name, child in children.items():
-            self.add_module(name, child)
-        self._decomposition = decomposition
-        self.kind = decomposition.kind
-        self.ranks = ranks
-        self.weight_shape = tuple(cast(Tensor, dense.weight).shape)
-        self.dense_type = type(dense).__name__
-        self.error: float | None = None
-        for name in _SHAPE_ATTRIBUTES:
-            if hasattr(dense, name):
-                setattr(self, name, getattr(dense, name))
-
-    def factors(self) -> dict[str, Tensor]:
-        """Returns the weights of the child layers by name, the live Parameters."""
-        return {name: cast(Tensor, child.weight) for name, child in self.named_children()}
-
-    def dense_weight(self) -> Tensor:
-        """Returns the equivalent dense weight, shape `weight_shape`, differentiable."""
-        return self._decomposition.dense_weight(self.factors(), self.weight_shape)
-
-    @property
-    def weight(self) -> Tensor:
-        """The equivalent dense weight."""
-        return self.dense_weight()
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """The dense layer's bias, held by the last factor."""
-        return cast("nn.Parameter | None", self[-1].bias)
-
-    def extra_repr(self) -> str:
-        """Returns kind and ranks for `print(model)`."""
-        return f"kind={self.kind}, ranks={self.ranks}"
 
 
 def along(factor: Tensor, gates: Tensor, dim: int = 0) -> Tensor:
@@ -215,42 +214,9 @@ def along(factor: Tensor, gates: Tensor, dim: int = 0) -> Tensor:
     return factor * gates.to(factor).reshape(shape)
 
 
-def conv_like(
-    layer: nn.Conv2d,
-    in_channels: int,
-    out_channels: int,
-    *,
-    axes: tuple[int, ...] = (0, 1),
-    groups: int = 1,
-    bias: bool = False,
-) -> nn.Conv2d:
-    """Returns a Conv2d on the meta device with the layer's geometry on the given spatial axes.
-
-    On the other axes it has kernel 1, stride 1, no padding and no dilation. String padding
-    ("same", "valid") is worked out per axis by torch itself, so it is passed on; a 1x1 with
-    no axis at all gets none.
-    """
-
-    def on_axes(values: tuple[int, ...], neutral: int) -> tuple[int, int]:
-        return cast("tuple[int, int]", tuple(v if axis in axes else neutral for axis, v in enumerate(values)))
-
-    padding: Any = layer.padding
-    if not isinstance(padding, str):
-        padding = on_axes(padding, 0)
-    elif not axes:
-        padding = 0
-    return nn.Conv2d(
-        in_channels,
-        out_channels,
-        on_axes(layer.kernel_size, 1),
-        stride=on_axes(layer.stride, 1),
-        padding=padding,
-        dilation=on_axes(layer.dilation, 1),
-        groups=groups,
-        padding_mode=layer.padding_mode if axes else "zeros",
-        bias=bias,
-        device="meta",
-    )
+def pointwise(matrix: Tensor, dims: int) -> Tensor:
+    """Returns a matrix (out, in) as the weight of a convolution with kernel 1, (out, in, 1, …)."""
+    return matrix.reshape(*matrix.shape, *(1 for _ in range(dims)))
 
 
 def singular_energies(matrix: Tensor) -> Floats:

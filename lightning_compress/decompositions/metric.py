@@ -31,12 +31,25 @@ class Metric:
     """In what the error of a layer's factors is measured.
 
     Attributes:
-        inputs: S, (D, D).
+        inputs: S, (D, D); None for the identity.
         outputs: G, (out, out); None for the identity. Only its shape matters, not its scale.
+    Those of several groups have a leading dimension of that size, see `group`.
     """
 
-    inputs: Tensor
+    inputs: Tensor | None
     outputs: Tensor | None = None
+
+    @functools.cached_property
+    def _groups(self) -> tuple[Metric, ...]:
+        known = self.inputs if self.inputs is not None else self.outputs
+        count = len(known) if known is not None else 0
+        return tuple(
+            Metric(*(None if of is None else of[i] for of in (self.inputs, self.outputs))) for i in range(count)
+        )
+
+    def group(self, index: int) -> Metric:
+        """Returns the metric of one group of several."""
+        return self._groups[index]
 
     @functools.cached_property
     def _roots(self) -> tuple[Tensor, Tensor] | None:

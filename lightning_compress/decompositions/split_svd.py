@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_compress.decompositions.base import (
     Decomposition,
     Floats,
     Ints,
-    LayerCall,
+    Operator,
     RankProfile,
+    Stage,
     along,
     balanced,
-    conv_like,
+    pointwise,
     singular_energies,
     spectral_errors,
     tail_errors,
 )
 from lightning_compress.decompositions.metric import energy, output_basis, regularised
+from lightning_compress.decompositions.svd import axes_of
 
 SWEEPS = 4
 """Rounds of the regression over the splits."""
@@ -50,11 +51,11 @@ class SplitSvd(Decomposition):
         self.kind = f"split{splits}_svd"
 
     @override
-    def unsupported(self, layer: nn.Module) -> str | None:
-        if not isinstance(layer, nn.Conv2d):
+    def unsupported(self, operator: Operator) -> str | None:
+        if not operator.kernel:
             return f"{self.kind} factorises convolutions only, nn.Linear has no groups"
-        if layer.in_channels % self.splits:
-            return f"{self.kind} needs in_channels divisible by {self.splits}, not {layer.in_channels}"
+        if operator.shape[1] % self.splits:
+            return f"{self.kind} needs in_channels divisible by {self.splits}, not {operator.shape[1]}"
         return None
 
     @override
@@ -81,12 +82,12 @@ class SplitSvd(Decomposition):
         return RankProfile(ranks=np.arange(1, limit + 1)[:, None], errors=errors, spectral=spectral)
 
     @override
-    def parameters(self, shape: tuple[int, ...], ranks: Ints) -> Ints:
-        return ranks[:, 0] * (self.splits * shape[0] + int(np.prod(shape[1:])))
-
-    @override
-    def macs(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Ints:
-        return self.parameters(shape, ranks) * call.positions
+    def stages(self, shape: tuple[int, ...], ranks: Ints) -> tuple[Stage, ...]:
+        between = self.splits * ranks[:, 0]
+        return (
+            Stage("reduce", between, shape[1], axes_of(shape), groups=self.splits),
+            Stage("expand", shape[0], between),
+        )
 
     @override
     def factorise(self, weight: Tensor, ranks: tuple[int, ...], metric: Tensor | None = None) -> dict[str, Tensor]:
@@ -100,7 +101,7 @@ class SplitSvd(Decomposition):
         expand, reduce = balanced(expand.transpose(0, 1).flatten(1), reduce.flatten(0, 1))
         return {
             "reduce": reduce.reshape(len(reduce), -1, *weight.shape[2:]),
-            "expand": expand[:, :, None, None],
+            "expand": pointwise(expand, weight.ndim - 2),
         }
 
     @override
@@ -109,15 +110,6 @@ class SplitSvd(Decomposition):
         reduce = factors["reduce"]
         own = gates(0, len(reduce) // self.splits)
         return {**factors, "reduce": along(reduce, own.repeat(self.splits))}
-
-    @override
-    def children(self, layer: nn.Module, ranks: tuple[int, ...]) -> dict[str, nn.Module]:
-        conv = cast(nn.Conv2d, layer)
-        between = self.splits * ranks[0]
-        return {
-            "reduce": conv_like(conv, conv.in_channels, between, groups=self.splits),
-            "expand": conv_like(conv, between, conv.out_channels, axes=(), bias=conv.bias is not None),
-        }
 
     @override
     def dense_weight(self, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:

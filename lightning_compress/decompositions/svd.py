@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_compress.decompositions.base import (
     Decomposition,
     Ints,
-    LayerCall,
+    Operator,
     RankProfile,
+    Stage,
     balanced,
-    conv_like,
+    pointwise,
     singular_energies,
     tail_errors,
 )
@@ -48,9 +48,6 @@ class _MatrixDecomposition(Decomposition):
         energies = energies[: min(matrix.shape)]
         return RankProfile(ranks=np.arange(1, len(energies) + 1)[:, None], errors=tail_errors(energies))
 
-    def parameters(self, shape: tuple[int, ...], ranks: Ints) -> Ints:
-        return ranks[:, 0] * sum(self._matrix_shape(shape))
-
     def factorise(self, weight: Tensor, ranks: tuple[int, ...], metric: Tensor | None = None) -> dict[str, Tensor]:
         (rank,) = ranks
         matrix = self._matrix(weight)
@@ -73,27 +70,12 @@ class _ChannelMatrix(_MatrixDecomposition):
         return shape[0], int(np.prod(shape[1:]))
 
     def _fold(self, expand: Tensor, reduce: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        ones = (1,) * len(shape[2:])  # () for Linear, (1, 1) for Conv2d
-        return {"reduce": reduce.reshape(-1, *shape[1:]), "expand": expand.reshape(*expand.shape, *ones)}
+        return {"reduce": reduce.reshape(-1, *shape[1:]), "expand": pointwise(expand, len(shape) - 2)}
 
     @override
-    def macs(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Ints:
-        return self.parameters(shape, ranks) * call.positions
-
-    @override
-    def children(self, layer: nn.Module, ranks: tuple[int, ...]) -> dict[str, nn.Module]:
-        (rank,) = ranks
-        bias = layer.bias is not None
-        if isinstance(layer, nn.Conv2d):
-            return {
-                "reduce": conv_like(layer, layer.in_channels, rank),
-                "expand": conv_like(layer, rank, layer.out_channels, axes=(), bias=bias),
-            }
-        linear = cast(nn.Linear, layer)
-        return {
-            "reduce": nn.Linear(linear.in_features, rank, bias=False, device="meta"),
-            "expand": nn.Linear(rank, linear.out_features, bias=bias, device="meta"),
-        }
+    def stages(self, shape: tuple[int, ...], ranks: Ints) -> tuple[Stage, ...]:
+        rank = ranks[:, 0]
+        return Stage("reduce", rank, shape[1], axes_of(shape)), Stage("expand", shape[0], rank)
 
     @override
     def dense_weight(self, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -110,9 +92,9 @@ class Svd(_ChannelMatrix):
     kind = "svd"
 
     @override
-    def unsupported(self, layer: nn.Module) -> str | None:
-        if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1):
-            return "svd factorises nn.Linear and 1x1 convolutions only"
+    def unsupported(self, operator: Operator) -> str | None:
+        if operator.is_spatial:
+            return "svd factorises nn.Linear, embeddings and 1x1 convolutions only"
         return None
 
 
@@ -126,12 +108,14 @@ class ChannelSvd(_ChannelMatrix):
     kind = "channel_svd"
 
     @override
-    def unsupported(self, layer: nn.Module) -> str | None:
-        return needs_spatial_kernel(layer, self.kind)
+    def unsupported(self, operator: Operator) -> str | None:
+        return needs_spatial_kernel(operator, self.kind)
 
 
 class SpatialSvd(_MatrixDecomposition):
     """A k_h x 1 convolution into r channels, then 1 x k_w: SVD of the (out·k_w) x (in·k_h) unfolding.
+
+    In three dimensions k_h is the first axis and k_w stands for the other two.
 
     Source: Jaderberg et al. 2014, "Speeding up Convolutional Neural Networks with Low Rank
     Expansions", scheme 2.
@@ -140,30 +124,31 @@ class SpatialSvd(_MatrixDecomposition):
     kind = "spatial_svd"
 
     @override
-    def unsupported(self, layer: nn.Module) -> str | None:
-        return needs_spatial_kernel(layer, self.kind)
+    def unsupported(self, operator: Operator) -> str | None:
+        if len(operator.kernel) < 2:  # noqa: PLR2004
+            return f"{self.kind} factorises convolutions over two axes or more only"
+        return needs_spatial_kernel(operator, self.kind)
 
     def _matrix(self, weight: Tensor) -> Tensor:
+        weight = weight.flatten(3)
         return weight.permute(0, 3, 1, 2).reshape(self._matrix_shape(tuple(weight.shape)))  # (out * k_w, in * k_h)
 
     def _matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        out, in_, k_h, k_w = shape
-        return out * k_w, in_ * k_h
+        out, in_, k_h, *k_w = shape
+        return out * int(np.prod(k_w)), in_ * k_h
 
     @override
-    def macs(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Ints:
-        out_kw, in_kh = self._matrix_shape(shape)
-        between = call.outputs[0] * call.inputs[1]  # the first factor strides over the height alone
-        after = call.outputs[0] * call.outputs[1]
-        return ranks[:, 0] * (call.rows * (in_kh * between + out_kw * after))
+    def stages(self, shape: tuple[int, ...], ranks: Ints) -> tuple[Stage, ...]:
+        rank, (first, *others) = ranks[:, 0], axes_of(shape)
+        return Stage("reduce", rank, shape[1], (first,)), Stage("expand", shape[0], rank, tuple(others))
 
     @override
     def profile(self, weight: Tensor, metric: Tensor | None = None) -> RankProfile:
         if metric is None or not bool(weight.any()):
             return super().profile(weight)
-        spatial = _SpatialFit(weight, metric)
+        spatial = _SpatialFit(weight.flatten(3), metric)
         targets = spatial.whitened()  # (r * k_w, out), rank by rank
-        explained = targets.square().sum(dim=1).reshape(-1, weight.shape[3]).sum(dim=1).cumsum(0)
+        explained = targets.square().sum(dim=1).reshape(-1, weight.shape[3:].numel()).sum(dim=1).cumsum(0)
         errors = (1 - explained / spatial.total).clamp(0, 1).numpy()
         return RankProfile(ranks=np.arange(1, len(errors) + 1)[:, None], errors=errors)
 
@@ -172,37 +157,34 @@ class SpatialSvd(_MatrixDecomposition):
         if metric is None or not bool(weight.any()):
             return super().factorise(weight, ranks)
         (rank,) = ranks
-        reduce, expand = _SpatialFit(weight, metric).fit(rank)  # (r, in * k_h), (out * k_w, r)
+        reduce, expand = _SpatialFit(weight.flatten(3), metric).fit(rank)  # (r, in * k_h), (out * k_w, r)
         return self._fold(*balanced(expand, reduce), tuple(weight.shape))
 
     def _fold(self, expand: Tensor, reduce: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        out, in_, k_h, k_w = shape
+        out, in_, k_h, *k_w = shape
         return {
-            "reduce": reduce.reshape(-1, in_, k_h, 1),
-            "expand": expand.reshape(out, k_w, -1).permute(0, 2, 1)[:, :, None, :],
-        }
-
-    @override
-    def children(self, layer: nn.Module, ranks: tuple[int, ...]) -> dict[str, nn.Module]:
-        conv = cast(nn.Conv2d, layer)
-        (rank,) = ranks
-        return {
-            "reduce": conv_like(conv, conv.in_channels, rank, axes=(0,)),
-            "expand": conv_like(conv, rank, conv.out_channels, axes=(1,), bias=conv.bias is not None),
+            "reduce": reduce.reshape(-1, in_, k_h, *(1 for _ in k_w)),
+            "expand": expand.reshape(out, *k_w, -1).movedim(-1, 1).unsqueeze(2),
         }
 
     @override
     def dense_weight(self, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-        return torch.einsum("rih,orw->oihw", factors["reduce"][:, :, :, 0], factors["expand"][:, :, 0])
+        reduce, expand = factors["reduce"].flatten(2), factors["expand"].flatten(2)
+        return torch.einsum("rih,orw->oihw", reduce, expand).reshape(shape)
 
 
-def needs_spatial_kernel(layer: nn.Module, kind: str) -> str | None:
-    """Returns why a kind for k_h x k_w convolutions does not apply, or None if it does."""
-    if not isinstance(layer, nn.Conv2d):
+def needs_spatial_kernel(operator: Operator, kind: str) -> str | None:
+    """Returns why a kind for convolutions with a kernel does not apply, or None if it does."""
+    if not operator.kernel:
         return f"{kind} factorises convolutions only"
-    if layer.kernel_size == (1, 1):
+    if not operator.is_spatial:
         return f"{kind} of a 1x1 convolution is svd"
     return None
+
+
+def axes_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns all spatial axes of a weight of this shape."""
+    return tuple(range(len(shape) - 2))
 
 
 class _SpatialFit:

@@ -11,20 +11,21 @@ import torch
 from tensorly.base import unfold
 from tensorly.decomposition import partial_tucker
 from tensorly.tenalg import multi_mode_dot
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_compress.decompositions.base import (
     Decomposition,
     Floats,
     Ints,
-    LayerCall,
+    Operator,
     RankProfile,
+    Stage,
     along,
-    conv_like,
+    pointwise,
 )
 from lightning_compress.decompositions.metric import energy, regularised, solvable, whitened_targets
-from lightning_compress.decompositions.svd import needs_spatial_kernel
+from lightning_compress.decompositions.svd import axes_of, needs_spatial_kernel
 
 
 class Tucker2(Decomposition):
@@ -41,13 +42,14 @@ class Tucker2(Decomposition):
     kind = "tucker2"
 
     @override
-    def unsupported(self, layer: nn.Module) -> str | None:
-        return needs_spatial_kernel(layer, self.kind)
+    def unsupported(self, operator: Operator) -> str | None:
+        return needs_spatial_kernel(operator, self.kind)
 
     @override
     def max_ranks(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        out, in_, k_h, k_w = shape
-        return min(out, in_ * k_h * k_w), min(in_, out * k_h * k_w)
+        out, in_, *kernel = shape
+        size = int(np.prod(kernel))
+        return min(out, in_ * size), min(in_, out * size)
 
     @override
     def profile(self, weight: Tensor, metric: Tensor | None = None) -> RankProfile:
@@ -57,7 +59,7 @@ class Tucker2(Decomposition):
         max_out, max_in = self.max_ranks(array.shape)
         bases = [_mode_basis(array, mode) for mode in (0, 1)]
         core = multi_mode_dot(array, bases, modes=[0, 1], transpose=True)
-        energy = np.square(core).sum(axis=(2, 3))  # (max_out, max_in)
+        energy = np.square(core).reshape(max_out, max_in, -1).sum(axis=2)
         kept = energy.cumsum(axis=0).cumsum(axis=1)
         total = kept[-1, -1]
         errors: Floats = np.clip(1 - kept / total, 0.0, 1.0) if total > 0 else np.zeros_like(kept)
@@ -65,28 +67,20 @@ class Tucker2(Decomposition):
         return RankProfile(ranks=grid, errors=errors.reshape(-1))
 
     @override
-    def parameters(self, shape: tuple[int, ...], ranks: Ints) -> Ints:
-        out, in_, k_h, k_w = shape
-        r_out, r_in = ranks[:, 0], ranks[:, 1]
-        return in_ * r_in + k_h * k_w * r_in * r_out + out * r_out
-
-    @override
-    def macs(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Ints:
-        out, in_, k_h, k_w = shape
-        r_out, r_in = ranks[:, 0], ranks[:, 1]
-        before, after = (int(np.prod(size)) * call.rows for size in (call.inputs, call.outputs))
-        return in_ * r_in * before + (k_h * k_w * r_in * r_out + out * r_out) * after
+    def stages(self, shape: tuple[int, ...], ranks: Ints) -> tuple[Stage, ...]:
+        (out, in_), (r_out, r_in) = shape[:2], ranks.T
+        return Stage("reduce", r_in, in_), Stage("core", r_out, r_in, axes_of(shape)), Stage("expand", out, r_out)
 
     @override
     def factorise(self, weight: Tensor, ranks: tuple[int, ...], metric: Tensor | None = None) -> dict[str, Tensor]:
         if metric is not None and bool(weight.any()):
             return _TuckerFit(weight, metric).fit(*ranks)
         if not bool(weight.any()):  # nothing to iterate on; bases that are not zero let the core train
-            (r_out, r_in), (out, in_, k_h, k_w) = ranks, weight.shape
+            (r_out, r_in), (out, in_, *kernel) = ranks, weight.shape
             return {
-                "reduce": torch.eye(r_in, in_, dtype=weight.dtype)[:, :, None, None],
-                "core": torch.zeros(r_out, r_in, k_h, k_w, dtype=weight.dtype),
-                "expand": torch.eye(out, r_out, dtype=weight.dtype)[:, :, None, None],
+                "reduce": pointwise(torch.eye(r_in, in_, dtype=weight.dtype), len(kernel)),
+                "core": torch.zeros(r_out, r_in, *kernel, dtype=weight.dtype),
+                "expand": pointwise(torch.eye(out, r_out, dtype=weight.dtype), len(kernel)),
             }
         with warnings.catch_warnings():  # ranks beyond what the other mode allows are harmless
             warnings.filterwarnings("ignore", message="Trying to compute SVD with n_eigenvecs")
@@ -97,9 +91,9 @@ class Tucker2(Decomposition):
         scale = (np.linalg.norm(core) / np.sqrt(core.size)) ** (1 / 3)
         core, u_out, u_in = (torch.from_numpy(np.ascontiguousarray(a)) for a in (core, u_out, u_in))
         return {
-            "reduce": (u_in.T * scale)[:, :, None, None],
+            "reduce": pointwise(u_in.T * scale, weight.ndim - 2),
             "core": core / scale**2,
-            "expand": (u_out * scale)[:, :, None, None],
+            "expand": pointwise(u_out * scale, weight.ndim - 2),
         }
 
     @override
@@ -113,19 +107,9 @@ class Tucker2(Decomposition):
         }
 
     @override
-    def children(self, layer: nn.Module, ranks: tuple[int, ...]) -> dict[str, nn.Module]:
-        conv = cast(nn.Conv2d, layer)
-        r_out, r_in = ranks
-        return {
-            "reduce": conv_like(conv, conv.in_channels, r_in, axes=()),
-            "core": conv_like(conv, r_in, r_out),
-            "expand": conv_like(conv, r_out, conv.out_channels, axes=(), bias=conv.bias is not None),
-        }
-
-    @override
     def dense_weight(self, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-        reduce, expand = (factors[name][:, :, 0, 0] for name in ("reduce", "expand"))
-        return torch.einsum("or,rshw,si->oihw", expand, factors["core"], reduce)
+        reduce, core, expand = (factors[name].flatten(2) for name in ("reduce", "core", "expand"))
+        return torch.einsum("or,rsk,si->oik", expand[:, :, 0], core, reduce[:, :, 0]).reshape(shape)
 
 
 def _mode_basis(array: Floats, mode: int) -> Floats:
@@ -144,8 +128,8 @@ class _TuckerFit:
     """
 
     def __init__(self, weight: Tensor, metric: Tensor) -> None:
-        out, in_, k_h, k_w = weight.shape
-        self._shape, self._kernel = (out, in_, k_h, k_w), k_h * k_w
+        _, in_, *size = weight.shape
+        self._shape, self._kernel = tuple(weight.shape), int(np.prod(size))
         kernel = self._kernel
         self._weight = weight.flatten(1)
         metric = regularised(metric)
@@ -177,7 +161,7 @@ class _TuckerFit:
         return RankProfile(ranks=grid, errors=errors.reshape(-1).numpy())
 
     def fit(self, r_out: int, r_in: int) -> dict[str, Tensor]:
-        k_h, k_w = self._shape[2:]
+        kernel = self._shape[2:]
         reduce = self._reduce[:r_in]
         features, cross = self._normal(reduce)
         features = solvable(features)
@@ -189,7 +173,7 @@ class _TuckerFit:
         mean = (norms[0] * norms[1] * norms[2]).clamp_min(1e-300) ** (1 / 3)
         scales = [mean / n.clamp_min(1e-300) for n in norms]
         return {
-            "reduce": (reduce * scales[0])[:, :, None, None],
-            "core": (core * scales[1]).reshape(r_out, r_in, k_h, k_w),
-            "expand": (expand * scales[2])[:, :, None, None],
+            "reduce": pointwise(reduce * scales[0], len(kernel)),
+            "core": (core * scales[1]).reshape(r_out, r_in, *kernel),
+            "expand": pointwise(expand * scales[2], len(kernel)),
         }

@@ -34,7 +34,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from lightning_compress.candidates import DENSE
-from lightning_compress.decompositions import DECOMPOSITIONS, factorise_in
+from lightning_compress.decompositions import DECOMPOSITIONS, factorise_in, gated_weight, multiplied_out
 from lightning_compress.decompositions.base import Ints, threads_for
 from lightning_compress.inventory import Layer
 from lightning_compress.moments import Statistics
@@ -101,8 +101,9 @@ class Outputs:
         """Returns a layer's factors in the metric, in the weight's dtype."""
         entry = self.layers[layer]
         with threads_for(entry.weight), torch.no_grad():
-            weight = entry.weight.detach().to("cpu", torch.float64)
-            found = factorise_in(kind, weight, ranks, self.statistics.metric(entry.name))
+            weight = entry.canonical_weight().detach().to("cpu", torch.float64)
+            metric = self.statistics.metric(entry.name)
+            found = factorise_in(kind, weight, ranks, metric, entry.operator.groups)
         return {name: value.to(entry.weight.device, entry.weight.dtype) for name, value in found.items()}
 
 
@@ -153,7 +154,8 @@ def _measure(outputs: Outputs, problem: Problem, choice: Ints) -> float:
         entry = outputs.layers[index]
         if layer.kinds[row] != DENSE:
             factors = outputs.factors(index, layer.kinds[row], layer.ranks[row])
-            weights[index] = DECOMPOSITIONS[layer.kinds[row]].dense_weight(factors, entry.weight_shape)
+            kind, operator = DECOMPOSITIONS[layer.kinds[row]], entry.operator
+            weights[index] = entry.own_layout(multiplied_out(kind, factors, operator.shape, operator.groups))
     lost = spread = 0.0
     with torch.no_grad():
         for batch in outputs.statistics.batches:
@@ -211,7 +213,7 @@ class _Paths:
                 factors.append(None)
                 continue
             layer = int(space.layer_of[path])
-            limits = DECOMPOSITIONS[kind].max_ranks(outputs.layers[layer].weight_shape)
+            limits = DECOMPOSITIONS[kind].max_ranks(outputs.layers[layer].operator.shape)
             largest = tuple(min(m, math.ceil(r) + 1) for m, r in zip(limits, ranks[path].tolist(), strict=False))
             factors.append(outputs.factors(layer, kind, largest))
         logits = START_LOGIT * chosen.double()
@@ -224,19 +226,19 @@ class _Paths:
         mixed: dict[int, Tensor] = {}
         for path, factors in enumerate(self.factors):
             layer = int(self.space.layer_of[path])
-            weight = outputs.layers[layer].weight.detach()
+            entry = outputs.layers[layer]
+            weight = entry.weight.detach()
             if factors is not None:
-                weight = _gated(self.space.kinds[path], factors, ranks[path], temperature, tuple(weight.shape))
+                weight = _gated(self.space.kinds[path], factors, ranks[path], temperature, entry)
             part = probability[path].to(weight.dtype) * weight
             mixed[layer] = mixed[layer] + part if layer in mixed else part
         return mixed
 
 
-def _gated(kind: str, factors: dict[str, Tensor], ranks: Tensor, temperature: float, shape: tuple[int, ...]) -> Tensor:
+def _gated(kind: str, factors: dict[str, Tensor], ranks: Tensor, temperature: float, layer: Layer) -> Tensor:
     """Returns the weight with soft gates on its components."""
-    decomposition = DECOMPOSITIONS[kind]
-    gated = decomposition.gated(factors, lambda rank, count: _gates(ranks[rank], count, temperature))
-    return decomposition.dense_weight(gated, shape)
+    weight = gated_weight(kind, factors, layer.operator, lambda rank, count: _gates(ranks[rank], count, temperature))
+    return layer.own_layout(weight)
 
 
 def _gates(rank: Tensor, count: int, temperature: float) -> Tensor:

@@ -1,0 +1,156 @@
+"""The one module class that every factorised layer is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_compress.decompositions.base import Decomposition
+from lightning_compress.decompositions.layer_types import canonical_factors, operator_of, own_layout, template_of
+
+_SHAPE_ATTRIBUTES = (
+    "in_features",
+    "out_features",
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "output_padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+    "num_embeddings",
+    "embedding_dim",
+    "padding_idx",
+    "nf",
+    "nx",
+)
+
+
+class FactorisedLayer(nn.Sequential):
+    """A dense layer's replacement: its factors as plain torch layers, applied in order.
+
+    `weight` is read-only and multiplies the factors out, for code that reads the weight of a
+    layer (the eval fast path of nn.TransformerEncoderLayer does); `bias` is the dense layer's
+    own Parameter.
+
+    Attributes:
+        kind: Kind of decomposition, a key of `DECOMPOSITIONS`.
+        ranks: Its ranks.
+        weight_shape: Shape of the dense weight.
+        dense_type: Class of the dense layer, such as "Conv2d".
+        error: Predicted relative error of the plan it was made from, None if unknown.
+    """
+
+    def __init__(
+        self,
+        children: Mapping[str, nn.Module],
+        *,
+        dense: nn.Module,
+        decomposition: Decomposition,
+        ranks: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+        self._decomposition = decomposition
+        self.kind = decomposition.kind
+        self.ranks = ranks
+        self.weight_shape = tuple(cast(Tensor, dense.weight).shape)
+        self.dense_type = type(dense).__name__
+        self.error: float | None = None
+        self.operator = operator_of(dense)
+        self._template = (template_of(dense),)  # in a tuple: no child
+        for name in _SHAPE_ATTRIBUTES:
+            if hasattr(dense, name):
+                setattr(self, name, getattr(dense, name))
+
+    def factors(self) -> dict[str, Tensor]:
+        """Returns the weights of the child layers by name, the live Parameters."""
+        return {name: cast(Tensor, child.weight) for name, child in self.named_children()}
+
+    @torch.no_grad()
+    def load_factors(self, factors: Mapping[str, Tensor]) -> None:
+        """Copies factors, as `factorise_in` returns them, into the child layers."""
+        for name, child in self.named_children():
+            weight = cast(Tensor, child.weight)
+            weight.copy_(own_layout(child, factors[name]).reshape(weight.shape))
+
+    def canonical_weight(self) -> Tensor:
+        """Returns the equivalent dense weight as (groups · out, in, *kernel), differentiable."""
+        factors = canonical_factors(dict(self.named_children()))
+        return multiplied_out(self._decomposition, factors, self.operator.shape, self.operator.groups)
+
+    def dense_weight(self) -> Tensor:
+        """Returns the equivalent dense weight, shape `weight_shape`, differentiable."""
+        return own_layout(self._template[0], self.canonical_weight())
+
+    def to_dense(self) -> nn.Module:
+        """Returns the layer as a dense one again, with the factors multiplied out and the same bias."""
+        dense = copy.copy(self._template[0])
+        dense.__dict__ = {name: copy.copy(value) for name, value in dense.__dict__.items()}
+        weight = self.dense_weight().detach().contiguous()
+        required = all(factor.requires_grad for factor in self.factors().values())
+        dense._parameters = {**dense._parameters, "weight": nn.Parameter(weight, requires_grad=required)}
+        if "bias" in dense._parameters:
+            dense._parameters["bias"] = self.bias
+        return dense.train(self.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The equivalent dense weight."""
+        return self.dense_weight()
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The dense layer's bias, held by the last factor."""
+        return cast("nn.Parameter | None", getattr(self[-1], "bias", None))
+
+    @override
+    def extra_repr(self) -> str:
+        """Returns kind and ranks for `print(model)`."""
+        return f"kind={self.kind}, ranks={self.ranks}"
+
+
+class FactorisedBag(FactorisedLayer):
+    """Replaces an nn.EmbeddingBag, which takes more than one argument."""
+
+    @override
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the bags; arguments are those of nn.EmbeddingBag."""
+        first, *others = self
+        output = first(input, *args, **kwargs)
+        for module in others:
+            output = module(output)
+        return cast(Tensor, output)
+
+
+def by_group(
+    function: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], factors: Mapping[str, Tensor], groups: int
+) -> dict[str, Tensor]:
+    """Returns a function's results for the factors of each group, one after the other along the first dimension."""
+    if groups == 1:
+        return dict(function(factors))
+    parts = {name: factor.chunk(groups) for name, factor in factors.items()}
+    results = [function({name: part[group] for name, part in parts.items()}) for group in range(groups)]
+    return {name: torch.cat([result[name] for result in results]) for name in results[0]}
+
+
+def multiplied_out(
+    decomposition: Decomposition, factors: Mapping[str, Tensor], shape: tuple[int, ...], groups: int = 1
+) -> Tensor:
+    """Returns the weight (groups · out, in, *kernel) of canonical factors.
+
+    Args:
+        decomposition: Their kind.
+        factors: Of all groups, one after the other along the first dimension.
+        shape: Of the weight of one group.
+        groups: Their number.
+    """
+    return by_group(lambda own: {"weight": decomposition.dense_weight(own, shape)}, factors, groups)["weight"]
