@@ -110,6 +110,8 @@ def heal_(
         replacements = _in_forward_order(model, replacements, fitting[0])
         for index, replacement in enumerate(replacements):
             progress("healing: regression", index / len(replacements))
+            if _shares_factors(replacement, replacements):
+                continue
             _refit(dense, model, replacement, fitting, statistics.metric(replacement.aliases[0]))
         states.judge(output_distance(dense, model, judging))
         _renormalise(model, fitting)
@@ -201,6 +203,15 @@ def _in_forward_order(model: nn.Module, replacements: Sequence[Replacement], arg
     with hooked(r.factorised.register_forward_pre_hook(note) for r in replacements), inference(model):
         model(*arguments[0], **arguments[1])
     return sorted(replacements, key=lambda r: called.get(id(r.factorised), len(called)))
+
+
+def _shares_factors(replacement: Replacement, others: Sequence[Replacement]) -> bool:
+    """Returns whether another layer is made of the same factors, so that refitting one would change both."""
+    own = {id(factor) for factor in replacement.factorised.factors().values()}
+    return any(
+        other is not replacement and own & {id(factor) for factor in other.factorised.factors().values()}
+        for other in others
+    )
 
 
 class _Reached(Exception):  # noqa: N818

@@ -38,6 +38,9 @@ _STATE_DICT_HOOKS = (
     "_load_state_dict_post_hooks",
 )
 
+TIED_KINDS = ("svd",)
+"""Kinds whose factors can serve a weight and its transpose."""
+
 _MOST_LISTED = 20  # layers in an error message
 
 Patterns = str | type | Sequence[str | type]
@@ -57,6 +60,8 @@ class Layer:
         max_rank: Upper bound on every rank, None for no bound.
         calls: Sizes of its calls in the traced forward pass, None if none was traced.
         reason: Why the layer stays dense, None if it can be factorised.
+        partners: Modules that hold the same weight (an embedding and the output layer of a language
+            model), each with its names: they become factorised layers of the same factors.
     """
 
     name: str
@@ -68,6 +73,7 @@ class Layer:
     max_rank: int | None = None
     calls: tuple[LayerCall, ...] | None = None
     reason: str | None = None
+    partners: tuple[tuple[tuple[str, ...], nn.Module], ...] = ()
 
     @property
     def type(self) -> str:
@@ -186,15 +192,58 @@ def list_layers(model: nn.Module, trace: Trace | None = None) -> list[Layer]:
         if isinstance(module, FactorisedLayer):
             inside.update(id(child) for child in module.modules())
             inside.discard(id(module))
-    shared = _tied_parameters(model)
+    shared, ties = _tied_parameters(model), _ties(model)
     layers = []
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=isinstance(module, FactorisedLayer)))
         if own and id(module) not in inside:
             count = sum(p.numel() for p in own)
             reason = _why_dense(module, shared, trace, name)
-            layers.append(Layer(name, tuple(aliases[id(module)]), module, count, reason=reason))
+            partners: list[tuple[tuple[str, ...], nn.Module]] = []
+            first, *others = ties.get(id(module), [(name, module)])
+            if others and reason is not None and id(module._parameters.get("weight")) in shared:
+                reason = _why_tied(model, first, others, trace)
+                if reason is None and first[1] is module:
+                    partners = [(tuple(aliases[id(other)]), other) for _, other in others]
+                elif reason is None:
+                    reason = f"its weight is that of {first[0]!r} and is factorised with it"
+            layers.append(
+                Layer(name, tuple(aliases[id(module)]), module, count, reason=reason, partners=tuple(partners))
+            )
     return layers
+
+
+def _ties(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """Returns the modules that hold the same weight, by the id of each: embeddings first, then linear layers."""
+    holders: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        if module._parameters.get("weight") is not None:
+            holders.setdefault(id(module._parameters["weight"]), []).append((name, module))
+    groups = [sorted(g, key=lambda named: not isinstance(named[1], nn.Embedding)) for g in holders.values()]
+    return {id(module): group for group in groups if len(group) > 1 for _, module in group}
+
+
+def _why_tied(
+    model: nn.Module, first: tuple[str, nn.Module], others: Sequence[tuple[str, nn.Module]], trace: Trace | None
+) -> str | None:
+    """Returns why modules of one weight cannot be factorised together, None if they can."""
+    counts: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    simple = all(type(module) in (nn.Embedding, nn.Linear) for _, module in (first, *others))
+    if not simple or counts[id(first[1].weight)] != 1 + len(others):
+        return "its weight is tied to another module's, factorising would untie it"
+    unshared = {key for key, count in counts.items() if count > 1} - {id(first[1].weight)}
+    for name, module in (first, *others):
+        reason = _why_dense(module, unshared, None, name)
+        if reason is not None:
+            return f"its weight is tied to that of {name!r}, of which holds: {reason}"
+        if trace is not None and name in trace.read_elsewhere:
+            return "its weight is used outside its own forward"
+    if trace is not None and not any(trace.calls[name] for name, _ in (first, *others)):
+        return "it is not called in the forward pass on the example input"
+    return None
 
 
 def matches(layer: Layer, pattern: str | type) -> bool:
@@ -260,6 +309,9 @@ def _with_kinds(
         return replace(layer, reason=reason)
     wanted = resolve_kinds(override.kinds) if override.kinds is not None else general
     refusals = {kind: DECOMPOSITIONS[kind].unsupported(layer.operator) for kind in wanted}
+    if layer.partners:
+        others = "its weight is tied to another module's, which svd alone can share"
+        refusals.update({kind: others for kind in wanted if kind not in TIED_KINDS and refusals[kind] is None})
     kinds = tuple(kind for kind, refusal in refusals.items() if refusal is None)
     if not kinds:
         return replace(layer, reason="; ".join(filter(None, refusals.values())))
@@ -268,15 +320,21 @@ def _with_kinds(
         kinds=kinds,
         min_rank=override.min_rank or 1,
         max_rank=override.max_rank,
-        calls=trace.calls[layer.name] if trace else None,
+        calls=_calls(layer, trace) if trace else None,
     )
+
+
+def _calls(layer: Layer, trace: Trace) -> tuple[LayerCall, ...]:
+    """Returns the calls of a layer and of those that share its weight."""
+    partners = [call for aliases, _ in layer.partners for call in trace.calls[aliases[0]]]
+    return (*trace.calls[layer.name], *partners)
 
 
 def _why_dense(module: nn.Module, shared: set[int], trace: Trace | None, name: str) -> str | None:
     if isinstance(module, FactorisedLayer):
         return f"already factorised ({module.kind}, ranks {module.ranks})"
     if layer_type(module) is None:
-        return f"{type(module).__name__} is not one of {', '.join(known_types())} (exact types)"
+        return _why_unknown(module)
     if not name:
         return "it is the model itself, which has no parent to swap it in; wrap it, as in nn.Sequential(layer)"
     if "forward" in module.__dict__:
@@ -284,6 +342,13 @@ def _why_dense(module: nn.Module, shared: set[int], trace: Trace | None, name: s
     if any(getattr(module, hooks, None) for hooks in _STATE_DICT_HOOKS):
         return "it carries state-dict hooks, which expect a dense weight"
     return _why_weight_dense(module, shared) or _why_use_dense(trace, name)
+
+
+def _why_unknown(module: nn.Module) -> str:
+    parent = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in known_types()), None)
+    if parent is not None:
+        return f"{type(module).__name__} is a subclass of {parent} and may use its weight in its own way"
+    return f"no kind factorises {type(module).__name__}"
 
 
 def _why_weight_dense(module: nn.Module, shared: set[int]) -> str | None:

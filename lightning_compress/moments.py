@@ -42,8 +42,8 @@ class Moments:
 
     Attributes:
         second: S = E[x xᵀ], (D, D) float64, D = in times the kernel's size; (groups, D, D) for
-            several groups.
-        mean: E[x], (D,) or (groups, D).
+            several groups; None for indices, all of which count alike.
+        mean: E[x], (D,) or (groups, D); None likewise.
         outputs: G = Σ g gᵀ, (out, out) or (groups, out, out) float64, of which only the shape
             matters; g the gradient of a random combination of the model's outputs by those of the
             layer at one position; None if unknown.
@@ -52,8 +52,8 @@ class Moments:
             layers alone), or "real".
     """
 
-    second: Tensor
-    mean: Tensor
+    second: Tensor | None
+    mean: Tensor | None
     outputs: Tensor | None = None
     source: str = "real"
 
@@ -129,18 +129,35 @@ def gather_statistics(
     else:
         batches, source = (), "analytic"
     made = time.perf_counter()
-    layers = {layer.name: layer.module for layer in list_layers(model) if layer.reason is None}
+    chosen = [layer for layer in list_layers(model) if layer.reason is None]
+    layers = {layer.name: layer.module for layer in chosen}
+    partners = {aliases[0]: layer.name for layer in chosen for aliases, _ in layer.partners}
     progress("moments", 0.0)
-    found = dict(input_moments(model, batches, layers, source=source))
+    found = dict(input_moments(model, batches, (*layers, *partners), source=source))
     gradients = output_moments(model, batches, found, seed=seed)
     found = {name: replace(moments, outputs=gradients.get(name)) for name, moments in found.items()}
+    for partner, name in partners.items():
+        if (moments := found.pop(partner, None)) is not None:
+            found[name] = _with_partner(found.get(name), layers[name], moments)
     if len(found) < len(layers):
-        for name, moments in analytic_moments(model).items():
+        for name, channels in analytic_moments(model).items():
             if name in layers and name not in found:
-                found[name] = _spread(layers[name], moments)
+                found[name] = _spread(layers[name], channels)
     progress("moments", 1.0)
     seconds = {"synthetic inputs": made - start, "moments": time.perf_counter() - made}
     return Statistics(batches, source, found, seconds)
+
+
+def _with_partner(own: Moments | None, layer: nn.Module, partner: Moments) -> Moments:
+    """Returns the moments of a weight that two layers hold.
+
+    What enters an output layer is what an embedding of the same weight puts out: both second moments
+    are then in the same space, and their errors add up, each in units of its own.
+    """
+    if own is None or partner.second is None or not operator_of(layer).lookup:
+        return own if own is not None else partner
+    parts = [moment / moment.trace() for moment in (own.outputs, partner.second) if moment is not None]
+    return replace(own, outputs=torch.stack(parts).sum(dim=0))
 
 
 def _real(model: nn.Module, calibration: Iterable[Any]) -> tuple[Arguments, ...]:
@@ -198,12 +215,14 @@ def input_moments(
         ExampleInputError: If the model fails on a batch, or the inputs of a layer are not finite.
     """
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
+    lookups: set[str] = set()
     finite = True
     layers = {name: model.get_submodule(name) for name in names}
 
     def gather(name: str, layer: nn.Module, inputs: Tensor) -> None:
         rows = family_of(layer).rows(layer, inputs)
         if rows is None:
+            lookups.add(name)
             return
         rows = rows[:, :: max(1, rows.shape[1] // POSITIONS)].double()  # with few S is singular, in float32 even less
         second, mean, count = sums.get(name, (0, 0, 0))
@@ -232,7 +251,7 @@ def input_moments(
     if not finite:
         msg = f"the model's outputs are not finite on {source} inputs: use objective='weight', or calibration."
         raise ExampleInputError(msg)
-    return {
+    return {name: Moments(None, None, source=source) for name in lookups} | {
         name: Moments(_joined(second / count).cpu(), _joined(mean / count).cpu(), source=source)
         for name, (second, mean, count) in sums.items()
     }

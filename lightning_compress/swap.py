@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from lightning_compress.candidates import DENSE
 from lightning_compress.config import did_you_mean
 from lightning_compress.costs import Costs, measure_costs
-from lightning_compress.decompositions import DECOMPOSITIONS, FactorisedLayer, factorise_in
+from lightning_compress.decompositions import DECOMPOSITIONS, Decomposition, FactorisedLayer, factorise_in
 from lightning_compress.decompositions.base import threads_for
 from lightning_compress.decompositions.factorised import FactorisedBag
-from lightning_compress.decompositions.layer_types import children_of, own_layout
+from lightning_compress.decompositions.layer_types import TransposedLinear, children_of, operator_of, own_layout
 from lightning_compress.decompositions.metric import Metric
 from lightning_compress.errors import ConfigurationError, PlanMismatchError
 from lightning_compress.inventory import Layer, list_layers, require_module, require_usable_weights
@@ -102,6 +102,8 @@ def _replace(
             metric = statistics.metric(layer.name) if statistics is not None else None
             new = _build(layer, planned, metric, decompose=decompose)
             replacements.append(Replacement(layer.aliases, layer.module, new))
+            for aliases, partner in layer.partners:
+                replacements.append(Replacement(aliases, partner, _sharing(partner, new)))
     progress("factorising layers", 1.0)
     install(model, replacements)
     return tuple(replacements)
@@ -130,20 +132,26 @@ def plan_of(model: nn.Module, example_input: ExampleInput | None = None) -> Plan
         ExampleInputError: If the model fails on the example input.
     """
     traced = trace(model, example_input) if example_input is not None else None
+    listed = list_layers(model)
+    owners = _owners(listed)
     layers, saved_params, saved_bytes, saved_macs = [], 0, 0, 0
-    for layer in list_layers(model):
-        module = layer.module
-        if not isinstance(module, FactorisedLayer):
-            plan = LayerPlan(
-                layer.name, layer.type, DENSE, (), (), 0.0, layer.parameters, layer.parameters, reason=layer.reason
-            )
+    for layer in listed:
+        module, owner = layer.module, owners.get(layer.name)
+        if not isinstance(module, FactorisedLayer) or owner != layer.name:
+            reason = f"its weight is that of {owner!r} and is factorised with it" if owner else layer.reason
+            name = module.dense_type if isinstance(module, FactorisedLayer) else layer.type
+            plan = LayerPlan(layer.name, name, DENSE, (), (), 0.0, layer.parameters, layer.parameters, reason=reason)
             layers.append(plan)
             continue
         factors = list(module.factors().values())
         saved = torch.Size(module.weight_shape).numel() - sum(f.numel() for f in factors)
         saved_params += saved
         saved_bytes += saved * factors[0].element_size()
-        before, after = _macs_of(layer.name, module, traced) if traced is not None else (None, None)
+        before, after = None, None
+        if traced is not None:
+            twins = [twin for twin in listed if owners.get(twin.name) == layer.name]
+            counts = [_macs_of(twin.name, cast(FactorisedLayer, twin.module), traced) for twin in twins]
+            before, after = (sum(values) for values in zip(*counts, strict=True))
         saved_macs += (before or 0) - (after or 0)
         layers.append(
             LayerPlan(
@@ -162,6 +170,19 @@ def plan_of(model: nn.Module, example_input: ExampleInput | None = None) -> Plan
     now = measure_costs(model, macs=traced.macs if traced is not None else None)
     macs = now.macs + saved_macs if now.macs is not None else None
     return Plan(tuple(layers), Costs(now.params + saved_params, macs, now.bytes + saved_bytes), now)
+
+
+def _owners(layers: Sequence[Layer]) -> dict[str, str]:
+    """Returns for each factorised layer the one whose factors it uses: itself, or that it shares a weight with."""
+    groups: dict[frozenset[int], list[Layer]] = {}
+    for layer in layers:
+        if isinstance(layer.module, FactorisedLayer):
+            groups.setdefault(frozenset(map(id, layer.module.factors().values())), []).append(layer)
+    owners = {}
+    for group in groups.values():
+        first = next((one for one in group if cast(FactorisedLayer, one.module).operator.lookup), group[0])
+        owners.update({layer.name: first.name for layer in group})
+    return owners
 
 
 def _macs_of(name: str, module: FactorisedLayer, traced: Trace) -> tuple[int, int]:
@@ -186,12 +207,14 @@ def _macs_of(name: str, module: FactorisedLayer, traced: Trace) -> tuple[int, in
 
 def _checked(model: nn.Module, plan: Plan) -> list[tuple[Layer, LayerPlan]]:
     """Returns what is to be replaced, or raises before anything is."""
-    found = {alias: layer for layer in list_layers(model) for alias in layer.aliases}
+    listed = list_layers(model)
+    found = {alias: layer for layer in listed for alias in layer.aliases}
+    owners = _owners(listed)
     pairs = []
     planned = {p.name: p for p in plan.factorised}
     kept = {p.name for p in plan.layers if p.is_dense and p.type == FactorisedLayer.__name__}  # by an earlier plan
     for name, layer in found.items():
-        expected = name in planned or name in kept
+        expected = owners.get(name, name) in planned or name in kept
         if isinstance(layer.module, FactorisedLayer) and name == layer.name and not expected:
             msg = f"layer {name!r} is factorised in the model ({_text(layer.module)}) but dense in the plan."
             raise PlanMismatchError(msg)
@@ -254,19 +277,48 @@ def _build(layer: Layer, planned: LayerPlan, metric: Metric | None, *, decompose
         with threads_for(weight):
             whole = layer.canonical_weight().detach().to("cpu", torch.float64)
             factors = factorise_in(planned.kind, whole, planned.ranks, metric, layer.operator.groups)
-    for name, child in children.items():
+    padding = getattr(dense, "padding_idx", None)
+    for index, (name, child) in enumerate(children.items()):
         shape = cast(Tensor, child.weight).shape
         value = own_layout(child, factors[name]).reshape(shape) if decompose else torch.zeros(shape)
         child.weight = nn.Parameter(_like(value, weight), requires_grad=weight.requires_grad)
+        if decompose and index == 0 and padding is not None and not bool(weight[padding].any()):  # to the last bit
+            child.weight.detach()[padding] = 0
+    return _finished(children, dense, decomposition, planned.ranks, planned.error)
+
+
+def _finished(
+    children: dict[str, nn.Module],
+    dense: nn.Module,
+    decomposition: Decomposition,
+    ranks: tuple[int, ...],
+    error: float | None,
+) -> FactorisedLayer:
+    """Returns the layer of some children, with bias, hooks and mode of the dense one."""
     if "bias" in dense._parameters:
         last = children[list(children)[-1]]
         last.register_parameter("bias", cast("nn.Parameter | None", dense.bias))
     make = FactorisedBag if isinstance(dense, nn.EmbeddingBag) else FactorisedLayer
-    new = make(children, dense=dense, decomposition=decomposition, ranks=planned.ranks)
-    new.error = planned.error
+    new = make(children, dense=dense, decomposition=decomposition, ranks=ranks)
+    new.error = error
     for hooks in _HOOKS:
         new.__dict__[hooks] = dense.__dict__[hooks]  # the same dict objects, so handles keep working
     return new.train(dense.training)
+
+
+def _sharing(dense: nn.Module, other: FactorisedLayer) -> FactorisedLayer:
+    """Returns the factorised layer of a module with the same weight: of the same Parameters."""
+    decomposition = DECOMPOSITIONS[other.kind]
+    children = children_of(decomposition, dense, other.ranks)
+    twins = list(children)
+    if operator_of(dense).lookup != other.operator.lookup:  # the one's weight is the other's transposed
+        twins.reverse()
+    for name, twin in zip(children, twins, strict=True):
+        weight = other.factors()[twin]
+        if weight.shape != children[name].weight.shape:
+            children[name] = TransposedLinear(*weight.shape)
+        children[name].register_parameter("weight", cast(nn.Parameter, weight))
+    return _finished(children, dense, decomposition, other.ranks, other.error)
 
 
 def _like(value: Tensor, weight: Tensor) -> Tensor:

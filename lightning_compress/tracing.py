@@ -222,7 +222,9 @@ class _WeightUses(TorchFunctionMode):
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.read_elsewhere: set[str] = set()
-        self._owners = {id(layer._parameters.get("weight")): name for name, layer in layers.items()}
+        self._owners: dict[int, set[str]] = {}
+        for name, layer in layers.items():
+            self._owners.setdefault(id(layer._parameters.get("weight")), set()).add(name)
         self._running: list[str] = []
 
     def enter(self, name: str) -> None:
@@ -235,7 +237,7 @@ class _WeightUses(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # shape, dtype and the like do no harm
             for leaf in tree_leaves((args, kwargs)):
-                name = self._owners.get(id(leaf)) if isinstance(leaf, nn.Parameter) else None
-                if name is not None and name not in self._running:
-                    self.read_elsewhere.add(name)
+                owners = self._owners.get(id(leaf)) if isinstance(leaf, nn.Parameter) else None
+                if owners is not None and not owners.intersection(self._running):
+                    self.read_elsewhere |= owners
         return result

@@ -29,6 +29,25 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
+class TransposedLinear(nn.Module):
+    """x ↦ x W for the weight W, (in, out), of another layer that uses it as x Wᵀ.
+
+    Args:
+        in_features: Size of the inputs.
+        out_features: Size of the outputs.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(in_features, out_features, device="meta"))
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns (…, out) for (…, in)."""
+        return F.linear(input, self.weight.T, self.bias)
+
+
 class LayerType(ABC):
     """What the classes of one family have in common."""
 
@@ -201,6 +220,7 @@ class _EmbeddingType(LayerType):
 _LINEAR, _CONV, _EMBEDDING = _LinearType(), _ConvType(), _EmbeddingType()
 _LAYER_TYPES: dict[type[nn.Module], LayerType] = {
     nn.Linear: _LINEAR,
+    TransposedLinear: _LINEAR,
     NonDynamicallyQuantizableLinear: _LINEAR,
     **dict.fromkeys((*_CONVOLUTIONS, *_TRANSPOSED), _CONV),
     **dict.fromkeys(_EMBEDDINGS, _EMBEDDING),
@@ -227,13 +247,12 @@ def operator_of(layer: nn.Module) -> Operator:
 
 def known_types() -> list[str]:
     """Returns the names of all classes that can be factorised, for messages."""
-    names = [t.__name__ for t in _LAYER_TYPES if t is not NonDynamicallyQuantizableLinear]
-    return [*names, *(f"{name.rpartition('.')[2]} ({name.partition('.')[0]})" for name in _BY_NAME)]
+    return [t.__name__ for t in _LAYER_TYPES if t not in (NonDynamicallyQuantizableLinear, TransposedLinear)]
 
 
 def canonical(layer: nn.Module, weight: Tensor) -> Tensor:
     """Returns a layer's own weight, or anything of its layout, as (groups · out, in, *kernel)."""
-    if isinstance(layer, _EMBEDDINGS) or _full_name(layer) in _BY_NAME:
+    if isinstance(layer, (*_EMBEDDINGS, TransposedLinear)) or _full_name(layer) in _BY_NAME:
         return weight.T
     if isinstance(layer, _ConvTransposeNd):
         return _swapped(weight, layer.groups)

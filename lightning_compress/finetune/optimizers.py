@@ -54,7 +54,9 @@ def patch_optimizers_(optimizers: Sequence[Optimizer], replacements: Sequence[Re
         OrphanParameterError: If a factor did not reach the optimizer that held its weight.
     """
     require_patchable(optimizers, replacements)
-    by_weight = {id(r.dense.weight): r for r in replacements}
+    by_weight: dict[int, Replacement] = {}
+    for replacement in replacements:
+        by_weight.setdefault(id(replacement.dense.weight), replacement)  # layers of one weight have the same factors
     held = [{id(p) for group in o.param_groups for p in group["params"]} for o in optimizers]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -87,7 +89,7 @@ def _patch_group(group: dict[str, Any], by_weight: Mapping[int, Replacement]) ->
     old_names: list[str | None] = list(group.get("param_names", [None] * len(group["params"])))
     params: list[nn.Parameter] = []
     names: list[str | None] = []
-    biases = {id(r.dense.bias): r for r in by_weight.values() if r.dense.bias is not None}
+    biases = {id(bias): r for r in by_weight.values() if (bias := getattr(r.dense, "bias", None)) is not None}
     for parameter, name in zip(group["params"], old_names, strict=True):
         replacement = by_weight.get(id(parameter))
         if replacement is None:

@@ -308,14 +308,15 @@ def _gradient_of_log_distance(outputs: Outputs, mixed: dict[int, Tensor], step: 
 
 def _distances(outputs: Outputs, weights: dict[int, Tensor], arguments: Arguments) -> tuple[Tensor, Tensor]:
     """Returns ‖f − f̂‖² and ‖f − mean f‖² with some weights in the place of the layers' own."""
-    names = {f"{outputs.layers[i].name}.weight".lstrip("."): w for i, w in weights.items()}  # aliases share the module
+    names = {f"{outputs.layers[i].name}.weight": w for i, w in weights.items()}  # aliases share the module
+    tied = any(outputs.layers[i].partners for i in weights)
     model = outputs.model
     args, kwargs = arguments
     differentiable = torch.is_grad_enabled()
     with inference(model):
         targets = output_tensors(model(*args, **kwargs))
         with torch.set_grad_enabled(differentiable):
-            found = output_tensors(functional_call(model, names, args, kwargs, tie_weights=False))
+            found = output_tensors(functional_call(model, names, args, kwargs, tie_weights=tied))
             lost = torch.stack([(o - t).float().square().sum() for o, t in zip(found, targets, strict=True)]).sum()
     spread = torch.stack([(t - t.mean(dim=0)).float().square().sum() for t in targets]).sum()
     return lost, spread
