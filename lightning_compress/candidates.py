@@ -13,6 +13,7 @@ from lightning_compress.config import RESOURCES
 from lightning_compress.decompositions import DECOMPOSITIONS, profile_in, weighted_energy
 from lightning_compress.decompositions.base import Floats, Ints, RankProfile, spectral_errors, threads_for
 from lightning_compress.decompositions.metric import Metric
+from lightning_compress.decompositions.shared import shared_errors
 from lightning_compress.errors import ConfigurationError
 from lightning_compress.inventory import Layer
 
@@ -143,6 +144,49 @@ def _spectral(profile: RankProfile) -> Floats:
     shares = -np.diff(profile.errors, prepend=1.0)
     shares = np.maximum.accumulate(shares[::-1])[::-1]
     return spectral_errors(shares, float(shares[0]))
+
+
+def tabulate_shared(
+    layer: Layer, *, budgeted: Sequence[str], rank_multiple: int = 1, metrics: Sequence[Metric | None]
+) -> tuple[Candidates, Floats]:
+    """Like `tabulate`, for linear layers that share their first factor.
+
+    An error of the group is 1 − Π_i (1 − e_i), so that its loss is the sum of its members'.
+
+    Args:
+        layer: A layer of several members.
+        budgeted: See `tabulate`.
+        rank_multiple: See `tabulate`.
+        metrics: Of each member.
+
+    Returns:
+        The candidates and the members' own errors, (candidates, members).
+    """
+    weights = [member.weight.detach().to("cpu", torch.float64) for member in layer.members]
+    columns = [RESOURCES.index(name) for name in budgeted]
+    with threads_for(weights[0]):
+        errors = shared_errors(weights, metrics)
+    ranks = np.arange(1, len(errors) + 1)[:, None]
+    rows = np.flatnonzero(_allowed(layer, ranks, rank_multiple))
+    rows = rows[_thinned(ranks[rows])]
+    outputs, inputs = np.array([len(w) for w in weights]), weights[0].shape[1]
+    positions = sum(call.positions for call in layer.calls or ())
+    params = ranks[rows, 0] * (inputs + outputs.sum())
+    macs = ranks[rows, 0] * (len(weights) * inputs + outputs.sum()) * positions  # each computes the shared factor
+    costs = np.column_stack([params, macs, params * layer.weight.element_size()]).astype(np.float64)
+    together, dense = 1 - np.prod(1 - errors[rows], axis=1), _dense_costs(layer)
+    kept = np.flatnonzero((costs[:, 0] < dense[0]) & (costs[:, 1] <= dense[1]))
+    kept = kept[_undominated(together[kept], costs[kept][:, columns])]
+    table = Candidates(
+        name=layer.name,
+        kinds=(*("svd" for _ in kept), DENSE),
+        ranks=(*((int(rank),) for rank in ranks[rows[kept], 0]), ()),
+        errors=np.append(np.clip(together[kept], 0, 1), 0.0),
+        spectral=np.append(np.full(len(kept), np.inf), 0.0),
+        energy=1.0,
+        costs=np.concatenate([costs[kept], dense[None]]),
+    )
+    return table, np.concatenate([errors[rows[kept]], np.zeros((1, len(weights)))])
 
 
 def _largest(layer: Layer) -> str:

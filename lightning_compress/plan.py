@@ -41,6 +41,8 @@ class LayerPlan:
         reason: Why the layer stays dense, None if it does not.
         source: Where the metric of its error comes from, as in `Moments`; "weight" for none, None
             for a module that cannot be factorised.
+        shares: The first of the layers that share their first factor with this one, itself included;
+            None if it has factors of its own. `params_after` of the first alone holds that factor.
     """
 
     name: str
@@ -55,6 +57,7 @@ class LayerPlan:
     macs_after: int | None = None
     reason: str | None = None
     source: str | None = None
+    shares: str | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -177,7 +180,7 @@ class Plan:
                 if not layer.is_dense
                 else f"{layer.params_before:,}",
                 "" if layer.is_dense else f"{100 * layer.params_after / layer.params_before:.1f} %",
-                Text(layer.reason or ""),
+                Text(layer.reason or (f"shares its first factor: {layer.shares}" if layer.shares else "")),
             )
         return table
 
@@ -239,6 +242,7 @@ def _layer_from_dict(data: Mapping[str, Any]) -> LayerPlan:
         macs_after=_typed(data, "macs_after", int, optional=True),
         reason=_typed(data, "reason", str, optional=True),
         source=_typed({"source": None, **data}, "source", str, optional=True),
+        shares=_typed({"shares": None, **data}, "shares", str, optional=True),
     )
 
 

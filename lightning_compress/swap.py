@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from lightning_compress.decompositions.base import threads_for
 from lightning_compress.decompositions.factorised import FactorisedBag
 from lightning_compress.decompositions.layer_types import TransposedLinear, children_of, operator_of, own_layout
 from lightning_compress.decompositions.metric import Metric
+from lightning_compress.decompositions.shared import shared_factors
 from lightning_compress.errors import ConfigurationError, PlanMismatchError
 from lightning_compress.inventory import Layer, list_layers, require_module, require_usable_weights
 from lightning_compress.moments import Statistics
@@ -96,6 +97,11 @@ def _replace(
         raise ConfigurationError(msg)
     pairs = _checked(model, plan)
     replacements = []
+    for group in _groups(pairs):
+        metrics = [statistics.metric(layer.name) if statistics is not None else None for layer, _ in group]
+        with torch.inference_mode(mode=False):
+            replacements += _build_shared(group, metrics, decompose=decompose)
+    pairs = [(layer, planned) for layer, planned in pairs if planned.shares is None]
     for index, (layer, planned) in enumerate(pairs):
         progress("factorising layers", index / len(pairs))
         with torch.inference_mode(mode=False):  # parameters made in inference mode could never be trained
@@ -135,6 +141,7 @@ def plan_of(model: nn.Module, example_input: ExampleInput | None = None) -> Plan
     listed = list_layers(model)
     owners = _owners(listed)
     layers, saved_params, saved_bytes, saved_macs = [], 0, 0, 0
+    counted: dict[int, str] = {}
     for layer in listed:
         module, owner = layer.module, owners.get(layer.name)
         if not isinstance(module, FactorisedLayer) or owner != layer.name:
@@ -144,7 +151,12 @@ def plan_of(model: nn.Module, example_input: ExampleInput | None = None) -> Plan
             layers.append(plan)
             continue
         factors = list(module.factors().values())
-        saved = torch.Size(module.weight_shape).numel() - sum(f.numel() for f in factors)
+        again = [f for f in factors if id(f) in counted]  # that of a layer before
+        counted.update({id(f): layer.name for f in factors if id(f) not in counted})
+        shares = counted[id(factors[0])] if _is_shared(factors[0], listed, owners) else None
+        saved = (
+            torch.Size(module.weight_shape).numel() - sum(f.numel() for f in factors) + sum(f.numel() for f in again)
+        )
         saved_params += saved
         saved_bytes += saved * factors[0].element_size()
         before, after = None, None
@@ -161,15 +173,28 @@ def plan_of(model: nn.Module, example_input: ExampleInput | None = None) -> Plan
                 module.ranks,
                 module.weight_shape,
                 module.error if module.error is not None else 0.0,
-                params_before=layer.parameters + saved,
-                params_after=layer.parameters,
+                params_before=layer.parameters - sum(f.numel() for f in again) + saved,
+                params_after=layer.parameters - sum(f.numel() for f in again),
                 macs_before=before,
                 macs_after=after,
+                shares=shares,
             )
         )
     now = measure_costs(model, macs=traced.macs if traced is not None else None)
     macs = now.macs + saved_macs if now.macs is not None else None
     return Plan(tuple(layers), Costs(now.params + saved_params, macs, now.bytes + saved_bytes), now)
+
+
+def _is_shared(factor: Tensor, layers: Sequence[Layer], owners: Mapping[str, str]) -> bool:
+    """Returns whether layers that own their other factors have this one in common."""
+    holders = [
+        layer
+        for layer in layers
+        if isinstance(layer.module, FactorisedLayer)
+        and owners[layer.name] == layer.name
+        and any(own is factor for own in layer.module.factors().values())
+    ]
+    return len(holders) > 1
 
 
 def _owners(layers: Sequence[Layer]) -> dict[str, str]:
@@ -266,6 +291,48 @@ def _require_applicable(layer: Layer, planned: LayerPlan) -> None:
         why = refusal or f"its ranks go up to {largest}"
         msg = f"{where} cannot become {planned.kind} with ranks {planned.ranks}: {why}."
         raise PlanMismatchError(msg)
+
+
+def _groups(pairs: Sequence[tuple[Layer, LayerPlan]]) -> list[list[tuple[Layer, LayerPlan]]]:
+    """Returns the layers that share their first factor."""
+    groups: dict[str, list[tuple[Layer, LayerPlan]]] = {}
+    for layer, planned in pairs:
+        if planned.shares is not None:
+            groups.setdefault(planned.shares, []).append((layer, planned))
+    for name, group in groups.items():
+        if (
+            len({(p.kind, p.ranks, p.weight_shape[1], layer.type) for layer, p in group}) > 1
+            or group[0][1].kind != "svd"
+        ):
+            msg = f"the plan's layers that share the first factor of {name!r} differ in kind, rank or inputs."
+            raise PlanMismatchError(msg)
+    return list(groups.values())
+
+
+def _build_shared(
+    group: Sequence[tuple[Layer, LayerPlan]], metrics: Sequence[Metric | None], *, decompose: bool
+) -> list[Replacement]:
+    """Returns the factorised layers of one first factor."""
+    layers, (rank,) = [layer for layer, _ in group], group[0][1].ranks
+    decomposition = DECOMPOSITIONS[group[0][1].kind]
+    if decompose:
+        with threads_for(layers[0].weight):
+            weights = [layer.weight.detach().to("cpu", torch.float64) for layer in layers]
+            reduce, expand = shared_factors(weights, metrics, rank)
+    else:
+        reduce = torch.zeros(rank, layers[0].weight_shape[1])
+        expand = [torch.zeros(layer.weight_shape[0], rank) for layer in layers]
+    trained = any(layer.weight.requires_grad for layer in layers)
+    first = nn.Parameter(_like(reduce, layers[0].weight), requires_grad=trained)
+    replacements = []
+    for (layer, planned), values in zip(group, expand, strict=True):
+        children = children_of(decomposition, layer.module, planned.ranks)
+        children["reduce"].register_parameter("weight", first)
+        own = nn.Parameter(_like(values, layer.weight), requires_grad=layer.weight.requires_grad)
+        children["expand"].register_parameter("weight", own)
+        new = _finished(children, layer.module, decomposition, planned.ranks, planned.error)
+        replacements.append(Replacement(layer.aliases, layer.module, new))
+    return replacements
 
 
 def _build(layer: Layer, planned: LayerPlan, metric: Metric | None, *, decompose: bool) -> FactorisedLayer:

@@ -39,11 +39,13 @@ class Trace:
         calls: Sizes of each call, by module name; empty for a module that was never called.
         read_elsewhere: Names of modules whose weight was used outside their own forward.
         macs: Multiply-accumulates of the whole model.
+        inputs: Number of the tensor that a module called once reads: the same for those that read the same.
     """
 
     calls: Mapping[str, tuple[LayerCall, ...]]
     read_elsewhere: frozenset[str]
     macs: int
+    inputs: Mapping[str, int]
 
 
 def trace(model: nn.Module, example_input: ExampleInput) -> Trace:
@@ -58,10 +60,12 @@ def trace(model: nn.Module, example_input: ExampleInput) -> Trace:
     layers = {name: m for name, m in model.named_modules() if layer_type(m) is not None}
     uses = _WeightUses(layers)
     calls: dict[str, list[LayerCall]] = {name: [] for name in layers}
+    read: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def record(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             uses.leave(name)
+            read[name].append(input_of(args, kwargs))  # kept, so that no other tensor gets its identity
             calls[name].append(family_of(module).call(module, input_of(args, kwargs), output))
 
         return hook
@@ -85,7 +89,13 @@ def trace(model: nn.Module, example_input: ExampleInput) -> Trace:
         calls={name: tuple(found) for name, found in calls.items()},
         read_elsewhere=frozenset(uses.read_elsewhere),
         macs=flops.get_total_flops() // 2,
+        inputs=_numbered({name: tensors[0] for name, tensors in read.items() if len(tensors) == 1}),
     )
+
+
+def _numbered(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    numbers: dict[int, int] = {}
+    return {name: numbers.setdefault(id(tensor), len(numbers)) for name, tensor in tensors.items()}
 
 
 def as_arguments(model: nn.Module, example_input: ExampleInput) -> Arguments:

@@ -59,8 +59,9 @@ def patch_optimizers_(optimizers: Sequence[Optimizer], replacements: Sequence[Re
         by_weight.setdefault(id(replacement.dense.weight), replacement)  # layers of one weight have the same factors
     held = [{id(p) for group in o.param_groups for p in group["params"]} for o in optimizers]
     for optimizer in optimizers:
+        seen: set[int] = set()
         for group in optimizer.param_groups:
-            _patch_group(group, by_weight)
+            _patch_group(group, by_weight, seen)
         for replacement in replacements:
             optimizer.state.pop(cast(nn.Parameter, replacement.dense.weight), None)
         if hasattr(optimizer, "_numel_cache"):  # LBFGS counts its parameters once
@@ -85,7 +86,8 @@ def optimizer_layout(optimizers: Sequence[Optimizer], model: nn.Module) -> list[
     ]
 
 
-def _patch_group(group: dict[str, Any], by_weight: Mapping[int, Replacement]) -> None:
+def _patch_group(group: dict[str, Any], by_weight: Mapping[int, Replacement], seen: set[int]) -> None:
+    """Replaces the weights in one group; `seen` holds the factors some group of the optimizer has."""
     old_names: list[str | None] = list(group.get("param_names", [None] * len(group["params"])))
     params: list[nn.Parameter] = []
     names: list[str | None] = []
@@ -97,8 +99,11 @@ def _patch_group(group: dict[str, Any], by_weight: Mapping[int, Replacement]) ->
             owner = biases.get(id(parameter))
             names.append(_renamed(name, "bias", _last(owner)) if owner is not None else name)
             continue
-        params += factor_parameters(replacement)
-        names += [_renamed(name, "weight", child) for child in replacement.factorised.factors()]
+        for child, factor in zip(replacement.factorised.factors(), factor_parameters(replacement), strict=True):
+            if id(factor) not in seen:  # layers may share a factor
+                params.append(factor)
+                names.append(_renamed(name, "weight", child))
+                seen.add(id(factor))
     group["params"][:] = params  # the same list object: LBFGS and others hold an alias of it
     if "param_names" in group:
         group["param_names"][:] = names

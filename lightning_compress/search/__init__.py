@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 from warnings import warn
 
 import numpy as np
+import torch
 from torch import nn
 
-from lightning_compress.candidates import DENSE, Candidates, dense_macs, tabulate
+from lightning_compress.candidates import DENSE, Candidates, dense_macs, tabulate, tabulate_shared
 from lightning_compress.config import RESOURCES, Budget, did_you_mean, require_count
 from lightning_compress.costs import Costs, measure_costs
 from lightning_compress.decompositions import AUTOMATIC, resolve_kinds
 from lightning_compress.decompositions.base import Floats, Ints
+from lightning_compress.decompositions.shared import shared_errors
 from lightning_compress.errors import (
     CompressionWarning,
     ConfigurationError,
     ExampleInputError,
     InfeasibleBudgetError,
 )
-from lightning_compress.inventory import Layer, Patterns, require_usable_weights, take_inventory
+from lightning_compress.inventory import Layer, Patterns, require_usable_weights, sharing_groups, take_inventory
 from lightning_compress.moments import Statistics, gather_statistics
 from lightning_compress.plan import LayerPlan, Plan
 from lightning_compress.progress import Progress, silent
@@ -60,6 +63,7 @@ CERTIFICATE_GAP = 1e-3
 OBJECTIVES = ("auto", "weight", "moments", "end_to_end")
 AUTOMATIC_METHODS = ("continuous", "exact")
 """Methods for which objective "auto" makes synthetic inputs; with others it is "weight" unless statistics are given."""
+BETTER_ELSEWHERE = "the search keeps it dense: the budget is better spent here"
 BISECTIONS = 12
 """Plans tried for a quality target."""
 
@@ -182,11 +186,13 @@ def search_with_statistics(
     )
     searched = time.perf_counter()
     tables = _tabulate(layers, budget.budgeted, rank_multiple, statistics, report)
+    chosen = [layer for layer in layers if layer.reason is None]
+    if method in AUTOMATIC_METHODS:
+        chosen, tables = _shared(chosen, tables, sharing_groups(chosen, traced), budget, rank_multiple, statistics)
     outputs = None
     if statistics is not None and statistics.batches:
-        chosen = tuple(layer for layer in layers if layer.reason is None)
         inputs = max(LEAST_INPUTS, affordable_inputs(traced.macs)) if traced is not None else LEAST_INPUTS
-        outputs = Outputs(model, chosen, statistics, inputs)
+        outputs = Outputs(model, tuple(chosen), statistics, inputs)
         outputs = outputs if outputs.exist else None
     if budget.max_error is not None:
         problem, choice = _within_error(tables, dense, budget, method, outputs, report)
@@ -196,7 +202,7 @@ def search_with_statistics(
         _require_feasible(problem, dense, budget)
         choice, objective = _choose(problem, method, objective, outputs, report)
     plan = Plan(
-        layers=tuple(_layer_plans(layers, problem, choice, traced, statistics)),
+        layers=tuple(_layer_plans(layers, chosen, problem, choice, traced, statistics)),
         dense=dense,
         compressed=_costs_after(problem, choice, dense),
         budget=budget,
@@ -356,6 +362,36 @@ def _tabulate(
     return tuple(tables)
 
 
+def _shared(  # noqa: PLR0917
+    chosen: list[Layer],
+    tables: tuple[Candidates, ...],
+    groups: Sequence[Layer],
+    budget: Budget,
+    rank_multiple: int,
+    statistics: Statistics | None,
+) -> tuple[list[Layer], tuple[Candidates, ...]]:
+    """Puts the layers that read the same together where sharing their first factor loses less at the budget's share."""
+    own = {table.name: table for table in tables}
+    fractions = np.array([budget.limits().get(name, 1.0) for name in budget.budgeted])
+    units = {layer.name: layer for layer in chosen}
+    for group in groups:
+        metrics = [statistics.metric(m.name) if statistics is not None else None for m in group.members]
+        together, _ = tabulate_shared(group, budgeted=budget.budgeted, rank_multiple=rank_multiple, metrics=metrics)
+        apart = tuple(own[member.name] for member in group.members)
+        columns = [RESOURCES.index(name) for name in budget.budgeted]
+        limits = together.costs[-1, columns] * fractions
+        losses = []
+        for alternative in (apart, (together,)):
+            problem = Problem(alternative, budget.budgeted, limits)
+            best = solve(problem).choice if problem.fits(smallest(problem)) else None
+            losses.append(problem.loss_of(best) if best is not None else np.inf)
+        if losses[1] < losses[0]:
+            for member in group.members:
+                del units[member.name], own[member.name]
+            units[group.name], own[group.name] = group, together
+    return list(units.values()), tuple(own[name] for name in units)
+
+
 def _problem(tables: tuple[Candidates, ...], dense: Costs, budget: Budget) -> Problem:
     totals, rest = _vector(dense), _rest(tables, dense)
     budgeted = tuple(budget.limits())
@@ -407,15 +443,62 @@ def _costs_after(problem: Problem, choice: Ints, dense: Costs) -> Costs:
     return Costs(params, macs if dense.macs is not None else None, size)
 
 
-def _layer_plans(
-    layers: Sequence[Layer], problem: Problem, choice: Ints, traced: Trace | None, statistics: Statistics | None
+def _layer_plans(  # noqa: PLR0917
+    layers: Sequence[Layer],
+    units: Sequence[Layer],
+    problem: Problem,
+    choice: Ints,
+    traced: Trace | None,
+    statistics: Statistics | None,
 ) -> list[LayerPlan]:
-    chosen = {table.name: (table, int(row)) for table, row in zip(problem.layers, choice, strict=True)}
+    chosen: dict[str, tuple[Candidates, int]] = {}
+    shared: dict[str, LayerPlan] = {}
+    for unit, found, row in zip(units, problem.layers, choice, strict=True):
+        if unit.members:
+            shared.update({p.name: p for p in _member_plans(unit, found, int(row), traced, statistics)})
+        else:
+            chosen[unit.name] = (found, int(row))
     plans = []
     for layer in layers:
+        if layer.name in shared:
+            plans.append(shared[layer.name])
+            continue
         table, row = chosen.get(layer.name, (None, 0))
         source = statistics.source_of(layer.name) if statistics is not None and table is not None else None
         plans.append(_layer_plan(layer, table, row, traced, source))
+    return plans
+
+
+def _member_plans(
+    unit: Layer, table: Candidates, row: int, traced: Trace | None, statistics: Statistics | None
+) -> list[LayerPlan]:
+    """Returns the plans of layers that share their first factor, which the first of them counts."""
+    members, ranks, plans = unit.members, table.ranks[row], []
+    metrics = [statistics.metric(member.name) if statistics is not None else None for member in members]
+    errors = np.zeros(len(members))
+    if table.kinds[row] != DENSE:
+        weights = [member.weight.detach().to("cpu", torch.float64) for member in members]
+        errors = shared_errors(weights, metrics)[ranks[0] - 1]
+    for index, (member, error) in enumerate(zip(members, errors, strict=True)):
+        out, in_ = member.weight_shape
+        source = statistics.source_of(member.name) if statistics is not None else None
+        dense = Candidates(member.name, (DENSE,), ((),), np.zeros(1), np.zeros(1), 0.0, np.zeros((1, len(RESOURCES))))
+        plan = _layer_plan(member, dense, 0, traced, source)
+        if table.kinds[row] != DENSE:
+            positions = sum(call.positions for call in member.calls or ())
+            plan = replace(
+                plan,
+                kind=table.kinds[row],
+                ranks=ranks,
+                error=float(error),
+                params_after=member.parameters - out * in_ + ranks[0] * (out + (in_ if index == 0 else 0)),
+                macs_after=None if plan.macs_before is None else ranks[0] * (out + in_) * positions,
+                reason=None,
+                shares=unit.name,
+            )
+        else:
+            plan = replace(plan, reason=BETTER_ELSEWHERE)
+        plans.append(plan)
     return plans
 
 
@@ -430,7 +513,7 @@ def _layer_plan(
     elif len(table) == 1:
         reason = "every candidate is larger or slower than the dense layer"
     else:
-        reason = "the search keeps it dense: the budget is better spent here" if table.kinds[row] == DENSE else None
+        reason = BETTER_ELSEWHERE if table.kinds[row] == DENSE else None
     saved = table.costs[-1] - table.costs[row]
     before = dense_macs(layer) if known else None
     return LayerPlan(

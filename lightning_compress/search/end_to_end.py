@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_map
 from lightning_compress.candidates import DENSE
 from lightning_compress.decompositions import DECOMPOSITIONS, factorise_in, gated_weight, multiplied_out
 from lightning_compress.decompositions.base import Ints, threads_for
+from lightning_compress.decompositions.shared import shared_factors
 from lightning_compress.inventory import Layer
 from lightning_compress.moments import Statistics
 from lightning_compress.search.exact import solve
@@ -100,10 +101,20 @@ class Outputs:
     def factors(self, layer: int, kind: str, ranks: tuple[int, ...]) -> dict[str, Tensor]:
         """Returns a layer's factors in the metric, in the weight's dtype."""
         entry = self.layers[layer]
+        if entry.members:
+            return self._shared_factors(entry, ranks[0])
         with threads_for(entry.weight), torch.no_grad():
             weight = entry.canonical_weight().detach().to("cpu", torch.float64)
             metric = self.statistics.metric(entry.name)
             found = factorise_in(kind, weight, ranks, metric, entry.operator.groups)
+        return {name: value.to(entry.weight.device, entry.weight.dtype) for name, value in found.items()}
+
+    def _shared_factors(self, entry: Layer, rank: int) -> dict[str, Tensor]:
+        with threads_for(entry.weight), torch.no_grad():
+            weights = [member.weight.detach().to("cpu", torch.float64) for member in entry.members]
+            metrics = [self.statistics.metric(member.name) for member in entry.members]
+            reduce, expand = shared_factors(weights, metrics, rank)
+        found = {"reduce": reduce, "expand": torch.cat(expand)}
         return {name: value.to(entry.weight.device, entry.weight.dtype) for name, value in found.items()}
 
 
@@ -308,7 +319,12 @@ def _gradient_of_log_distance(outputs: Outputs, mixed: dict[int, Tensor], step: 
 
 def _distances(outputs: Outputs, weights: dict[int, Tensor], arguments: Arguments) -> tuple[Tensor, Tensor]:
     """Returns ‖f − f̂‖² and ‖f − mean f‖² with some weights in the place of the layers' own."""
-    names = {f"{outputs.layers[i].name}.weight": w for i, w in weights.items()}  # aliases share the module
+    names = {}  # of aliases one is enough: they share the module
+    for index, weight in weights.items():
+        layer = outputs.layers[index]
+        members = layer.members or (layer,)
+        parts = _parts(weight, layer) if layer.members else (weight,)
+        names.update({f"{member.name}.weight": part for member, part in zip(members, parts, strict=True)})
     tied = any(outputs.layers[i].partners for i in weights)
     model = outputs.model
     args, kwargs = arguments
@@ -320,6 +336,12 @@ def _distances(outputs: Outputs, weights: dict[int, Tensor], arguments: Argument
             lost = torch.stack([(o - t).float().square().sum() for o, t in zip(found, targets, strict=True)]).sum()
     spread = torch.stack([(t - t.mean(dim=0)).float().square().sum() for t in targets]).sum()
     return lost, spread
+
+
+def _parts(weight: Tensor, layer: Layer) -> tuple[Tensor, ...]:
+    """Returns the weights of the members of a layer, from the stacked one."""
+    ends = np.cumsum([member.weight_shape[0] for member in layer.members]).tolist()
+    return tuple(weight[start:end] for start, end in zip([0, *ends], ends, strict=False))
 
 
 def _groups(batch: Arguments, inputs: int | None, size: int) -> list[Arguments]:
