@@ -12,8 +12,8 @@ Three steps, each kept only if it brings the outputs nearer to the dense model's
 2. *Norm statistics.* The running statistics of batch norms are taken anew on the compressed
    network, where only its activations' spread has changed.
 3. *Distillation.* Factors, their biases and the norms' scales descend the distance of the outputs
-   plus that of every factorised layer's output (hints: Romero et al. 2015, "FitNets"), with an
-   early stop: the state that is best on the held-out inputs is kept.
+   plus that of every factorised layer's output (hints: Romero et al. 2015, "FitNets"); the state
+   that is best on the held-out inputs is kept.
 """
 
 from __future__ import annotations
@@ -52,8 +52,6 @@ SHIFT = 0.08
 """Largest shift of an image, as a fraction of its sides."""
 EVERY = 20
 """Steps between two looks at the held-out inputs."""
-PATIENCE = 4
-"""Looks without a better state after which the distillation stops."""
 
 _NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
@@ -118,15 +116,12 @@ def heal_(
         states.judge(output_distance(dense, model, judging))
         states.restore()
         regressed, middle = states.best, time.perf_counter()
-        states.waited = 0
         steps, skipped = _affordable(dense, model, replacements, fitting, steps)
         if skipped is None:
             progress("healing: distillation", 0.0)
             for step in _distil(dense, model, replacements, fitting, steps, seed):
                 progress("healing: distillation", step / steps)
                 states.judge(output_distance(dense, model, judging))
-                if states.waited >= PATIENCE:
-                    break
         states.restore()
         progress("healing", 1.0)
     except BaseException:
@@ -172,7 +167,7 @@ class _States:
     def __init__(self, model: nn.Module, distance: float) -> None:
         self._model = model
         self._first = self._best = self._copy()
-        self.best, self.waited = distance, 0
+        self.best = distance
 
     def _copy(self) -> dict[str, Tensor]:
         state = self._model.state_dict()
@@ -180,9 +175,8 @@ class _States:
 
     def judge(self, distance: float) -> None:
         """Keeps the present state if it is the best so far."""
-        self.waited += 1
         if distance < self.best:
-            self.best, self.waited, self._best = distance, 0, self._copy()
+            self.best, self._best = distance, self._copy()
 
     def restore(self) -> None:
         """Goes back to the best state."""
@@ -337,7 +331,10 @@ def _distil(  # noqa: PLR0917
     steps: int,
     seed: int,
 ) -> Iterator[int]:
-    """Descends the distances on one batch after the other; yields every now and then, to be judged."""
+    """Descends the distances on one batch after the other; yields every now and then, to be judged.
+
+    All steps are taken: the rate falls along a cosine, and much of the gain comes at its end.
+    """
     generator = torch.Generator().manual_seed(seed)
     trained = _trained(model, replacements)
     with torch.inference_mode(mode=False):

@@ -201,6 +201,15 @@ def test_distillation_descends_the_distance_of_the_outputs():
     assert case.distance(case.fitting) < before
 
 
+def test_distillation_takes_all_its_steps_though_it_does_not_help_at_first(monkeypatch):
+    case, looks = image_case(0.4), []
+    distances = iter([1.0, 0.9, 0.9, *[2.0] * 7, 0.5])
+    monkeypatch.setattr("lightning_compress.heal.output_distance", lambda *_: next(distances))
+    healing = case.heal(steps=160, progress=lambda what, done: looks.append(done) if "distil" in what else None)
+    assert looks[-1] == 1
+    assert healing.after == 0.5
+
+
 def test_batches_are_mixed_without_repeating_a_sample():
     batches = [((torch.arange(8.0)[:, None] + 100 * i, {"n": 3}), {}) for i in range(3)]
     (values, other), kwargs = _shuffled(batches, torch.Generator().manual_seed(0))
