@@ -30,7 +30,7 @@ from lightning_compress.tracing import (
     whole_arguments,
 )
 
-POSITIONS = 2**16
+POSITIONS = 2**14
 """Rows of an unfolded input that are taken at most per layer and batch, evenly spread."""
 PROBES = 2
 """Random combinations of the outputs whose gradients are taken per batch."""

@@ -473,6 +473,21 @@ def log_distance(model, layers, weights, inputs) -> torch.Tensor:
     return (functional_call(model, names, (inputs,), tie_weights=False) - target).square().sum().log()
 
 
+@pytest.mark.parametrize(("room", "runs"), [(2**24, 4), (0, 8), (16 * 2, 7)])
+def test_outputs_of_the_dense_model_are_kept_while_there_is_room(monkeypatch, room, runs):
+    monkeypatch.setattr("lightning_compress.search.end_to_end.CACHED", room)
+    model = nn.Linear(3, 2)
+    batches = tuple(((torch.randn(2 * GROUP, 3),), {}) for _ in range(2))
+    outputs, calls = Outputs(model, (), Statistics(batches, "noise", {})), []
+    with model.register_forward_hook(lambda *_: calls.append(0)):
+        for step in range(4):
+            for index, group in enumerate(outputs.groups(step)):
+                (found,) = outputs.targets((step % 2, GROUP, index), group)
+                with torch.no_grad():
+                    assert torch.equal(found, F.linear(group[0][0], model.weight, model.bias))
+    assert len(calls) == runs
+
+
 @pytest.mark.parametrize("which", ["conv", "twice"])
 def test_gradient_of_the_log_distance_is_that_of_finite_differences_and_of_all_inputs_at_once(which):
     model, shape = double_model(which)

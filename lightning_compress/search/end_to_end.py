@@ -57,6 +57,8 @@ INPUTS = 64
 """Synthetic inputs per step; a step takes the next ones."""
 GROUP = 16
 """Inputs that go through the model at once."""
+CACHED = 2**24
+"""Numbers of the dense model's outputs that are kept at most; beyond it they are worked out again."""
 LEAST_INPUTS = 4
 """With fewer affordable inputs per step "auto" leaves the outputs out."""
 REACH = 1.5
@@ -78,6 +80,7 @@ class Outputs:
         statistics: With the synthetic inputs, and the metric in which factors are fitted.
         inputs: Synthetic inputs per step.
         measured: Distances that were worked out, by kinds and ranks: a search asks for some twice.
+        cached: Outputs of the dense model, by batch, size of the groups and group.
     """
 
     model: nn.Module
@@ -85,6 +88,7 @@ class Outputs:
     statistics: Statistics
     inputs: int = INPUTS
     measured: dict[tuple[Any, ...], float] = field(default_factory=dict, compare=False, repr=False)
+    cached: dict[tuple[int, int, int], list[Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def exist(self) -> bool:
@@ -97,6 +101,16 @@ class Outputs:
         """Returns the inputs of a step in groups."""
         batches = self.statistics.batches
         return _groups(batches[step % len(batches)], self.inputs, GROUP)
+
+    def targets(self, key: tuple[int, int, int], arguments: Arguments) -> list[Tensor]:
+        """Returns the dense model's outputs on a group of inputs, kept as long as there is room."""
+        if key in self.cached:
+            return self.cached[key]
+        with inference(self.model):
+            found = [t.clone() for t in output_tensors(self.model(*arguments[0], **arguments[1]))]
+        if sum(t.numel() for kept in (*self.cached.values(), found) for t in kept) <= CACHED:
+            self.cached[key] = found
+        return found
 
     def factors(self, layer: int, kind: str, ranks: tuple[int, ...]) -> dict[str, Tensor]:
         """Returns a layer's factors in the metric, in the weight's dtype."""
@@ -169,9 +183,9 @@ def _measure(outputs: Outputs, problem: Problem, choice: Ints) -> float:
             weights[index] = entry.own_layout(multiplied_out(kind, factors, operator.shape, operator.groups))
     lost = spread = 0.0
     with torch.no_grad():
-        for batch in outputs.statistics.batches:
-            for group in _groups(batch, None, 4 * GROUP):
-                found = _distances(outputs, weights, group)
+        for number, batch in enumerate(outputs.statistics.batches):
+            for index, group in enumerate(_groups(batch, None, 4 * GROUP)):
+                found = _distances(outputs, weights, group, (number, 4 * GROUP, index))
                 lost, spread = lost + float(found[0]), spread + float(found[1])
     distance = lost / spread if spread > 0 else lost
     return math.inf if math.isnan(distance) else distance
@@ -307,8 +321,9 @@ def _gradient_of_log_distance(outputs: Outputs, mixed: dict[int, Tensor], step: 
     leaves = {layer: weight.detach().requires_grad_() for layer, weight in mixed.items()}
     sums = {layer: torch.zeros_like(weight) for layer, weight in leaves.items()}
     lost = 0.0
-    for group in outputs.groups(step):
-        distance, _ = _distances(outputs, leaves, group)
+    number = step % len(outputs.statistics.batches)
+    for index, group in enumerate(outputs.groups(step)):
+        distance, _ = _distances(outputs, leaves, group, (number, GROUP, index))
         gradients = torch.autograd.grad(distance, list(leaves.values()), allow_unused=True)
         lost += float(distance.detach())
         for layer, gradient in zip(leaves, gradients, strict=True):
@@ -317,7 +332,9 @@ def _gradient_of_log_distance(outputs: Outputs, mixed: dict[int, Tensor], step: 
     return {layer: value / max(lost, 1e-30) for layer, value in sums.items()}
 
 
-def _distances(outputs: Outputs, weights: dict[int, Tensor], arguments: Arguments) -> tuple[Tensor, Tensor]:
+def _distances(
+    outputs: Outputs, weights: dict[int, Tensor], arguments: Arguments, key: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
     """Returns ‖f − f̂‖² and ‖f − mean f‖² with some weights in the place of the layers' own."""
     names = {}  # of aliases one is enough: they share the module
     for index, weight in weights.items():
@@ -329,11 +346,10 @@ def _distances(outputs: Outputs, weights: dict[int, Tensor], arguments: Argument
     model = outputs.model
     args, kwargs = arguments
     differentiable = torch.is_grad_enabled()
-    with inference(model):
-        targets = output_tensors(model(*args, **kwargs))
-        with torch.set_grad_enabled(differentiable):
-            found = output_tensors(functional_call(model, names, args, kwargs, tie_weights=tied))
-            lost = torch.stack([(o - t).float().square().sum() for o, t in zip(found, targets, strict=True)]).sum()
+    targets = outputs.targets(key, arguments)
+    with inference(model), torch.set_grad_enabled(differentiable):
+        found = output_tensors(functional_call(model, names, args, kwargs, tie_weights=tied))
+        lost = torch.stack([(o - t).float().square().sum() for o, t in zip(found, targets, strict=True)]).sum()
     spread = torch.stack([(t - t.mean(dim=0)).float().square().sum() for t in targets]).sum()
     return lost, spread
 
