@@ -377,7 +377,8 @@ def _shuffled(batches: Sequence[Arguments], generator: torch.Generator) -> Argum
         elif any(part.shape[1:] != parts[0].shape[1:] for part in parts):
             return batches[int(picked[0][0])]
         else:
-            mixed.append(_varied(torch.stack([part[:size] for part in parts])[picked], generator))
+            varied = _varied(torch.stack([part[:size] for part in parts])[picked], generator)
+            mixed.append(torch.empty_like(parts[0][:size]).copy_(varied))  # in the same memory format
     return cast(Arguments, tree_unflatten(mixed, spec))
 
 
