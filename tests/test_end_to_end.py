@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lightning_compress import Budget, Compress, FactorisedLayer, Plan, apply_plan_, compress_, search_ranks
-from lightning_compress.decompositions import DECOMPOSITIONS, factorise_in, profile_in
+from lightning_compress.decompositions import DECOMPOSITIONS, Operator, factorise_in, gated_weight, profile_in
 from lightning_compress.decompositions.metric import OUTPUT_FLOOR, Metric
 from lightning_compress.errors import BudgetError, CompressionWarning, ConfigurationError, ExampleInputError
 from lightning_compress.inventory import take_inventory
@@ -25,7 +25,6 @@ from lightning_compress.search.end_to_end import (
     LEAST_INPUTS,
     LEAST_TEMPERATURE,
     Outputs,
-    _gated,
     _gates,
     _gradient_of_log_distance,
     affordable_inputs,
@@ -392,6 +391,10 @@ def test_gates_are_those_of_the_formula_and_harden_down_to_a_quarter_of_a_rank()
 def test_gates_pass_a_gradient_to_the_rank():
     rank = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda r: _gates(r, 6, 0.1), rank)
+
+
+def _gated(kind, factors, ranks, temperature, shape):
+    return gated_weight(kind, factors, Operator(shape), lambda r, count: _gates(ranks[r], count, temperature))
 
 
 @pytest.mark.parametrize("kind", DECOMPOSITIONS)
