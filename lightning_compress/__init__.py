@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_compress.decompositions import FactorisedLayer
     from lightning_compress.errors import LightningCompressError
     from lightning_compress.export import load_compressed, save_compressed
+    from lightning_compress.merge import merge_
     from lightning_compress.plan import LayerPlan, Plan
     from lightning_compress.search import search_ranks
     from lightning_compress.swap import apply_plan_
@@ -39,6 +40,7 @@ _HOMES = {
     "apply_plan_": "swap",
     "compress_": "compression",
     "load_compressed": "export",
+    "merge_": "merge",
     "save_compressed": "export",
     "search_ranks": "search",
 }
@@ -56,6 +58,7 @@ __all__ = [
     "apply_plan_",
     "compress_",
     "load_compressed",
+    "merge_",
     "save_compressed",
     "search_ranks",
 ]

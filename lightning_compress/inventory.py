@@ -80,8 +80,8 @@ class Layer:
 
     @property
     def type(self) -> str:
-        """Name of the module's class."""
-        return type(self.module).__name__
+        """Name of the module's class; one for all factorised layers."""
+        return (FactorisedLayer if isinstance(self.module, FactorisedLayer) else type(self.module)).__name__
 
     @property
     def weight(self) -> Tensor:
@@ -172,11 +172,14 @@ def require_usable_weights(model: nn.Module) -> None:
 
     Raises:
         ConfigurationError: If the model is no module.
-        ModelError: If a lazy parameter has no shape yet.
+        ModelError: If a lazy parameter has no shape yet, or a parameter on the meta device no values.
         NonFiniteWeightError: If a parameter holds NaN or infinite values.
     """
     require_module(model)
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            msg = f"parameter {name!r} is on the meta device and has no values: load weights before compressing."
+            raise ModelError(msg)
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             bad = int((~torch.isfinite(parameter)).sum())
             msg = (
@@ -410,7 +413,7 @@ def _why_use_dense(trace: Trace | None, name: str) -> str | None:
         return "its weight is used outside its own forward"
     if not trace.calls[name]:
         return "it is not called in the forward pass on the example input"
-    return None
+    return trace.refused.get(name)
 
 
 def _tied_parameters(model: nn.Module) -> set[int]:

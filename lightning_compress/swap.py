@@ -8,13 +8,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_compress.candidates import DENSE
 from lightning_compress.config import did_you_mean
 from lightning_compress.costs import Costs, measure_costs
 from lightning_compress.decompositions import DECOMPOSITIONS, Decomposition, FactorisedLayer, factorise_in
 from lightning_compress.decompositions.base import threads_for
-from lightning_compress.decompositions.factorised import FactorisedBag
+from lightning_compress.decompositions.factorised import FactorisedBag, FactorisedTransposed, channels_last_format
 from lightning_compress.decompositions.layer_types import TransposedLinear, children_of, operator_of, own_layout
 from lightning_compress.decompositions.metric import Metric
 from lightning_compress.decompositions.shared import shared_factors
@@ -139,7 +140,7 @@ def plan_of(model: nn.Module, example_input: ExampleInput | None = None) -> Plan
     """
     traced = trace(model, example_input) if example_input is not None else None
     listed = list_layers(model)
-    owners = _owners(listed)
+    owners = owners_of(listed)
     layers, saved_params, saved_bytes, saved_macs = [], 0, 0, 0
     counted: dict[int, str] = {}
     for layer in listed:
@@ -197,7 +198,7 @@ def _is_shared(factor: Tensor, layers: Sequence[Layer], owners: Mapping[str, str
     return len(holders) > 1
 
 
-def _owners(layers: Sequence[Layer]) -> dict[str, str]:
+def owners_of(layers: Sequence[Layer]) -> dict[str, str]:
     """Returns for each factorised layer the one whose factors it uses: itself, or that it shares a weight with."""
     groups: dict[frozenset[int], list[Layer]] = {}
     for layer in layers:
@@ -234,7 +235,7 @@ def _checked(model: nn.Module, plan: Plan) -> list[tuple[Layer, LayerPlan]]:
     """Returns what is to be replaced, or raises before anything is."""
     listed = list_layers(model)
     found = {alias: layer for layer in listed for alias in layer.aliases}
-    owners = _owners(listed)
+    owners = owners_of(listed)
     pairs = []
     planned = {p.name: p for p in plan.factorised}
     kept = {p.name for p in plan.layers if p.is_dense and p.type == FactorisedLayer.__name__}  # by an earlier plan
@@ -365,12 +366,22 @@ def _finished(
     if "bias" in dense._parameters:
         last = children[list(children)[-1]]
         last.register_parameter("bias", cast("nn.Parameter | None", dense.bias))
-    make = FactorisedBag if isinstance(dense, nn.EmbeddingBag) else FactorisedLayer
-    new = make(children, dense=dense, decomposition=decomposition, ranks=ranks)
+    new = _class_for(dense)(children, dense=dense, decomposition=decomposition, ranks=ranks)
     new.error = error
-    for hooks in _HOOKS:
-        new.__dict__[hooks] = dense.__dict__[hooks]  # the same dict objects, so handles keep working
+    share_hooks(dense, new)
     return new.train(dense.training)
+
+
+def _class_for(dense: nn.Module) -> type[FactorisedLayer]:
+    if isinstance(dense, nn.EmbeddingBag):
+        return FactorisedBag
+    return FactorisedTransposed if isinstance(dense, _ConvTransposeNd) else FactorisedLayer
+
+
+def share_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Gives a module the hooks of another, as the same dict objects: their handles keep working."""
+    for hooks in _HOOKS:
+        target.__dict__[hooks] = source.__dict__[hooks]
 
 
 def _sharing(dense: nn.Module, other: FactorisedLayer) -> FactorisedLayer:
@@ -390,11 +401,8 @@ def _sharing(dense: nn.Module, other: FactorisedLayer) -> FactorisedLayer:
 
 def _like(value: Tensor, weight: Tensor) -> Tensor:
     """Returns the value in the weight's dtype, device and memory format."""
-    value = value.to(weight.device, weight.dtype).contiguous()
-    channels_last = weight.ndim == 4 and not weight.is_contiguous()  # noqa: PLR2004
-    if channels_last and weight.is_contiguous(memory_format=torch.channels_last):
-        return value.contiguous(memory_format=torch.channels_last)
-    return value
+    value = value.to(weight.device, weight.dtype)
+    return value.contiguous(memory_format=channels_last_format(weight) or torch.contiguous_format)
 
 
 def _put(model: nn.Module, replacement: Replacement, module: nn.Module) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -40,12 +40,14 @@ class Trace:
         read_elsewhere: Names of modules whose weight was used outside their own forward.
         macs: Multiply-accumulates of the whole model.
         inputs: Number of the tensor that a module called once reads: the same for those that read the same.
+        refused: Why a layer cannot be factorised with the arguments it was called with, by name.
     """
 
     calls: Mapping[str, tuple[LayerCall, ...]]
     read_elsewhere: frozenset[str]
     macs: int
     inputs: Mapping[str, int]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 def trace(model: nn.Module, example_input: ExampleInput) -> Trace:
@@ -61,12 +63,16 @@ def trace(model: nn.Module, example_input: ExampleInput) -> Trace:
     uses = _WeightUses(layers)
     calls: dict[str, list[LayerCall]] = {name: [] for name in layers}
     read: dict[str, list[Tensor]] = {name: [] for name in layers}
+    refused: dict[str, str] = {}
 
     def record(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             uses.leave(name)
             read[name].append(input_of(args, kwargs))  # kept, so that no other tensor gets its identity
-            calls[name].append(family_of(module).call(module, input_of(args, kwargs), output))
+            family = family_of(module)
+            calls[name].append(family.call(module, input_of(args, kwargs), output))
+            if (refusal := family.call_refusal(module, args, kwargs)) is not None:
+                refused[name] = refusal
 
         return hook
 
@@ -90,6 +96,7 @@ def trace(model: nn.Module, example_input: ExampleInput) -> Trace:
         read_elsewhere=frozenset(uses.read_elsewhere),
         macs=flops.get_total_flops() // 2,
         inputs=_numbered({name: tensors[0] for name, tensors in read.items() if len(tensors) == 1}),
+        refused=refused,
     )
 
 

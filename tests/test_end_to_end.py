@@ -16,7 +16,7 @@ from lightning_compress import Budget, Compress, FactorisedLayer, Plan, apply_pl
 from lightning_compress.decompositions import DECOMPOSITIONS, Operator, factorise_in, gated_weight, profile_in
 from lightning_compress.decompositions.metric import OUTPUT_FLOOR, Metric
 from lightning_compress.errors import BudgetError, CompressionWarning, ConfigurationError, ExampleInputError
-from lightning_compress.inventory import take_inventory
+from lightning_compress.inventory import Layer, take_inventory
 from lightning_compress.moments import PROBES, Statistics, gather_statistics, output_moments
 from lightning_compress.search import BISECTIONS
 from lightning_compress.search.end_to_end import (
@@ -43,6 +43,13 @@ KIND_SHAPES = {
     "split4_svd": (8, 8, 3, 3),
 }
 """One shape for every kind."""
+
+
+def layer_of(shape):
+    """A layer with a weight of this shape, as the search sees it."""
+    out, in_, *kernel = shape
+    module = nn.Conv2d(in_, out, tuple(kernel)) if kernel else nn.Linear(in_, out)
+    return Layer("0", ("0",), module, module.weight.numel())
 
 
 def mlp(*, wrap=None) -> nn.Module:
@@ -404,9 +411,9 @@ def test_open_gates_reproduce_the_dense_weight(kind):
     full = DECOMPOSITIONS[kind].max_ranks(shape)
     factors = DECOMPOSITIONS[kind].factorise(weight, full)
     ranks = torch.tensor((*full, 1, 1)[:2], dtype=torch.float64)
-    gated = _gated(kind, factors, ranks + 10 * LEAST_TEMPERATURE, 1e-9, shape)
+    gated = _gated(kind, factors, ranks + 10 * LEAST_TEMPERATURE, 1e-9, layer_of(shape))
     torch.testing.assert_close(gated, weight, rtol=0, atol=2e-3)
-    lost = float((_gated(kind, factors, ranks, 1e-9, shape) - weight).norm() / weight.norm())
+    lost = float((_gated(kind, factors, ranks, 1e-9, layer_of(shape)) - weight).norm() / weight.norm())
     assert lost < 0.13  # the last component alone is half open
 
 
@@ -433,7 +440,7 @@ def test_gated_weight_is_the_sum_of_its_components_times_their_gates(kind):
             kept[last][:, place[0]] = factors[last][:, place[0]]
         share = math.prod(float(g[i]) for g, i in zip(gates, place, strict=True))
         expected += share * DECOMPOSITIONS[kind].dense_weight(kept, shape)
-    torch.testing.assert_close(_gated(kind, factors, ranks, 0.05, shape), expected, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(_gated(kind, factors, ranks, 0.05, layer_of(shape)), expected, rtol=1e-8, atol=1e-10)
 
 
 def test_layer_under_two_names_comes_back_as_it_was(unchanged):

@@ -45,6 +45,18 @@ class MyLinear(nn.Linear):
     pass
 
 
+class MyBag(nn.EmbeddingBag):
+    pass
+
+
+class Conv1D(nn.Module):
+    """Of that name, but not the one of transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(8, 8))
+
+
 def test_every_parameterised_module_is_listed_in_order(net):
     layers = layers_of(net)
     assert list(layers) == ["conv1", "norm", "conv2", "point", "fc1", "fc2"]
@@ -60,19 +72,40 @@ def test_every_parameterised_module_is_listed_in_order(net):
     assert layers["conv1"].kinds == layers["conv2"].kinds == ("channel_svd", "spatial_svd", "tucker2")
     assert layers["point"].kinds == layers["fc1"].kinds == ("svd",)
     assert layers["norm"].kinds == ()
-    assert layers["norm"].reason == "BatchNorm2d is not one of Linear, Conv2d (exact types)"
+    assert layers["norm"].reason == "no kind factorises BatchNorm2d"
     assert layers["conv2"].weight_shape == (16, 8, 3, 3)
     assert layers["fc1"].calls is None
 
 
 @pytest.mark.parametrize(
-    "layer", [MyLinear(8, 8), nn.Embedding(8, 8), nn.Conv1d(8, 8, 3), nn.LayerNorm(8), nn.Bilinear(8, 8, 8)]
+    "layer",
+    [MyLinear(8, 8), MyBag(8, 8), nn.PReLU(8), Conv1D(), nn.LayerNorm(8), nn.Bilinear(8, 8, 8), nn.GRUCell(8, 8)],
 )
 def test_other_types_and_subclasses_stay_dense(layer):
-    assert reasons_of(With(layer)) == {
-        "other": None,
-        "layer": f"{type(layer).__name__} is not one of Linear, Conv2d (exact types)",
-    }
+    reasons = reasons_of(With(layer))
+    assert list(reasons) == ["other", "layer"]
+    assert reasons["other"] is None
+    parent = {MyLinear: "Linear", MyBag: "EmbeddingBag"}.get(type(layer))
+    assert reasons["layer"] == (
+        f"{type(layer).__name__} is a subclass of {parent} and may use its weight in its own way"
+        if parent
+        else f"no kind factorises {type(layer).__name__}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.Embedding(8, 8, max_norm=1.0), "its max_norm renormalises the rows it looks up"),
+        (nn.EmbeddingBag(8, 8, max_norm=1.0), "its max_norm renormalises the rows it looks up"),
+        (
+            nn.EmbeddingBag(8, 8, mode="max"),
+            "it takes the largest of the rows it looks up (mode='max'), which factors cannot",
+        ),
+    ],
+)
+def test_lookups_that_do_more_than_look_up_stay_dense(layer, reason):
+    assert reasons_of(With(layer))["layer"] == reason
 
 
 def test_attention_projection_stays_dense():
@@ -82,11 +115,12 @@ def test_attention_projection_stays_dense():
 
 
 def test_tied_weights_stay_dense_and_a_tied_bias_does_not_matter():
-    model = nn.ModuleDict({"embed": nn.Embedding(9, 8), "head": nn.Linear(8, 9), "free": nn.Linear(8, 9)})
+    model = nn.ModuleDict({"embed": nn.EmbeddingBag(9, 8), "head": nn.Linear(8, 9), "free": nn.Linear(8, 9)})
     model["head"].weight = model["embed"].weight
     model["free"].bias = model["head"].bias
     reasons = reasons_of(model)
     assert reasons["head"] == "its weight is tied to another module's, factorising would untie it"
+    assert reasons["embed"] == reasons["head"]
     assert reasons["free"] is None
 
 
@@ -98,16 +132,19 @@ def test_old_weight_norm_stays_dense():
 
 def test_new_weight_norm_and_pruning_stay_dense():
     normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
-    assert reasons_of(With(normed))["layer"] == "ParametrizedLinear is not one of Linear, Conv2d (exact types)"
+    reason = "ParametrizedLinear is a subclass of Linear and may use its weight in its own way"
+    assert reasons_of(With(normed))["layer"] == reason
     pruned = nn.Linear(8, 8)
     torch.nn.utils.prune.random_unstructured(pruned, "weight", amount=0.5)
     assert reasons_of(With(pruned))["layer"].startswith("its weight is computed from other parameters")
 
 
-@pytest.mark.parametrize("groups", [2, 8])
-def test_grouped_convolution_stays_dense(groups):
-    reason = reasons_of(With(nn.Conv2d(8, 8, 3, groups=groups)))["layer"]
-    assert reason == f"grouped convolution (groups={groups})"
+@pytest.mark.parametrize("out", [8, 16])
+def test_depthwise_convolution_stays_dense_and_other_groups_do_not(out):
+    reason = reasons_of(With(nn.Conv2d(8, out, 3, groups=8)))["layer"]
+    assert reason == "depthwise convolution (groups=8): one channel per group has no low rank"
+    for groups in (1, 2, 4):
+        assert reasons_of(With(nn.Conv2d(8, out, 3, groups=groups)))["layer"] is None
 
 
 @pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
@@ -242,7 +279,7 @@ def test_own_reason_of_a_layer_comes_before_that_of_a_pattern(net):
         reasons_of(net, include="fc1"),
         reasons_of(net, overrides={"norm": "dense"}),
     )
-    assert {r["norm"] for r in reasons} == {"BatchNorm2d is not one of Linear, Conv2d (exact types)"}
+    assert {r["norm"] for r in reasons} == {"no kind factorises BatchNorm2d"}
 
 
 def test_exclude_wins_over_include(net):
@@ -334,10 +371,12 @@ def test_malformed_overrides_are_errors(net, overrides, message):
 
 def test_general_kinds_that_do_not_apply_are_reasons(net):
     reasons = reasons_of(net, kinds="svd")
-    assert reasons["conv1"] == "svd factorises nn.Linear and 1x1 convolutions only"
+    assert reasons["conv1"] == "svd factorises nn.Linear, embeddings and 1x1 convolutions only"
     assert reasons["point"] is None
     both = reasons_of(net, kinds=["tucker2", "spatial_svd"])["fc1"]
-    assert both == "tucker2 factorises convolutions only; spatial_svd factorises convolutions only"
+    assert both == (
+        "tucker2 factorises convolutions only; spatial_svd factorises convolutions over two axes or more only"
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -371,11 +410,10 @@ def test_nothing_to_factorise_lists_every_reason():
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4))
     with pytest.raises(NothingToFactoriseError) as error:
         take_inventory(model)
-    assert str(error.value).splitlines() == [
-        "Sequential holds no layer that can be factorised:",
-        "  0 (Conv2d): grouped convolution (groups=4)",
-        "  1 (BatchNorm2d): BatchNorm2d is not one of Linear, Conv2d (exact types)",
-    ]
+    first, *others, last = str(error.value).splitlines()
+    assert first == "Sequential holds no layer that can be factorised:"
+    assert others == ["  0 (Conv2d): depthwise convolution (groups=4): one channel per group has no low rank"]
+    assert last == "  1 (BatchNorm2d): no kind factorises BatchNorm2d"
 
 
 def test_nothing_to_factorise_is_short_for_a_deep_model():

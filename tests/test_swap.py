@@ -129,7 +129,7 @@ def test_failure_while_decomposing_changes_nothing(net, unchanged, plan):
     ("index", "fields", "message"),
     [
         (3, {"name": "fc3"}, r"the plan's layer 'fc3' is not in the model. Did you mean 'fc[12]'\? Known: conv1"),
-        (3, {"name": "norm"}, r"layer 'norm' cannot be factorised: BatchNorm2d is not one of Linear, Conv2d"),
+        (3, {"name": "norm"}, r"layer 'norm' cannot be factorised: no kind factorises BatchNorm2d"),
         (
             3,
             {"type": "Conv2d"},
@@ -142,7 +142,11 @@ def test_failure_while_decomposing_changes_nothing(net, unchanged, plan):
         ),
         (3, {"kind": "svdd"}, r"layer 'fc1' has the unknown kind 'svdd' in the plan. Did you mean 'svd'\? Known: svd"),
         (3, {"kind": "tucker2", "ranks": (2, 2)}, r"'fc1' cannot become tucker2 .*\(2, 2\): tucker2 factorises convol"),
-        (1, {"kind": "svd"}, r"'conv2' cannot become svd with ranks \(5,\): svd factorises nn.Linear and 1x1"),
+        (
+            1,
+            {"kind": "svd"},
+            r"'conv2' cannot become svd with ranks \(5,\): svd factorises nn.Linear, embeddings and 1x1",
+        ),
         (2, {"kind": "channel_svd"}, r"'point' cannot become channel_svd .*: channel_svd of a 1x1 convolution is svd"),
         (3, {"ranks": (17,)}, r"'fc1' cannot become svd with ranks \(17,\): its ranks go up to \(16,\)"),
         (3, {"ranks": (0,)}, r"'fc1' cannot become svd with ranks \(0,\): its ranks go up to \(16,\)"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_compress.decompositions.base import Decomposition
 from lightning_compress.decompositions.layer_types import canonical_factors, operator_of, own_layout, template_of
+from lightning_compress.errors import UnsupportedError
 
 _SHAPE_ATTRIBUTES = (
     "in_features",
@@ -31,6 +32,8 @@ _SHAPE_ATTRIBUTES = (
     "nf",
     "nx",
 )
+
+_CONTIGUOUS = torch.contiguous_format
 
 
 class FactorisedLayer(nn.Sequential):
@@ -82,9 +85,15 @@ class FactorisedLayer(nn.Sequential):
             weight = cast(Tensor, child.weight)
             weight.copy_(own_layout(child, factors[name]).reshape(weight.shape))
 
-    def canonical_weight(self) -> Tensor:
-        """Returns the equivalent dense weight as (groups · out, in, *kernel), differentiable."""
+    def canonical_weight(self, precision: torch.dtype | None = None) -> Tensor:
+        """Returns the equivalent dense weight as (groups · out, in, *kernel), differentiable.
+
+        Args:
+            precision: In which the factors are multiplied at least, None for their own.
+        """
         factors = canonical_factors(dict(self.named_children()))
+        if precision is not None:
+            factors = {name: f.to(torch.promote_types(f.dtype, precision)) for name, f in factors.items()}
         return multiplied_out(self._decomposition, factors, self.operator.shape, self.operator.groups)
 
     def dense_weight(self) -> Tensor:
@@ -92,11 +101,16 @@ class FactorisedLayer(nn.Sequential):
         return own_layout(self._template[0], self.canonical_weight())
 
     def to_dense(self) -> nn.Module:
-        """Returns the layer as a dense one again, with the factors multiplied out and the same bias."""
+        """Returns the layer as a dense one again, with the factors multiplied out and the same bias.
+
+        Factors in half precision are multiplied in single.
+        """
         dense = copy.copy(self._template[0])
         dense.__dict__ = {name: copy.copy(value) for name, value in dense.__dict__.items()}
-        weight = self.dense_weight().detach().contiguous()
-        required = all(factor.requires_grad for factor in self.factors().values())
+        factors = list(self.factors().values())
+        weight = own_layout(dense, self.canonical_weight(torch.float32).detach()).to(factors[0].dtype)
+        weight = weight.contiguous(memory_format=next(filter(None, map(channels_last_format, factors)), _CONTIGUOUS))
+        required = all(factor.requires_grad for factor in factors)
         dense._parameters = {**dense._parameters, "weight": nn.Parameter(weight, requires_grad=required)}
         if "bias" in dense._parameters:
             dense._parameters["bias"] = self.bias
@@ -118,6 +132,28 @@ class FactorisedLayer(nn.Sequential):
         return f"kind={self.kind}, ranks={self.ranks}"
 
 
+class FactorisedTransposed(FactorisedLayer):
+    """Replaces a transposed convolution, which may be told the size of its output."""
+
+    @override
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """Returns the output.
+
+        Raises:
+            UnsupportedError: If the size of the output is given.
+        """
+        if output_size is not None:
+            msg = (
+                f"a factorised {self.dense_type} cannot be called with output_size={output_size}: keep the layer dense "
+                "with exclude, or pass an example_input to the search, which then keeps it."
+            )
+            raise UnsupportedError(msg)
+        output = input
+        for module in self:
+            output = module(output)
+        return output
+
+
 class FactorisedBag(FactorisedLayer):
     """Replaces an nn.EmbeddingBag, which takes more than one argument."""
 
@@ -129,6 +165,13 @@ class FactorisedBag(FactorisedLayer):
         for module in others:
             output = module(output)
         return cast(Tensor, output)
+
+
+def channels_last_format(weight: Tensor) -> torch.memory_format | None:
+    """Returns the channels-last format that a weight is in and that is not the ordinary one as well, else None."""
+    known = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
+    found = known is not None and not weight.is_contiguous() and weight.is_contiguous(memory_format=known)
+    return known if found else None
 
 
 def by_group(

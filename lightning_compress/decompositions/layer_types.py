@@ -59,6 +59,10 @@ class LayerType(ABC):
         """Returns why a layer of the family cannot be factorised, None if it can."""
         return None
 
+    def call_refusal(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:  # noqa: ARG002
+        """Returns why a layer called with these arguments cannot be factorised, None if it can."""
+        return None
+
     @abstractmethod
     def call(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> LayerCall:
         """Returns the sizes of one call."""
@@ -111,6 +115,11 @@ class _ConvType(LayerType):
         if conv.groups > 1 and conv.in_channels == conv.groups:
             return f"depthwise convolution (groups={conv.groups}): one channel per group has no low rank"
         return None
+
+    @override
+    def call_refusal(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+        size = args[1] if len(args) > 1 else kwargs.get("output_size")
+        return None if size is None else f"it is called with output_size={size}, which its factors would not know"
 
     @override
     def call(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> LayerCall:

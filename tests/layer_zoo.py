@@ -1,0 +1,142 @@
+"""One tiny layer of every type that can be factorised, and every kind that fits it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_compress import FactorisedLayer, apply_plan_
+from lightning_compress.costs import Costs
+from lightning_compress.decompositions import DECOMPOSITIONS
+from lightning_compress.decompositions.layer_types import operator_of
+from lightning_compress.plan import LayerPlan, Plan
+
+
+class Conv1D(nn.Module):
+    """Like the layer of that name in transformers: a linear layer with the weight (inputs, outputs)."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.empty(nx, nf)), nn.Parameter(torch.zeros(nf))
+        nn.init.normal_(self.weight, std=0.2)
+
+    def forward(self, x):
+        size = (*x.shape[:-1], self.nf)
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(size)
+
+
+Conv1D.__module__, Conv1D.__qualname__ = "transformers.pytorch_utils", "Conv1D"
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def randomised(layer: nn.Module, seed: int = 0) -> nn.Module:
+    """The layer in float64 with standard normal parameters; the row of a padding index stays zero."""
+    layer = layer.double()
+    with torch.no_grad():
+        for index, parameter in enumerate(layer.parameters()):
+            parameter.copy_(normal(*parameter.shape, seed=seed + index))
+        if getattr(layer, "padding_idx", None) is not None:
+            layer.weight[layer.padding_idx] = 0
+    return layer
+
+
+def tokens() -> Tensor:
+    return torch.tensor([[3, 0, 7, 7, 2], [1, 8, 0, 0, 11]])
+
+
+def bags() -> tuple[Tensor, Tensor]:
+    return torch.tensor([3, 0, 7, 7, 2, 1, 8]), torch.tensor([0, 3, 5])
+
+
+@dataclass(frozen=True)
+class Example:
+    """A layer and arguments of one call, in float64."""
+
+    make: Callable[[], nn.Module]
+    call: Callable[[], tuple[Any, ...]]
+
+    def layer(self, seed: int = 0) -> nn.Module:
+        return randomised(self.make(), seed)
+
+
+LAYERS: dict[str, Example] = {
+    "Linear": Example(lambda: nn.Linear(8, 6), lambda: (normal(2, 3, 8, seed=9),)),
+    "Conv1D": Example(lambda: Conv1D(6, 8), lambda: (normal(2, 3, 8, seed=9),)),
+    "Embedding": Example(lambda: nn.Embedding(12, 6, padding_idx=0), lambda: (tokens(),)),
+    "EmbeddingBag": Example(lambda: nn.EmbeddingBag(12, 6, mode="sum", padding_idx=0), bags),
+    "EmbeddingBag mean": Example(lambda: nn.EmbeddingBag(12, 6), bags),
+    "Conv1d": Example(lambda: nn.Conv1d(8, 6, 3, stride=2, padding=1), lambda: (normal(2, 8, 9, seed=9),)),
+    "Conv2d": Example(
+        lambda: nn.Conv2d(8, 6, (3, 5), stride=(2, 1), padding=(1, 2)), lambda: (normal(2, 8, 7, 6, seed=9),)
+    ),
+    "Conv2d 1x1": Example(lambda: nn.Conv2d(8, 6, 1), lambda: (normal(2, 8, 4, 3, seed=9),)),
+    "Conv2d grouped": Example(
+        lambda: nn.Conv2d(16, 12, 3, padding="same", groups=2, bias=False), lambda: (normal(2, 16, 5, 4, seed=9),)
+    ),
+    "Conv3d": Example(
+        lambda: nn.Conv3d(8, 6, 3, stride=(1, 2, 1), padding=1), lambda: (normal(2, 8, 4, 5, 3, seed=9),)
+    ),
+    "ConvTranspose1d": Example(
+        lambda: nn.ConvTranspose1d(8, 6, 4, stride=2, padding=1), lambda: (normal(2, 8, 5, seed=9),)
+    ),
+    "ConvTranspose2d": Example(
+        lambda: nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1, output_padding=1),
+        lambda: (normal(2, 8, 4, 3, seed=9),),
+    ),
+    "ConvTranspose2d grouped": Example(
+        lambda: nn.ConvTranspose2d(16, 12, 2, stride=2, groups=2), lambda: (normal(2, 16, 3, 4, seed=9),)
+    ),
+    "ConvTranspose3d": Example(lambda: nn.ConvTranspose3d(8, 6, 2, stride=2), lambda: (normal(2, 8, 3, 2, 2, seed=9),)),
+}
+
+
+def kinds_for(layer: nn.Module) -> list[str]:
+    """Every kind in the registry that fits the layer."""
+    return [kind for kind, d in DECOMPOSITIONS.items() if d.unsupported(operator_of(layer)) is None]
+
+
+def fitting() -> list[Any]:
+    """Every (type, kind) that fit each other, as parameters of a test."""
+    return [
+        pytest.param(name, kind, id=f"{name.replace(' ', '-')}-{kind}")
+        for name, example in LAYERS.items()
+        for kind in kinds_for(example.make())
+    ]
+
+
+def plan_for(layer: nn.Module, kind: str, ranks: tuple[int, ...], name: str = "0") -> Plan:
+    costs = Costs(1, None, 4)
+    planned = LayerPlan(name, type(layer).__name__, kind, ranks, tuple(layer.weight.shape), 0.0, 1, 1)
+    return Plan((planned,), costs, costs)
+
+
+def full_ranks(layer: nn.Module, kind: str) -> tuple[int, ...]:
+    return DECOMPOSITIONS[kind].max_ranks(operator_of(layer).shape)
+
+
+def low_ranks(layer: nn.Module, kind: str) -> tuple[int, ...]:
+    return tuple(max(1, rank // 2) for rank in full_ranks(layer, kind))
+
+
+def factorised(layer: nn.Module, kind: str, ranks: tuple[int, ...] | None = None) -> FactorisedLayer:
+    """The layer's replacement, of low ranks if none are given; the layer itself is left alone."""
+    model = nn.Sequential(copy.deepcopy(layer))
+    apply_plan_(model, plan_for(layer, kind, ranks or low_ranks(layer, kind)))
+    return model[0]
+
+
+def with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
+    """A copy of a dense layer with another weight."""
+    other = copy.deepcopy(layer)
+    other.weight = nn.Parameter(weight.detach().clone())
+    return other
