@@ -20,20 +20,10 @@ from lightning_compress.decompositions.metric import Metric
 from lightning_compress.errors import ConfigurationError, PlanMismatchError
 from lightning_compress.inventory import Layer, list_layers, require_module, require_usable_weights
 from lightning_compress.moments import Statistics
+from lightning_compress.opening import HOOKS, Opening, open_, openable, redo_, undo_, with_opened
 from lightning_compress.plan import LayerPlan, Plan
 from lightning_compress.progress import Progress, silent
 from lightning_compress.tracing import ExampleInput, Trace, trace
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
 
 
 @dataclass(frozen=True)
@@ -44,11 +34,13 @@ class Replacement:
         aliases: Every name the layer is registered under.
         dense: The module that was there.
         factorised: The module that is there now; both hold the same bias Parameter.
+        opening: Of the attention or recurrent layer that was opened for it, None if none was.
     """
 
     aliases: tuple[str, ...]
     dense: nn.Module
     factorised: FactorisedLayer
+    opening: Opening | None = None
 
 
 def apply_plan_(
@@ -60,7 +52,8 @@ def apply_plan_(
     failure leaves the model as it was. Biases stay the same Parameters and forward and backward
     hooks move along with their handles; dtype, device, memory format, mode and `requires_grad`
     are inherited; the global random state is not used. Layers that are already factorised as
-    planned are left alone.
+    planned are left alone. Attention and recurrent layers are opened if one of their projections
+    is factorised; the others stay as they are.
 
     Args:
         model: The model the plan was made for, or one of the same architecture.
@@ -94,21 +87,38 @@ def _replace(
     if not isinstance(cast(Any, plan), Plan):
         msg = f"plan={plan!r}: expected a Plan, as search_ranks returns it."
         raise ConfigurationError(msg)
-    pairs = _checked(model, plan)
-    replacements = []
-    for index, (layer, planned) in enumerate(pairs):
-        progress("factorising layers", index / len(pairs))
-        with torch.inference_mode(mode=False):  # parameters made in inference mode could never be trained
-            metric = statistics.metric(layer.name) if statistics is not None else None
-            new = _build(layer, planned, metric, decompose=decompose)
-            replacements.append(Replacement(layer.aliases, layer.module, new))
-    progress("factorising layers", 1.0)
+    openings = _open_for(model, plan)
+    try:
+        pairs = _checked(model, plan)
+        replacements = []
+        for index, (layer, planned) in enumerate(pairs):
+            progress("factorising layers", index / len(pairs))
+            with torch.inference_mode(mode=False):  # parameters made in inference mode could never be trained
+                metric = statistics.metric(layer.name) if statistics is not None else None
+                new = _build(layer, planned, metric, decompose=decompose)
+            opening = next((o for o in openings if set(layer.whole) & set(o.aliases)), None)
+            replacements.append(Replacement(layer.aliases, layer.module, new, opening))
+        progress("factorising layers", 1.0)
+    except BaseException:
+        undo_(model, openings)
+        raise
     install(model, replacements)
     return tuple(replacements)
 
 
+def _open_for(model: nn.Module, plan: Plan) -> tuple[Opening, ...]:
+    """Opens the attention and recurrent layers of which the plan factorises a projection."""
+    parts = {planned.name.rpartition(".")[0] for planned in plan.factorised}
+    return open_(model, [name for name, reason in openable(model).items() if reason is None and name in parts])
+
+
+def _openings(replacements: Sequence[Replacement]) -> list[Opening]:
+    return list({id(r.opening): r.opening for r in replacements if r.opening is not None}.values())
+
+
 def install(model: nn.Module, replacements: Sequence[Replacement]) -> None:
     """Puts the factorised layers in, under every name."""
+    redo_(model, _openings(replacements))
     for replacement in replacements:
         _put(model, replacement, replacement.factorised)
 
@@ -117,8 +127,10 @@ def uninstall(model: nn.Module, replacements: Sequence[Replacement]) -> None:
     """Puts the dense layers back, under every name."""
     for replacement in replacements:
         _put(model, replacement, replacement.dense)
+    undo_(model, _openings(replacements))
 
 
+@with_opened
 def plan_of(model: nn.Module, example_input: ExampleInput | None = None) -> Plan:
     """Returns the plan that an already factorised model embodies; without budget and search.
 
@@ -264,7 +276,7 @@ def _build(layer: Layer, planned: LayerPlan, metric: Metric | None, *, decompose
     make = FactorisedBag if isinstance(dense, nn.EmbeddingBag) else FactorisedLayer
     new = make(children, dense=dense, decomposition=decomposition, ranks=planned.ranks)
     new.error = planned.error
-    for hooks in _HOOKS:
+    for hooks in HOOKS:
         new.__dict__[hooks] = dense.__dict__[hooks]  # the same dict objects, so handles keep working
     return new.train(dense.training)
 
