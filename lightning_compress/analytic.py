@@ -48,6 +48,7 @@ from numpy.polynomial import hermite_e
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from lightning_compress.opening import OpenModule
 from lightning_compress.tracing import inference
 
 NODES = 64
@@ -193,6 +194,8 @@ def _original_name(name: str) -> str:
 
 def _is_leaf(module: nn.Module) -> bool:
     forward = type(module).forward
+    if isinstance(module, OpenModule):
+        return True
     is_torch = str(getattr(forward, "__module__", "")).startswith("torch.nn.") and "forward" not in vars(module)
     return is_torch and (not module._modules or isinstance(module, nn.MultiheadAttention))
 

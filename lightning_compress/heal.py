@@ -37,6 +37,7 @@ from lightning_compress.decompositions.base import threads_for
 from lightning_compress.decompositions.layer_types import canonical, family_of
 from lightning_compress.decompositions.metric import Metric
 from lightning_compress.moments import Statistics
+from lightning_compress.opening import with_opened
 from lightning_compress.progress import Progress, silent
 from lightning_compress.swap import Replacement
 from lightning_compress.synthesis import WORK
@@ -75,6 +76,7 @@ class Healing:
     skipped: str | None = None
 
 
+@with_opened  # the dense model, which is to have the layers that are compared
 def heal_(
     dense: nn.Module,
     model: nn.Module,

@@ -29,14 +29,8 @@ from lightning_compress.errors import (
     NothingToFactoriseError,
     SelectionError,
 )
+from lightning_compress.opening import STATE_DICT_HOOKS, OpenModule, openable
 from lightning_compress.tracing import Trace
-
-_STATE_DICT_HOOKS = (
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 
 TIED_KINDS = ("svd",)
 """Kinds whose factors can serve a weight and its transpose."""
@@ -64,6 +58,8 @@ class Layer:
             model), each with its names: they become factorised layers of the same factors.
         members: Linear layers that read the same and may share their first factor; `module` then
             holds their stacked weights, and name and aliases are those of the first.
+        whole: Names of the opened attention or recurrent layer it is a projection of, none otherwise.
+        whole_type: The torch class of that.
     """
 
     name: str
@@ -77,6 +73,8 @@ class Layer:
     reason: str | None = None
     partners: tuple[tuple[tuple[str, ...], nn.Module], ...] = ()
     members: tuple[Layer, ...] = ()
+    whole: tuple[str, ...] = ()
+    whole_type: type[nn.Module] | None = None
 
     @property
     def type(self) -> str:
@@ -193,18 +191,22 @@ def list_layers(model: nn.Module, trace: Trace | None = None) -> list[Layer]:
     """Returns every parameterised module in order, with a reason where it cannot be factorised."""
     aliases: dict[int, list[str]] = {}
     inside: set[int] = set()
+    wholes: dict[int, OpenModule] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         aliases.setdefault(id(module), []).append(name)
         if isinstance(module, FactorisedLayer):
             inside.update(id(child) for child in module.modules())
             inside.discard(id(module))
-    shared, ties = _tied_parameters(model), _ties(model)
+        elif isinstance(module, OpenModule):
+            wholes.update({id(child): module for child in module.children()})
+    shared, ties, closed = _tied_parameters(model), _ties(model), openable(model)
     layers = []
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=isinstance(module, FactorisedLayer)))
         if own and id(module) not in inside:
             count = sum(p.numel() for p in own)
-            reason = _why_dense(module, shared, trace, name)
+            reason = f"it cannot be opened: {closed[name]}" if closed.get(name) else None
+            reason = reason or _why_dense(module, shared, trace, name)
             partners: list[tuple[tuple[str, ...], nn.Module]] = []
             first, *others = ties.get(id(module), [(name, module)])
             if others and reason is not None and id(module._parameters.get("weight")) in shared:
@@ -213,9 +215,11 @@ def list_layers(model: nn.Module, trace: Trace | None = None) -> list[Layer]:
                     partners = [(tuple(aliases[id(other)]), other) for _, other in others]
                 elif reason is None:
                     reason = f"its weight is that of {first[0]!r} and is factorised with it"
-            layers.append(
-                Layer(name, tuple(aliases[id(module)]), module, count, reason=reason, partners=tuple(partners))
-            )
+            names = tuple(aliases[id(module)])
+            layer = Layer(name, names, module, count, reason=reason, partners=tuple(partners))
+            if (whole := wholes.get(id(module))) is not None:
+                layer = replace(layer, whole=tuple(aliases[id(whole)]), whole_type=whole.closed_type)
+            layers.append(layer)
     return layers
 
 
@@ -287,11 +291,14 @@ def stacked(members: Sequence[Layer]) -> Layer:
 
 
 def matches(layer: Layer, pattern: str | type) -> bool:
-    """Returns whether a name, a glob over names, a class name or a class matches the layer."""
+    """Returns whether a name, a glob over names, a class name or a class matches the layer, or what it is a part of."""
+    whole = layer.whole_type
     if isinstance(pattern, type):
-        return isinstance(layer.module, pattern)
+        return isinstance(layer.module, pattern) or (whole is not None and issubclass(whole, pattern))
     class_name = pattern.rpartition(".")[2] if pattern.startswith(("nn.", "torch.nn.")) else pattern
-    return layer.type == class_name or any(fnmatch.fnmatchcase(alias, pattern) for alias in layer.aliases)
+    if class_name in (layer.type, whole.__name__ if whole is not None else None):
+        return True
+    return any(fnmatch.fnmatchcase(alias, pattern) for alias in (*layer.aliases, *layer.whole))
 
 
 def _match_all(layers: Iterable[Layer], patterns: Patterns | None, argument: str) -> set[str]:
@@ -374,12 +381,13 @@ def _why_dense(module: nn.Module, shared: set[int], trace: Trace | None, name: s
     if isinstance(module, FactorisedLayer):
         return f"already factorised ({module.kind}, ranks {module.ranks})"
     if layer_type(module) is None:
-        return _why_unknown(module)
+        opened = "its projections are layers of their own, and it holds nothing but their biases"
+        return opened if isinstance(module, OpenModule) else _why_unknown(module)
     if not name:
         return "it is the model itself, which has no parent to swap it in; wrap it, as in nn.Sequential(layer)"
     if "forward" in module.__dict__:
         return "its forward method was replaced on the instance"
-    if any(getattr(module, hooks, None) for hooks in _STATE_DICT_HOOKS):
+    if any(getattr(module, hooks, None) for hooks in STATE_DICT_HOOKS):
         return "it carries state-dict hooks, which expect a dense weight"
     return _why_weight_dense(module, shared) or _why_use_dense(trace, name)
 

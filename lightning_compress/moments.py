@@ -16,6 +16,7 @@ from lightning_compress.decompositions.layer_types import family_of, operator_of
 from lightning_compress.decompositions.metric import Metric
 from lightning_compress.errors import ExampleInputError
 from lightning_compress.inventory import list_layers
+from lightning_compress.opening import with_opened
 from lightning_compress.progress import Progress, silent
 from lightning_compress.synthesis import synthesise
 from lightning_compress.tracing import (
@@ -95,6 +96,7 @@ class Statistics:
         return moments.source if moments is not None else None
 
 
+@with_opened
 def gather_statistics(
     model: nn.Module,
     example_input: ExampleInput | None = None,

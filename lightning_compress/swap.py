@@ -22,20 +22,10 @@ from lightning_compress.decompositions.shared import shared_factors
 from lightning_compress.errors import ConfigurationError, PlanMismatchError
 from lightning_compress.inventory import Layer, list_layers, require_module, require_usable_weights
 from lightning_compress.moments import Statistics
+from lightning_compress.opening import Opening, open_, openable, redo_, undo_, with_opened
 from lightning_compress.plan import LayerPlan, Plan
 from lightning_compress.progress import Progress, silent
 from lightning_compress.tracing import ExampleInput, Trace, trace
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
 
 
 @dataclass(frozen=True)
@@ -46,11 +36,13 @@ class Replacement:
         aliases: Every name the layer is registered under.
         dense: The module that was there.
         factorised: The module that is there now; both hold the same bias Parameter.
+        opening: Of the attention or recurrent layer that was opened for it, None if none was.
     """
 
     aliases: tuple[str, ...]
     dense: nn.Module
     factorised: FactorisedLayer
+    opening: Opening | None = None
 
 
 def apply_plan_(
@@ -62,7 +54,8 @@ def apply_plan_(
     failure leaves the model as it was. Biases stay the same Parameters and forward and backward
     hooks move along with their handles; dtype, device, memory format, mode and `requires_grad`
     are inherited; the global random state is not used. Layers that are already factorised as
-    planned are left alone.
+    planned are left alone. Attention and recurrent layers are opened if one of their projections
+    is factorised; the others stay as they are.
 
     Args:
         model: The model the plan was made for, or one of the same architecture.
@@ -96,28 +89,51 @@ def _replace(
     if not isinstance(cast(Any, plan), Plan):
         msg = f"plan={plan!r}: expected a Plan, as search_ranks returns it."
         raise ConfigurationError(msg)
-    pairs = _checked(model, plan)
-    replacements = []
-    for group in _groups(pairs):
-        metrics = [statistics.metric(layer.name) if statistics is not None else None for layer, _ in group]
-        with torch.inference_mode(mode=False):
-            replacements += _build_shared(group, metrics, decompose=decompose)
-    pairs = [(layer, planned) for layer, planned in pairs if planned.shares is None]
-    for index, (layer, planned) in enumerate(pairs):
-        progress("factorising layers", index / len(pairs))
-        with torch.inference_mode(mode=False):  # parameters made in inference mode could never be trained
-            metric = statistics.metric(layer.name) if statistics is not None else None
-            new = _build(layer, planned, metric, decompose=decompose)
-            replacements.append(Replacement(layer.aliases, layer.module, new))
+    openings = _open_for(model, plan)
+    try:
+        pairs = _checked(model, plan)
+        replacements = []
+        for group in _groups(pairs):
+            metrics = [statistics.metric(layer.name) if statistics is not None else None for layer, _ in group]
+            with torch.inference_mode(mode=False):
+                made = _build_shared(group, metrics, decompose=decompose)
+            replacements += [
+                replace(r, opening=_opening_of(layer, openings)) for r, (layer, _) in zip(made, group, strict=True)
+            ]
+        pairs = [(layer, planned) for layer, planned in pairs if planned.shares is None]
+        for index, (layer, planned) in enumerate(pairs):
+            progress("factorising layers", index / len(pairs))
+            with torch.inference_mode(mode=False):  # parameters made in inference mode could never be trained
+                metric = statistics.metric(layer.name) if statistics is not None else None
+                new = _build(layer, planned, metric, decompose=decompose)
+            replacements.append(Replacement(layer.aliases, layer.module, new, _opening_of(layer, openings)))
             for aliases, partner in layer.partners:
                 replacements.append(Replacement(aliases, partner, _sharing(partner, new)))
-    progress("factorising layers", 1.0)
+        progress("factorising layers", 1.0)
+    except BaseException:
+        undo_(model, openings)
+        raise
     install(model, replacements)
     return tuple(replacements)
 
 
+def _open_for(model: nn.Module, plan: Plan) -> tuple[Opening, ...]:
+    """Opens the attention and recurrent layers of which the plan factorises a projection."""
+    parts = {planned.name.rpartition(".")[0] for planned in plan.factorised}
+    return open_(model, [name for name, reason in openable(model).items() if reason is None and name in parts])
+
+
+def _opening_of(layer: Layer, openings: Sequence[Opening]) -> Opening | None:
+    return next((opening for opening in openings if set(layer.whole) & set(opening.aliases)), None)
+
+
+def _openings(replacements: Sequence[Replacement]) -> list[Opening]:
+    return list({id(r.opening): r.opening for r in replacements if r.opening is not None}.values())
+
+
 def install(model: nn.Module, replacements: Sequence[Replacement]) -> None:
     """Puts the factorised layers in, under every name."""
+    redo_(model, _openings(replacements))
     for replacement in replacements:
         _put(model, replacement, replacement.factorised)
 
@@ -126,8 +142,10 @@ def uninstall(model: nn.Module, replacements: Sequence[Replacement]) -> None:
     """Puts the dense layers back, under every name."""
     for replacement in replacements:
         _put(model, replacement, replacement.dense)
+    undo_(model, _openings(replacements))
 
 
+@with_opened
 def plan_of(model: nn.Module, example_input: ExampleInput | None = None) -> Plan:
     """Returns the plan that an already factorised model embodies; without budget and search.
 
@@ -380,7 +398,7 @@ def _class_for(dense: nn.Module) -> type[FactorisedLayer]:
 
 def share_hooks(source: nn.Module, target: nn.Module) -> None:
     """Gives a module the hooks of another, as the same dict objects: their handles keep working."""
-    for hooks in _HOOKS:
+    for hooks in HOOKS:
         target.__dict__[hooks] = source.__dict__[hooks]
 
 

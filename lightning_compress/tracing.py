@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_compress.decompositions import LayerCall
 from lightning_compress.decompositions.layer_types import family_of, layer_type
 from lightning_compress.errors import ExampleInputError
+from lightning_compress.opening import with_opened
 
 ExampleInput: TypeAlias = "Tensor | Mapping[str, Any] | Sequence[Any]"
 """A tensor, a tuple or dict of positional or keyword arguments, or a shape with its batch dimension."""
@@ -50,10 +51,12 @@ class Trace:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
+@with_opened
 def trace(model: nn.Module, example_input: ExampleInput) -> Trace:
     """Runs the model once in eval mode and records every layer of a type that can be factorised.
 
-    MACs are those of `torch.utils.flop_counter`, halved.
+    MACs are those of `torch.utils.flop_counter`, halved. Attention and recurrent layers are opened for it,
+    so names are those of their projections, and dense and compressed models are counted alike.
 
     Raises:
         ExampleInputError: If the example input has a wrong type or the model fails on it.

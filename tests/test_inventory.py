@@ -14,6 +14,7 @@ from lightning_compress.errors import (
     SelectionError,
 )
 from lightning_compress.inventory import list_layers, require_usable_weights, take_inventory
+from lightning_compress.opening import opened
 from lightning_compress.tracing import trace
 
 
@@ -108,10 +109,11 @@ def test_lookups_that_do_more_than_look_up_stay_dense(layer, reason):
     assert reasons_of(With(layer))["layer"] == reason
 
 
-def test_attention_projection_stays_dense():
-    reasons = reasons_of(With(nn.MultiheadAttention(8, 2)))
-    assert reasons["layer.out_proj"].startswith("NonDynamicallyQuantizableLinear is not one of Linear, Conv2d")
-    assert reasons["layer"].startswith("MultiheadAttention is not one of")
+def test_attention_projections_can_be_factorised_once_opened():
+    model = With(nn.MultiheadAttention(8, 2))
+    assert reasons_of(model)["layer"].startswith("MultiheadAttention is not one of")
+    with opened(model):
+        assert reasons_of(model) == {"other": None, "layer.in_proj": None, "layer.out_proj": None}
 
 
 def test_tied_weights_stay_dense_and_a_tied_bias_does_not_matter():

@@ -26,6 +26,7 @@ from lightning_compress.errors import (
 )
 from lightning_compress.inventory import Layer, Patterns, require_usable_weights, sharing_groups, take_inventory
 from lightning_compress.moments import Statistics, gather_statistics
+from lightning_compress.opening import with_opened
 from lightning_compress.plan import LayerPlan, Plan
 from lightning_compress.progress import Progress, silent
 from lightning_compress.search.alds import ALDS_KINDS, search_alds
@@ -89,6 +90,7 @@ def search_ranks(
 
     The plan keeps every budget, makes no layer larger than dense or, where MACs are known,
     slower in MACs, and says how far it is at most from the optimum (`plan.optimality_gap`).
+    The projections of attention and recurrent layers are layers of their own in it (see `opening`).
 
     Args:
         model: Any module; it is not changed.
@@ -148,6 +150,7 @@ def search_ranks(
     )[0]
 
 
+@with_opened
 def search_with_statistics(
     model: nn.Module,
     budget: Budget | Mapping[str, Any],
