@@ -8,6 +8,7 @@ from torch import nn
 from lightning_compress.decompositions import FactorisedLayer
 from lightning_compress.errors import ModelError
 from lightning_compress.inventory import list_layers, require_module
+from lightning_compress.opening import close_
 from lightning_compress.progress import Progress, silent
 from lightning_compress.swap import Replacement, owners_of, share_hooks, uninstall
 
@@ -56,4 +57,5 @@ def merge_(model: nn.Module, *, progress: Progress | None = None) -> tuple[str, 
         dense[layer.name].register_parameter("weight", dense[owners[layer.name]]._parameters["weight"])
         share_hooks(module, dense[layer.name])
     uninstall(model, [Replacement(layer.aliases, dense[layer.name], module) for layer, module in found])
+    close_(model)
     return tuple(layer.name for layer, _ in found)

@@ -22,7 +22,7 @@ from lightning_compress.decompositions.shared import shared_factors
 from lightning_compress.errors import ConfigurationError, PlanMismatchError
 from lightning_compress.inventory import Layer, list_layers, require_module, require_usable_weights
 from lightning_compress.moments import Statistics
-from lightning_compress.opening import Opening, open_, openable, redo_, undo_, with_opened
+from lightning_compress.opening import HOOKS, Opening, open_, openable, redo_, undo_, with_opened
 from lightning_compress.plan import LayerPlan, Plan
 from lightning_compress.progress import Progress, silent
 from lightning_compress.tracing import ExampleInput, Trace, trace

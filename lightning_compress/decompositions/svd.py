@@ -68,7 +68,8 @@ def _leading(gram: Tensor, rank: int) -> Tensor:
 
     To project on them is exact at full rank, whatever the scale of the small singular values.
     """
-    return torch.linalg.eigh(gram)[1].flip(1)[:, :rank]
+    vectors: Tensor = torch.linalg.eigh(gram)[1].flip(1)
+    return vectors[:, :rank]
 
 
 class _ChannelMatrix(_MatrixDecomposition):
