@@ -379,7 +379,9 @@ def test_recurrent_is_torchs_fused_and_stepwise_with_gradients_and_dropout(kind,
 
 
 @NO_ONEDNN
-@pytest.mark.parametrize("chosen", ["ih_l0", "ih_l1_reverse", "hh", "ih", "h"])
+@pytest.mark.parametrize(
+    "chosen", ["ih_l1_reverse", "h", *(pytest.param(c, marks=SLOW) for c in ("ih_l0", "hh", "ih"))]
+)
 @pytest.mark.parametrize("kind", RECURRENT)
 def test_factorised_recurrent_fused_is_stepwise_and_dense_at_full_rank(kind, chosen):
     make, more = RECURRENT[kind]
