@@ -211,7 +211,11 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "vit": ("ViTForImageClassification", _VIT, "image"),
     "wav2vec2": ("Wav2Vec2ForCTC", _WAV2VEC2, "audio"),
     "whisper": ("WhisperForConditionalGeneration", _WHISPER, "spectrogram"),
-    "xlnet": ("XLNetLMHeadModel", {"vocab_size": 300, "d_model": 96, "n_layer": 2, "n_head": 4, "d_inner": 192}, "tokens"),
+    "xlnet": (
+        "XLNetLMHeadModel",
+        {"vocab_size": 300, "d_model": 96, "n_layer": 2, "n_head": 4, "d_inner": 192},
+        "tokens",
+    ),
 }
 """Name to class, settings of its configuration, and what it is called with."""
 

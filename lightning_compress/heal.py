@@ -107,12 +107,13 @@ def heal_(
     states = _States(model, before)
     skipped: str | None
     try:
-        replacements = _in_forward_order(model, replacements, fitting[0])
-        for index, replacement in enumerate(replacements):
-            progress("healing: regression", index / len(replacements))
-            if _shares_factors(replacement, replacements):
-                continue
-            _refit(dense, model, replacement, fitting, statistics.metric(replacement.aliases[0]))
+        ordered = _in_forward_order(model, replacements, fitting[0])
+        replacements = [replacement for replacement, _ in ordered]
+        for index, (replacement, calls) in enumerate(ordered):
+            progress("healing: regression", index / len(ordered))
+            if calls and not _shares_factors(replacement, replacements):
+                metric = statistics.metric(replacement.aliases[0])
+                _refit(dense, model, replacement, fitting, metric=metric, calls=calls)
         states.judge(output_distance(dense, model, judging))
         _renormalise(model, fitting)
         states.judge(output_distance(dense, model, judging))
@@ -189,16 +190,20 @@ class _States:
         self._model.load_state_dict(self._first, strict=False)
 
 
-def _in_forward_order(model: nn.Module, replacements: Sequence[Replacement], arguments: Arguments) -> list[Replacement]:
-    """Returns the factorised layers by their first call, those never called last."""
+def _in_forward_order(
+    model: nn.Module, replacements: Sequence[Replacement], arguments: Arguments
+) -> list[tuple[Replacement, int]]:
+    """Returns the factorised layers by their first call, those never called last, each with the number of its calls."""
     called: dict[int, int] = {}
 
     def note(module: nn.Module, _args: Any) -> None:
-        called.setdefault(id(module), len(called))
+        called[id(module)] = called.get(id(module), 0) + 1
 
     with hooked(r.factorised.register_forward_pre_hook(note) for r in replacements), inference(model):
         model(*arguments[0], **arguments[1])
-    return sorted(replacements, key=lambda r: called.get(id(r.factorised), len(called)))
+    order = {key: place for place, key in enumerate(called)}
+    ordered = sorted(replacements, key=lambda r: order.get(id(r.factorised), len(order)))
+    return [(replacement, called.get(id(replacement.factorised), 0)) for replacement in ordered]
 
 
 def _shares_factors(replacement: Replacement, others: Sequence[Replacement]) -> bool:
@@ -214,23 +219,32 @@ class _Reached(Exception):  # noqa: N818
     """Ends a forward pass at the layer of interest."""
 
 
-def _inputs_of(model: nn.Module, layer: nn.Module, arguments: Arguments) -> Tensor | None:
+def _inputs_of(model: nn.Module, layer: nn.Module, arguments: Arguments, calls: int) -> list[Tensor]:
+    """Returns what enters a layer in its first calls; the model is not run any further."""
     found: list[Tensor] = []
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append(input_of(args, kwargs))
-        raise _Reached
+        if len(found) >= calls:
+            raise _Reached
 
     hook = layer.register_forward_pre_hook(stop, with_kwargs=True)
     with hooked([hook]), inference(model), contextlib.suppress(_Reached):
         model(*arguments[0], **arguments[1])
-    return found[0] if found else None
+    return found
 
 
 @torch.no_grad()
 def _refit(
-    dense: nn.Module, model: nn.Module, replacement: Replacement, batches: Sequence[Arguments], metric: Metric | None
+    dense: nn.Module,
+    model: nn.Module,
+    replacement: Replacement,
+    batches: Sequence[Arguments],
+    *,
+    metric: Metric | None,
+    calls: int,
 ) -> None:
+    """Refits one layer to its dense one's outputs over its `calls` calls per batch."""
     layer, new = dense.get_submodule(replacement.aliases[0]), replacement.factorised
     family, operator = family_of(layer), new.operator
     if operator.lookup:  # its inputs are the same in both models
@@ -241,10 +255,12 @@ def _refit(
     gram, cross = (torch.zeros(operator.groups, size, size, dtype=torch.float64) for _ in range(2))
     mean_new, mean_dense, count = torch.zeros_like(gram[:, 0]), torch.zeros_like(gram[:, 0]), 0
     for arguments in batches:
-        inputs = _inputs_of(dense, layer, arguments), _inputs_of(model, new, arguments)
-        if inputs[0] is None or inputs[1] is None:  # never called on these inputs
+        inputs = _inputs_of(dense, layer, arguments, calls), _inputs_of(model, new, arguments, calls)
+        if not inputs[0] or len(inputs[0]) != len(inputs[1]):  # never called on these inputs
             return
-        rows_dense, rows_new = (cast(Tensor, family.rows(layer, v)).float() for v in inputs if v is not None)
+        rows_dense, rows_new = (
+            torch.cat([cast(Tensor, family.rows(layer, value)) for value in values], dim=1).float() for values in inputs
+        )
         gram += (rows_new.mT @ rows_new).double().cpu()
         cross += (rows_new.mT @ rows_dense).double().cpu()
         mean_new += rows_new.sum(1).double().cpu()
