@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,11 +15,17 @@ from lightning_compress.decompositions.factorised import FactorisedLayer, by_gro
 from lightning_compress.decompositions.metric import Metric, energy
 from lightning_compress.decompositions.split_svd import SplitSvd
 from lightning_compress.decompositions.svd import ChannelSvd, SpatialSvd, Svd
+from lightning_compress.decompositions.tensorised import TtLinear, TuckerLinear
+from lightning_compress.decompositions.tt import TensorTrain
 from lightning_compress.decompositions.tucker import Tucker2
 from lightning_compress.errors import ConfigurationError
 
 DECOMPOSITIONS: dict[str, Decomposition] = {
-    d.kind: d for d in (Svd(), ChannelSvd(), SpatialSvd(), Tucker2(), SplitSvd(2), SplitSvd(4))
+    d.kind: d
+    for d in (
+        *(Svd(), ChannelSvd(), SpatialSvd(), Tucker2(), SplitSvd(2), SplitSvd(4)),
+        *(TensorTrain(), TtLinear(), TuckerLinear()),
+    )
 }
 """Kind to decomposition."""
 
@@ -70,9 +77,15 @@ def profile_in(kind: str, weight: Tensor, metric: Metric | None = None, groups: 
 
 
 def _profile(decomposition: Decomposition, weight: Tensor, metric: Metric | None) -> RankProfile:
+    metric = _usable(decomposition, metric)
     if metric is None:
         return decomposition.profile(weight)
     return decomposition.profile(metric.weigh(weight), metric.inputs)
+
+
+def _usable(decomposition: Decomposition, metric: Metric | None) -> Metric | None:
+    """Returns the metric a kind is fitted in: S alone where it splits the outputs."""
+    return replace(metric, outputs=None) if metric is not None and decomposition.splits_outputs else metric
 
 
 def weighted_energy(weight: Tensor, metric: Metric | None, groups: int = 1) -> float:
@@ -91,7 +104,7 @@ def factorise_in(
     """Returns the canonical weights of the child layers, fitted in the metric; see `profile_in`.
 
     Those of several groups are one after the other along the first dimension. Every kind leaves the
-    output channels to its last factor, so G is a change of their basis.
+    output channels to its last factor, so G is a change of their basis; kinds that split them ignore it.
     """
     decomposition = DECOMPOSITIONS[kind]
     if groups > 1:
@@ -100,6 +113,7 @@ def factorise_in(
             for index, block in enumerate(weight.chunk(groups))
         ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    metric = _usable(decomposition, metric)
     if metric is None:
         return decomposition.factorise(weight, ranks)
     factors = decomposition.factorise(metric.weigh(weight), ranks, metric.inputs)

@@ -137,9 +137,15 @@ class Decomposition(ABC):
 
     All of it is about one group: weights are float64 CPU tensors of `Operator.shape`. Costs leave
     the bias out (it is kept as it is) and are vectorised over the rows of `ranks`, shape (n, R).
+
+    Attributes:
+        kind: Its name, a key of `DECOMPOSITIONS`.
+        splits_outputs: Whether the output channels are shared between several factors; the metric
+            of the outputs is then left out, as no one factor could undo it.
     """
 
     kind: str
+    splits_outputs: bool = False
 
     @abstractmethod
     def unsupported(self, operator: Operator) -> str | None:

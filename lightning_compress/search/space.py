@@ -46,13 +46,15 @@ class Space:
     def of(cls, problem: Problem) -> Space:
         """Returns the space of a problem."""
         paths = []
+        most = max(1, *(len(ranks) for candidates in problem.layers for ranks in candidates.ranks))
+        ones = (1,) * most
         for index, candidates in enumerate(problem.layers):
             relative = problem.costs(index) / np.maximum(problem.limits, 1.0)
             for kind in dict.fromkeys(candidates.kinds):
                 rows = _best_path(candidates.rows_of(kind), candidates.losses, relative.mean(axis=1))
                 sizes = relative[rows].mean(axis=1)
                 hull = rows[_convex_hull(sizes, candidates.losses[rows])]
-                ranks = np.array([(*candidates.ranks[row], 1, 1)[:2] for row in hull], dtype=np.float64)
+                ranks = np.array([(*candidates.ranks[row], *ones)[:most] for row in hull], dtype=np.float64)
                 paths.append((index, kind, rows, sizes, candidates.losses[hull], ranks, relative[hull]))
         longest = max(2, *(len(path[4]) for path in paths))
 

@@ -1,0 +1,400 @@
+"""The tensor train of convolutions."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_compress import Budget, apply_plan_, compress_, load_compressed, save_compressed
+from lightning_compress.candidates import tabulate
+from lightning_compress.costs import Costs, measure_costs
+from lightning_compress.decompositions import DECOMPOSITIONS, factorise_in, gated_weight, profile_in
+from lightning_compress.decompositions.layer_types import family_of, operator_of
+from lightning_compress.decompositions.metric import Metric
+from lightning_compress.errors import PlanMismatchError
+from lightning_compress.inventory import take_inventory
+from lightning_compress.plan import LayerPlan, Plan
+from lightning_compress.search.problem import Problem
+from lightning_compress.search.space import Space
+from lightning_compress.swap import plan_of
+from tests.conftest import DEFAULTS, WEIGHTS_ALONE, TinyNet
+
+TT = DECOMPOSITIONS["tt"]
+SHAPES = [(5, 4, 3, 3), (7, 3, 5, 2), (2, 9, 3, 3), (4, 3, 2, 3, 2), (4, 5, 1, 3, 3)]
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def randomised(layer, seed=0):
+    layer = layer.double()
+    with torch.no_grad():
+        for index, parameter in enumerate(layer.parameters()):
+            parameter.copy_(normal(*parameter.shape, seed=seed + index))
+    return layer
+
+
+def factorised(layer, ranks):
+    costs = Costs(1, None, 4)
+    planned = LayerPlan("0", type(layer).__name__, "tt", tuple(ranks), tuple(layer.weight.shape), 0.0, 1, 1)
+    model = nn.Sequential(layer)
+    apply_plan_(model, Plan((planned,), costs, costs))
+    return model[0]
+
+
+def error_in(metric, weight, product):
+    lost, flat = (weight - product).flatten(1), weight.flatten(1)
+    return float(((lost @ metric) * lost).sum() / ((flat @ metric) * flat).sum())
+
+
+def random_metric(size, seed=0, condition=1e3):
+    basis, _ = torch.linalg.qr(normal(size, size, seed=seed))
+    return (basis * torch.logspace(0, np.log10(condition), size, dtype=torch.float64)) @ basis.T
+
+
+def product_of(factors):
+    """The kernel of the chain of a Conv2d, summed out by numpy."""
+    reduce, axis0, axis1, expand = (factor.numpy() for factor in factors.values())
+    return torch.from_numpy(
+        np.einsum("ot,tsw,srh,ri->oihw", expand[:, :, 0, 0], axis1[:, :, 0], axis0[..., 0], reduce[:, :, 0, 0])
+    )
+
+
+def tt_svd(weight, ranks):
+    """Oseledets 2011, algorithm 1, with plain SVDs in the order (in, k_h, k_w, out)."""
+    _, in_, *kernel = weight.shape
+    tensor = weight.numpy().transpose(1, *range(2, weight.ndim), 0)
+    rest, rank, whole = tensor.reshape(in_, -1), 1, np.ones((1, 1))
+    for size, following in zip((in_, *kernel), ranks, strict=True):
+        u, s, vt = np.linalg.svd(rest.reshape(rank * size, -1), full_matrices=False)
+        u, rest = u[:, :following], s[:following, None] * vt[:following]
+        whole = np.einsum("ar,rks->aks", whole, u.reshape(rank, size, -1)).reshape(len(whole) * size, -1)
+        rank = u.shape[1]
+    approximation = (whole @ rest).reshape(tensor.shape)
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(approximation, -1, 0)))
+
+
+# --- the layer
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, 3, stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
+        nn.Conv2d(4, 6, (3, 5), padding="same", padding_mode="circular", bias=False),
+        nn.Conv2d(4, 6, (5, 3), padding=(2, 1), padding_mode="reflect"),
+        nn.Conv2d(6, 4, 3, groups=2, stride=2),
+        nn.ConvTranspose2d(4, 6, 3, stride=(2, 3), padding=1, output_padding=(1, 2), dilation=(2, 1)),
+        nn.ConvTranspose2d(6, 4, (3, 2), groups=2, stride=2),
+    ],
+    ids=str,
+)
+def test_layer_is_the_dense_one_with_the_product_for_every_geometry(layer):
+    layer, x = randomised(layer), normal(2, layer.in_channels, 13, 12, seed=9)
+    family, full = family_of(layer), TT.max_ranks(operator_of(layer).shape)
+    expected = layer(x).detach()
+    torch.testing.assert_close(factorised(copy.deepcopy(layer), full)(x), expected, rtol=1e-9, atol=1e-9)
+    new = factorised(copy.deepcopy(layer), (2, 3, 2))
+    assert family.operator(layer) == new.operator
+    dense = copy.deepcopy(layer)
+    dense.weight.data.copy_(new.dense_weight())
+    torch.testing.assert_close(new(x), dense(x), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(new(x), expected)
+
+
+def test_layer_is_a_chain_of_one_dimensional_convolutions():
+    conv = nn.Conv2d(8, 6, (3, 5), stride=(2, 1), padding=(1, 2))
+    bias = conv.bias
+    new = factorised(conv, (3, 4, 5))
+    assert {name: tuple(f.shape) for name, f in new.factors().items()} == {
+        "reduce": (3, 8, 1, 1),
+        "axis0": (4, 3, 3, 1),
+        "axis1": (5, 4, 1, 5),
+        "expand": (6, 5, 1, 1),
+    }
+    assert [child.stride for child in new] == [(1, 1), (2, 1), (1, 1), (1, 1)]
+    assert [child.padding for child in new] == [(0, 0), (1, 0), (0, 2), (0, 0)]
+    assert new.bias is bias
+
+
+def test_volumes_have_one_axis_more_and_flat_axes_join_their_neighbour():
+    conv = randomised(nn.Conv3d(4, 5, (2, 3, 3), stride=(1, 2, 1), padding=1))
+    x = normal(2, 4, 5, 6, 7, seed=3)
+    full = TT.max_ranks((5, 4, 2, 3, 3))
+    assert full == (4, 8, 15, 5)
+    torch.testing.assert_close(factorised(copy.deepcopy(conv), full)(x), conv(x).detach(), rtol=1e-9, atol=1e-9)
+    for kernel, kernels in {
+        (1, 3, 3): [(1, 1, 1), (1, 3, 1), (1, 1, 3), (1, 1, 1)],
+        (3, 1, 3): [(1, 1, 1), (3, 1, 1), (1, 1, 3), (1, 1, 1)],
+    }.items():
+        conv = randomised(nn.Conv3d(4, 5, kernel, stride=2, padding=1))
+        new = factorised(copy.deepcopy(conv), TT.max_ranks((5, 4, *kernel)))
+        assert [child.kernel_size for child in new] == kernels
+        torch.testing.assert_close(new(x), conv(x).detach(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(6, 5, 3, (2, 1), (1, 0)), nn.ConvTranspose2d(6, 5, 3, (2, 1), (1, 0))])
+def test_parameters_and_macs_are_those_of_the_built_layers(layer):
+    layer, x = randomised(layer), normal(1, 6, 9, 8)
+    call = family_of(layer).call(layer, x, layer(x))
+    ranks = np.array([(1, 1, 1), (2, 5, 3), (6, 4, 5)])
+    parameters, macs = TT.parameters((5, 6, 3, 3), ranks), TT.macs((5, 6, 3, 3), ranks, call)
+    for index, row in enumerate(ranks.tolist()):
+        new = factorised(copy.deepcopy(layer), row)
+        assert parameters[index] == sum(child.weight.numel() for child in new)
+        with FlopCounterMode(display=False) as counter:
+            new(x)
+        assert macs[index] * 2 == counter.get_total_flops()
+
+
+# --- errors
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_errors_are_those_of_the_tt_svd(shape):
+    weight = normal(*shape, seed=3)
+    identity = torch.eye(weight[0].numel(), dtype=torch.float64)
+    squeezed = weight.reshape(*shape[:2], *(size for size in shape[2:] if size > 1))
+    for metric in (None, identity):
+        profile = TT.profile(weight, metric)
+        assert len(profile.ranks) > 10
+        for ranks, error in zip(profile.ranks.tolist(), profile.errors.tolist(), strict=True):
+            product = tt_svd(squeezed, ranks).reshape(shape)
+            assert error == pytest.approx(error_in(identity, weight, product), abs=1e-8 if metric is None else 1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("metric", [None, "random"])
+def test_fit_never_exceeds_the_prediction_and_stays_close(shape, metric):
+    weight = normal(*shape, seed=4)
+    identity = torch.eye(weight[0].numel(), dtype=torch.float64)
+    metric = None if metric is None else random_metric(len(identity), seed=5)
+    profile = TT.profile(weight, metric)
+    gains = []
+    for ranks, predicted in list(zip(profile.ranks.tolist(), profile.errors.tolist(), strict=True))[::7]:
+        product = TT.dense_weight(TT.factorise(weight, tuple(ranks), metric), shape)
+        attained = error_in(identity if metric is None else metric, weight, product)
+        assert attained <= predicted + 1e-6
+        gains.append(predicted - attained)
+    assert max(gains) > 1e-3  # the iteration does something
+    assert np.mean(gains) < 0.1
+
+
+@pytest.mark.parametrize("metric", [None, "random"])
+def test_error_falls_along_each_rank(metric):
+    weight = normal(9, 8, 3, 3, seed=2)
+    profile = TT.profile(weight, None if metric is None else random_metric(72))
+    table = {tuple(row): error for row, error in zip(profile.ranks.tolist(), profile.errors.tolist(), strict=True)}
+    compared, risen = np.zeros(3), []
+    for (one, a), (other, b) in itertools.permutations(table.items(), 2):
+        differing = [bond for bond in range(3) if one[bond] != other[bond]]
+        if len(differing) == 1 and one[differing[0]] < other[differing[0]]:
+            compared[differing[0]] += 1
+            # a larger first rank changes the bases behind it: only nearly monotone
+            risen.append(b - a if differing[0] else b - (1.02 if metric is None else 1.15) * a)
+    assert (compared > 50).all()
+    assert max(risen) <= 1e-9
+
+
+def test_profile_is_a_grid_of_the_shape_alone_and_smaller_than_dense():
+    shape, other = (24, 16, 3, 3), normal(24, 16, 3, 3, seed=8)
+    profile = TT.profile(normal(*shape))
+    assert (profile.ranks == TT.profile(other, random_metric(144)).ranks).all()
+    inner = profile.ranks[:-1]
+    assert (TT.parameters(shape, inner) < 24 * 16 * 9).all()
+    assert (inner[:, 1:] <= 3 * inner[:, :-1]).all()
+    assert (inner[:, :-1] <= 3 * inner[:, 1:]).all()
+    assert tuple(profile.ranks[-1]) == TT.max_ranks(shape)
+    assert profile.errors[-1] == 0
+    assert 100 < len(profile.ranks) <= 1501
+    assert len({tuple(row) for row in profile.ranks.tolist()}) == len(profile.ranks)
+
+
+@pytest.mark.parametrize("metric", [None, "random"])
+def test_a_kernel_of_low_rank_is_found_again(metric):
+    ranks, shape = (2, 3, 2), (8, 7, 3, 3)
+    parts = [normal(2, 7, 1, 1, seed=1), normal(3, 2, 3, 1, seed=2), normal(2, 3, 1, 3, seed=3), normal(8, 2, 1, 1)]
+    weight = product_of(dict(enumerate(parts)))
+    metric = None if metric is None else random_metric(63, condition=30)
+    factors = TT.factorise(weight, ranks, metric)
+    torch.testing.assert_close(product_of(factors), weight, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(product_of(factors), TT.dense_weight(factors, shape))
+    scales = [float(factor.norm() / factor.numel() ** 0.5) for factor in factors.values()]
+    assert max(scales) == pytest.approx(min(scales))
+
+
+def test_fit_in_the_metric_beats_the_plain_fit_there():
+    weight, metric = normal(9, 8, 3, 3), random_metric(72)
+    for ranks in [(2, 2, 2), (4, 6, 4), (6, 8, 7)]:
+        plain, fitted = (TT.dense_weight(TT.factorise(weight, ranks, m), (9, 8, 3, 3)) for m in (None, metric))
+        assert error_in(metric, weight, fitted) < 0.9 * error_in(metric, weight, plain)
+
+
+def test_no_other_right_cores_lower_the_error():
+    shape, metric = (6, 5, 3, 3), random_metric(45)
+    weight = normal(*shape)
+    factors = TT.factorise(weight, (3, 4, 2), metric)
+    error = error_in(metric, weight, TT.dense_weight(factors, shape))
+    reduce, axis0 = factors["reduce"][:, :, 0, 0].numpy(), factors["axis0"][..., 0].numpy()
+    # features (s, w) of the patch (i, h, w), and reduced-rank regression on them by whitening and SVD
+    maps = np.einsum("srh,ri,wv->swihv", axis0, reduce, np.eye(3)).reshape(12, 45)
+    root = np.linalg.cholesky(metric.numpy())
+    basis, _ = np.linalg.qr((maps @ root).T)
+    target = weight.flatten(1).numpy() @ root
+    values = np.linalg.svd(target @ basis, compute_uv=False)
+    assert error == pytest.approx(1 - np.square(values[:2]).sum() / np.square(target).sum(), abs=1e-6)
+
+
+# --- what could break
+
+
+@pytest.mark.parametrize("metric", [None, "random", "zero"])
+def test_zero_weight_gives_zero_errors_and_factors_that_can_train(metric):
+    shape = (5, 4, 3, 3)
+    metric = {"random": random_metric(36), "zero": torch.zeros(36, 36, dtype=torch.float64)}.get(metric)
+    assert not TT.profile(torch.zeros(shape, dtype=torch.float64), metric).errors.any()
+    factors = TT.factorise(torch.zeros(shape, dtype=torch.float64), (2, 3, 2), metric)
+    assert not TT.dense_weight(factors, shape).any()
+    assert [bool(factor.any()) for factor in factors.values()].count(False) <= 1
+
+
+@pytest.mark.parametrize("dead", [slice(0, 3), slice(0, 18), slice(0, 36)])
+def test_inputs_that_never_vary_give_finite_factors(dead):
+    weight, metric = normal(5, 4, 3, 3), random_metric(36)
+    metric[dead] = 0
+    metric[:, dead] = 0
+    profile = TT.profile(weight, metric)
+    assert ((profile.errors >= 0) & (profile.errors <= 1)).all()
+    for factor in TT.factorise(weight, (2, 3, 2), metric).values():
+        assert bool(torch.isfinite(factor).all())
+
+
+def test_ranks_beyond_what_neighbours_allow_are_met_and_those_beyond_the_largest_refused():
+    weight = normal(5, 4, 3, 3)
+    factors = TT.factorise(weight, (1, 12, 5))
+    assert [f.shape[:2] for f in factors.values()] == [(1, 4), (12, 1), (5, 12), (5, 5)]
+    assert bool(factors["axis0"].flatten(1).any(dim=1).all())
+    same = TT.dense_weight(TT.factorise(weight, (1, 3, 5)), (5, 4, 3, 3))
+    torch.testing.assert_close(TT.dense_weight(factors, (5, 4, 3, 3)), same)
+    with pytest.raises(PlanMismatchError, match=r"its ranks go up to \(4, 12, 5\)"):
+        factorised(nn.Conv2d(4, 5, 3), (4, 13, 5))
+
+
+@pytest.mark.parametrize("metric", [None, "random"])
+def test_factors_are_the_same_each_time(metric):
+    weight, metric = normal(6, 5, 3, 3), None if metric is None else random_metric(45)
+    first, second = (TT.factorise(weight, (3, 4, 3), metric) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (nn.Linear(4, 4), "tt factorises convolutions only"),
+        (nn.Conv2d(4, 4, 1), "tt of a 1x1 convolution is svd"),
+        (nn.Conv1d(4, 4, 3), "tt of a kernel that spans one axis is tucker2"),
+        (nn.Conv2d(4, 4, (1, 3)), "tt of a kernel that spans one axis is tucker2"),
+        (nn.Conv2d(4, 4, 2), None),
+        (nn.Conv3d(4, 4, (1, 3, 3)), None),
+    ],
+)
+def test_kind_says_why_it_does_not_apply(layer, why):
+    assert TT.unsupported(operator_of(layer)) == why
+
+
+# --- everything behind it
+
+
+def test_each_bond_has_its_own_gates():
+    conv = nn.Conv2d(6, 5, 3)
+    operator, ranks = operator_of(conv), (3, 4, 2)
+    factors = TT.factorise(normal(5, 6, 3, 3), ranks)
+    asked = []
+
+    def gates(index, count):
+        asked.append((index, count))
+        return torch.arange(1, count + 1, dtype=torch.float64) * 10.0**-index
+
+    gated = gated_weight("tt", factors, operator, gates)
+    assert asked == [(0, 3), (1, 4), (2, 2)]
+    reduce, axis0, axis1, expand = (factor.numpy() for factor in factors.values())
+    by_hand = np.einsum(
+        "ot,tsw,srh,ri,r,s,t->oihw",
+        *(expand[:, :, 0, 0], axis1[:, :, 0], axis0[..., 0], reduce[:, :, 0, 0]),
+        *(np.arange(1, 4), np.arange(1, 5) / 10, np.arange(1, 3) / 100),
+    )
+    torch.testing.assert_close(gated, torch.from_numpy(by_hand))
+
+
+def test_leading_components_explain_most():
+    weight, metric = normal(8, 6, 3, 3), random_metric(54)
+    operator, factors = operator_of(nn.Conv2d(6, 8, 3)), TT.factorise(weight, (4, 6, 4), metric)
+    for bond, count in enumerate((4, 6, 4)):
+
+        def gates(index, size, at, bond=bond):
+            kept = torch.ones(size, dtype=torch.float64)
+            if index == bond:
+                kept[at] = 0
+            return kept
+
+        def error(at, gates=gates):
+            left = gated_weight("tt", factors, operator, lambda index, size: gates(index, size, at))
+            return error_in(metric, weight, left)
+
+        without = [error(at) for at in range(count)]
+        assert without[0] > without[-1]
+
+
+def test_space_holds_all_three_ranks():
+    layers = take_inventory(TinyNet(), kinds=["tt", "tucker2", "svd"])
+    tables = tuple(tabulate(layer, budgeted=["params"]) for layer in layers if layer.kinds)
+    space = Space.of(Problem(tables, ("params",), np.array([3000.0])))
+    assert space.ranks.shape[2] == 3
+    for path, kind in enumerate(space.kinds):
+        used = {"tt": 3, "tucker2": 2, "svd": 1, "dense": 0}[kind]
+        assert bool((space.ranks[path, :, used:] == 1).all())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_outputs_may_be_weighted_too(groups):
+    weight = normal(6 * groups, 4, 3, 3)
+    inputs, outputs = (torch.stack([random_metric(n, seed=s, condition=100) for s in range(groups)]) for n in (36, 6))
+    metric = Metric(inputs, outputs) if groups > 1 else Metric(inputs[0], outputs[0])
+    profile = profile_in("tt", weight, metric, groups)
+    lost = total = 0.0
+    row = len(profile.ranks) // 2
+    factors = factorise_in("tt", weight, tuple(profile.ranks[row].tolist()), metric, groups)
+    for group in range(groups):
+        part = {name: factor.chunk(groups)[group] for name, factor in factors.items()}
+        block, own = weight.chunk(groups)[group], metric.group(group) if groups > 1 else metric
+        difference = own.weigh(block - TT.dense_weight(part, (6, 4, 3, 3))).flatten(1)
+        whole = own.weigh(block).flatten(1)
+        lost += float(((difference @ own.inputs) * difference).sum())
+        total += float(((whole @ own.inputs) * whole).sum())
+    assert 0.5 * profile.errors[row] < lost / total <= profile.errors[row] + 1e-6
+
+
+@pytest.mark.parametrize("heal", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_model_is_compressed_saved_and_loaded(heal, tmp_path):
+    net, shape = TinyNet().eval(), (1, 3, 8, 8)
+    plan = compress_(net, Budget(params=0.7), example_input=shape, kinds="tt", **(DEFAULTS if heal else WEIGHTS_ALONE))
+    assert {p.kind for p in plan.factorised} == {"tt"}
+    assert measure_costs(net, shape) == plan.compressed
+    seen = plan_of(net, shape)
+    assert [(p.name, p.ranks, p.params_after, p.macs_after) for p in seen.factorised] == [
+        (p.name, p.ranks, p.params_after, p.macs_after) for p in plan.factorised
+    ]
+    save_compressed(net, tmp_path)
+    again = TinyNet().eval()
+    load_compressed(again, tmp_path)
+    x = normal(2, 3, 8, 8).float()
+    assert torch.equal(again(x), net(x))
+    exported = torch.export.export(net, (x,)).module()
+    torch.testing.assert_close(exported(x), net(x))
