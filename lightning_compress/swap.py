@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
@@ -231,22 +232,11 @@ def owners_of(layers: Sequence[Layer]) -> dict[str, str]:
 
 def _macs_of(name: str, module: FactorisedLayer, traced: Trace) -> tuple[int, int]:
     """Returns the MACs of the dense layer and of its factors, over all traced calls."""
-    prefix = f"{name}." if name else ""
-    names = list(module.factors())
-    after = sum(
-        factor.numel() * call.positions
-        for child, factor in module.factors().items()
-        for call in traced.calls[f"{prefix}{child}"]
-    )
-    if module.operator.lookup:
-        return 0, after
-    # the dense weight is applied where the last factor writes, or, transposed, where the first reads
-    ends = traced.calls[f"{prefix}{names[0]}"], traced.calls[f"{prefix}{names[-1]}"]
-    positions = sum(
-        replace(last, inputs=first.inputs, transposed=module.operator.transposed).positions
-        for first, last in zip(*ends, strict=True)
-    )
-    return torch.Size(module.weight_shape).numel() * positions, after
+    operator, calls = module.operator, traced.calls[name]
+    ranks = np.array([module.ranks])
+    after = sum(int(DECOMPOSITIONS[module.kind].macs(operator.shape, ranks, call)[0]) for call in calls)
+    before = torch.Size(module.weight_shape).numel() * sum(call.positions for call in calls)
+    return before, after * operator.groups
 
 
 def _checked(model: nn.Module, plan: Plan) -> list[tuple[Layer, LayerPlan]]:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
-from lightning_compress.decompositions import LayerCall
+from lightning_compress.decompositions import FactorisedLayer, LayerCall
 from lightning_compress.decompositions.layer_types import family_of, layer_type
 from lightning_compress.errors import ExampleInputError
 from lightning_compress.opening import with_opened
@@ -53,7 +53,7 @@ class Trace:
 
 @with_opened
 def trace(model: nn.Module, example_input: ExampleInput) -> Trace:
-    """Runs the model once in eval mode and records every layer of a type that can be factorised.
+    """Runs the model once in eval mode and records every layer of a type that can be factorised, and every factorised one.
 
     MACs are those of `torch.utils.flop_counter`, halved. Attention and recurrent layers are opened for it,
     so names are those of their projections, and dense and compressed models are counted alike.
@@ -62,7 +62,8 @@ def trace(model: nn.Module, example_input: ExampleInput) -> Trace:
         ExampleInputError: If the example input has a wrong type or the model fails on it.
     """
     args, kwargs = as_arguments(model, example_input)
-    layers = {name: m for name, m in model.named_modules() if layer_type(m) is not None}
+    named = model.named_modules()
+    layers = {name: m for name, m in named if layer_type(m) is not None or isinstance(m, FactorisedLayer)}
     uses = _WeightUses(layers)
     calls: dict[str, list[LayerCall]] = {name: [] for name in layers}
     read: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -72,6 +73,7 @@ def trace(model: nn.Module, example_input: ExampleInput) -> Trace:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             uses.leave(name)
             read[name].append(input_of(args, kwargs))  # kept, so that no other tensor gets its identity
+            module = module.template if isinstance(module, FactorisedLayer) else module
             family = family_of(module)
             calls[name].append(family.call(module, input_of(args, kwargs), output))
             if (refusal := family.call_refusal(module, args, kwargs)) is not None:

@@ -29,7 +29,7 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
 }
 """Kind to decomposition."""
 
-AUTOMATIC = ("svd", "channel_svd", "spatial_svd", "tucker2")
+AUTOMATIC = ("svd", "channel_svd", "spatial_svd", "tucker2", "tt")
 """The kinds that "auto" stands for; the others are used where they are named."""
 
 

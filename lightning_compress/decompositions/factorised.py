@@ -74,6 +74,11 @@ class FactorisedLayer(nn.Sequential):
             if hasattr(dense, name):
                 setattr(self, name, getattr(dense, name))
 
+    @property
+    def template(self) -> nn.Module:
+        """The dense layer without its weight: its class and settings, on the meta device."""
+        return self._template[0]
+
     def factors(self) -> dict[str, Tensor]:
         """Returns the weights of the child layers by name, the live Parameters."""
         return {name: cast(Tensor, child.weight) for name, child in self.named_children()}
@@ -98,14 +103,14 @@ class FactorisedLayer(nn.Sequential):
 
     def dense_weight(self) -> Tensor:
         """Returns the equivalent dense weight, shape `weight_shape`, differentiable."""
-        return own_layout(self._template[0], self.canonical_weight())
+        return own_layout(self.template, self.canonical_weight())
 
     def to_dense(self) -> nn.Module:
         """Returns the layer as a dense one again, with the factors multiplied out and the same bias.
 
         Factors in half precision are multiplied in single.
         """
-        dense = copy.copy(self._template[0])
+        dense = copy.copy(self.template)
         dense.__dict__ = {name: copy.copy(value) for name, value in dense.__dict__.items()}
         factors = list(self.factors().values())
         weight = own_layout(dense, self.canonical_weight(torch.float32).detach()).to(factors[0].dtype)
