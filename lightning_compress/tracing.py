@@ -53,7 +53,7 @@ class Trace:
 
 @with_opened
 def trace(model: nn.Module, example_input: ExampleInput) -> Trace:
-    """Runs the model once in eval mode and records every layer of a type that can be factorised, and every factorised one.
+    """Runs the model once in eval mode and records every layer that can be or is factorised.
 
     MACs are those of `torch.utils.flop_counter`, halved. Attention and recurrent layers are opened for it,
     so names are those of their projections, and dense and compressed models are counted alike.
