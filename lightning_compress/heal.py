@@ -45,6 +45,8 @@ from lightning_compress.tracing import Arguments, hooked, inference, input_of, o
 
 RIDGE = 1e-3
 """Relative ridge of the regression: synthetic inputs leave some directions almost unseen."""
+NEGLIGIBLE = 0.02
+"""Output distance below which there is nothing to repair: real inputs differ more from synthetic ones than that."""
 STEPS = 240
 FEWEST_STEPS = 20
 """Fewer are not worth the time: then there is no distillation."""
@@ -104,6 +106,9 @@ def heal_(
     fitting, judging = batches[:-held_out] or batches, batches[-held_out:]
     start = time.perf_counter()
     before = output_distance(dense, model, judging)
+    if before < NEGLIGIBLE:
+        seconds = {"regression": time.perf_counter() - start, "distillation": 0.0}
+        return Healing(before, before, before, seconds, f"the output distance is below {NEGLIGIBLE:g}")
     states = _States(model, before)
     skipped: str | None
     try:
