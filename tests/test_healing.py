@@ -13,7 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_compress import Budget, FactorisedLayer, apply_plan_, search_ranks
 from lightning_compress.compression import Compression, compress_model_
 from lightning_compress.heal import (
+    NEGLIGIBLE,
     _distil,
+    _in_forward_order,
     _refit,
     _renormalise,
     _shuffled,
@@ -102,7 +104,7 @@ def test_regression_is_the_best_of_its_rank_on_the_inputs_of_the_layer():
     batches = [((torch.randn(400, 8, dtype=torch.float64),), {}) for _ in range(2)]
     case = Case(dense, statistics_on(dense, batches), 0.7)
     for replacement in case.replacements:
-        _refit(case.dense, case.model, replacement, batches, None)
+        _refit(case.dense, case.model, replacement, batches, metric=None, calls=1)
     inputs = torch.cat([args[0] for args, _ in batches])
     with torch.no_grad():
         for name in ("0", "2"):
@@ -138,7 +140,7 @@ def test_regression_of_a_convolution_fits_its_outputs_on_what_enters_it_now():
         return total
 
     before = lost()
-    _refit(case.dense, case.model, replacement, case.fitting, None)
+    _refit(case.dense, case.model, replacement, case.fitting, metric=None, calls=1)
     assert lost() < before
     assert new.ranks == replacement.factorised.ranks
 
@@ -595,7 +597,7 @@ def test_outputs_in_the_metric_of_the_outputs():
         from lightning_compress.decompositions.metric import Metric
 
         whole = Metric(moments["0"].second, metric) if metric is not None else None
-        _refit(case.dense, case.model, first[0], batches, whole)
+        _refit(case.dense, case.model, first[0], batches, metric=whole, calls=1)
         with torch.no_grad():
             errors = [dense[1](dense[0](args[0]) - case.model[0](args[0])) for args, _ in batches]
         lost.append(sum(float(e.square().sum()) for e in errors))
@@ -611,3 +613,55 @@ def test_statistics_of_the_default_synthesis_heal():
     healing = case.heal(steps=FEW)
     assert healing.after < healing.before
     assert case.distance(fresh) < before
+
+
+class Repeating(nn.Module):
+    """Applies one layer three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again, self.head = nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        for _ in range(3):
+            x = torch.tanh(self.again(x))
+        return self.head(x)
+
+
+def test_layer_that_is_called_several_times_is_fitted_to_all_its_calls():
+    torch.manual_seed(0)
+    dense = Repeating().double()
+    batches = [((torch.randn(200, 12, dtype=torch.float64),), {}) for _ in range(3)]
+    case = Case(dense, statistics_on(dense, batches), 0.9)
+    (replacement,) = [r for r in case.replacements if r.aliases[0] == "again"]
+    ((first, calls),) = _in_forward_order(case.model, [replacement], batches[0])
+    assert (first, calls) == (replacement, 3)
+    entered: dict[int, list[torch.Tensor]] = {}
+    for model in (case.dense, case.model):
+        seen = entered.setdefault(id(model), [])
+        handle = model.again.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0].detach()))
+        with torch.no_grad():
+            for args, _ in batches:
+                model(*args)
+        handle.remove()
+    x, x_new = (torch.cat(entered[id(model)]) for model in (case.dense, case.model))
+    _refit(case.dense, case.model, replacement, batches, metric=None, calls=3)
+    with torch.no_grad():
+        target, output = case.dense.again(x), case.model.again(x_new)
+    torch.testing.assert_close(output.mean(dim=0), target.mean(dim=0), rtol=1e-4, atol=1e-5)
+    fitted = centred(x_new) @ torch.linalg.lstsq(centred(x_new), centred(target)).solution
+    s = torch.linalg.svdvals(fitted)
+    best = float((fitted - centred(target)).square().sum() + s[replacement.factorised.ranks[0] :].square().sum())
+    assert float((centred(output) - centred(target)).square().sum()) <= best * 1.01
+
+
+def test_outputs_that_are_near_already_are_left_alone(monkeypatch):
+    case = image_case(0.6)
+    before = state_of(case.model)
+    monkeypatch.setattr("lightning_compress.heal.NEGLIGIBLE", 1.01 * case.distance())
+    healing = case.heal()
+    assert same(case.model, before)
+    assert healing.before == healing.regressed == healing.after == case.distance()
+    assert "the output distance is below" in healing.skipped
+    monkeypatch.setattr("lightning_compress.heal.NEGLIGIBLE", 0.99 * case.distance())
+    assert case.heal().after < healing.before
