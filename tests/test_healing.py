@@ -13,7 +13,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_compress import Budget, FactorisedLayer, apply_plan_, search_ranks
 from lightning_compress.compression import Compression, compress_model_
 from lightning_compress.heal import (
-    NEGLIGIBLE,
     _distil,
     _in_forward_order,
     _refit,
