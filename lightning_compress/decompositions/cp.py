@@ -40,16 +40,18 @@ SCOUT_SWEEPS = 15
 """Sweeps after which the starts are compared; the best two go on."""
 SWEEPS_PER_START = 60
 """A random start is affordable for each of these sweeps."""
-SWEEPS, METRIC_SWEEPS, PROFILE_SWEEPS = (12, 180), (2, 15), (3, 16)
+SWEEPS, METRIC_SWEEPS, PROFILE_SWEEPS = (12, 180), (2, 15), (3, 12)
 """Fewest and most sweeps of a fit (of all its starts together), in the whole metric, and of one rank of a profile."""
-WORK, PROFILE_WORK = 3e10, 1e10
+WORK, PROFILE_WORK = 3e10, 5e9
 """Multiply-adds of a fit (about three seconds of one core) and of one rank of a profile, beyond the fewest sweeps."""
+PROFILE_LIMIT = 1e10
+"""A profile does not fit ranks at which a sweep takes more: they keep the fraction of the next smaller one."""
 PROFILE_STEP = 2.0
 """Between the ranks that a profile fits."""
 SETTLED = 1e-3
 """A fit stops once ten sweeps lower its objective by less than this fraction."""
 SLACK = 0.01
-"""Fraction by which the correction of the norms may raise the squared error."""
+"""The correction of the norms may raise the squared error by this fraction of it, or of what is explained if less."""
 CORRECTIONS, CORRECTION_SWEEPS = 4, 6
 """Bisections of the penalty, and sweeps of each."""
 LARGEST = 10.0
@@ -108,6 +110,7 @@ class _Canonical(Decomposition):
         slices = _Slices(problem.weight)
         start = np.maximum(slices.errors[:limit], TINY)
         grid = np.unique(np.round(limit / PROFILE_STEP ** np.arange(math.log(limit, PROFILE_STEP) + 1)).astype(int))
+        grid = np.array([rank for rank in grid.tolist() if rank == 1 or _work(dims, rank) < PROFILE_LIMIT])
         kept = []
         for rank in grid.tolist():
             sweeps = int(np.clip(PROFILE_WORK / _work(dims, rank), *PROFILE_SWEEPS))
@@ -459,7 +462,7 @@ def _corrected(problem: _Problem, found: _Components) -> tuple[_Components, floa
     al. 2020, section 3.1, "error preserving correction"), here through the Lagrangian: alternating
     ridge regressions, the penalty as large as the bound on the error allows, found by bisection.
     """
-    bound = found.error * (1 + SLACK) + TINY
+    bound = found.error + SLACK * min(found.error, max(1 - found.error, 0.0)) + TINY
     best, ridge = found, 0.0
     low, high = -8.0, 0.0
     for _ in range(CORRECTIONS):
