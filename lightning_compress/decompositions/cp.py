@@ -43,7 +43,7 @@ SWEEPS_PER_START = 60
 SWEEPS, METRIC_SWEEPS, PROFILE_SWEEPS = (12, 180), (2, 15), (3, 12)
 """Fewest and most sweeps of a fit (of all its starts together), in the whole metric, and of one rank of a profile."""
 WORK, PROFILE_WORK = 3e10, 5e9
-"""Multiply-adds of a fit (about three seconds of one core) and of one rank of a profile, beyond the fewest sweeps."""
+"""Multiply-adds of a fit (about five seconds of one core) and of one rank of a profile, beyond the fewest sweeps."""
 PROFILE_LIMIT = 1e10
 """A profile does not fit ranks at which a sweep takes more: they keep the fraction of the next smaller one."""
 PROFILE_STEP = 2.0
