@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_compress.config import did_you_mean
 from lightning_compress.decompositions.base import Decomposition, LayerCall, Operator, RankProfile
+from lightning_compress.decompositions.cp import Cp, Cp3
 from lightning_compress.decompositions.factorised import FactorisedLayer, by_group, multiplied_out
 from lightning_compress.decompositions.metric import Metric, energy
 from lightning_compress.decompositions.split_svd import SplitSvd
@@ -24,7 +25,7 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
     d.kind: d
     for d in (
         *(Svd(), ChannelSvd(), SpatialSvd(), Tucker2(), SplitSvd(2), SplitSvd(4)),
-        *(TensorTrain(), TtLinear(), TuckerLinear()),
+        *(TensorTrain(), Cp(), Cp3(), TtLinear(), TuckerLinear()),
     )
 }
 """Kind to decomposition."""
