@@ -30,7 +30,7 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
 }
 """Kind to decomposition."""
 
-AUTOMATIC = ("svd", "channel_svd", "spatial_svd", "tucker2", "tt")
+AUTOMATIC = ("svd", "channel_svd", "spatial_svd", "tucker2", "tt", "cp3")
 """The kinds that "auto" stands for; the others are used where they are named."""
 
 
