@@ -95,7 +95,9 @@ def plain():
 
 def defaults():
     # Each rank makes a module of its own; DDP gives all the first one's weights.
-    return fit(task_of(seed=int(os.environ.get("LOCAL_RANK", 0))), compress(search="continuous", **DEFAULTS), epochs=1)
+    return fit(
+        task_of(seed=int(os.environ.get("LOCAL_RANK", "0"))), compress(search="continuous", **DEFAULTS), epochs=1
+    )
 
 
 def freezing():
@@ -142,7 +144,7 @@ def bad_budget():
 
 def failure_of_the_second():
     # in its share of the decompositions, then outside any share
-    real, rank = distributed._Ranks.exchange, int(os.environ.get("LOCAL_RANK", 0))
+    real, rank = distributed._Ranks.exchange, int(os.environ.get("LOCAL_RANK", "0"))
     task, found = task_of(), []
 
     def fails(what):
