@@ -41,7 +41,7 @@ class Task(L.LightningModule):
                 fully_shard(layer, mesh=mesh)
         fully_shard(self.net, mesh=mesh)
 
-    def training_step(self, batch, batch_idx):
+    def training_step(self, batch):
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self):

@@ -90,7 +90,7 @@ def task_of(cls=TinyTask, seed=0):
 
 
 def plain():
-    return fit(task_of(NoNorm), compress())
+    return fit(task_of(NoNorm), compress(), precision="64-true")
 
 
 def defaults():
