@@ -7,9 +7,7 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
+from lightning_compress.averages import restart_averages
 from lightning_compress.checkpoint import (
     RestoringCallback,
     configure_as_dense,
@@ -29,6 +28,7 @@ from lightning_compress.checkpoint import (
 from lightning_compress.compression import Compression, compress_model_
 from lightning_compress.config import Budget, Distill, Schedule
 from lightning_compress.decompositions import FactorisedLayer, resolve_kinds
+from lightning_compress.distributed import require_supported, rewrap, shared_compression
 from lightning_compress.errors import ConfigurationError, ExampleInputError, ResumeError, UnsupportedError
 from lightning_compress.finetune.distill import Distillation, Teacher
 from lightning_compress.finetune.liveness import Liveness
@@ -38,15 +38,9 @@ from lightning_compress.inventory import Patterns
 from lightning_compress.plan import Plan, percent
 from lightning_compress.progress import Progress, silent
 from lightning_compress.search import check_settings, search_ranks
+from lightning_compress.sharing import from_first
 from lightning_compress.swap import Replacement, apply_shells_, plan_of
 from lightning_compress.tracing import ExampleInput, is_shape, trace
-
-try:
-    from lightning.pytorch.callbacks import WeightAveraging
-
-    _PAIRS_PARAMETERS: tuple[type[Callback], ...] = (StochasticWeightAveraging, ModelPruning, WeightAveraging)
-except ImportError:  # before Lightning 2.6
-    _PAIRS_PARAMETERS = (StochasticWeightAveraging, ModelPruning)
 
 
 class Compress(RestoringCallback):
@@ -178,7 +172,7 @@ class Compress(RestoringCallback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses what cannot work and arranges that checkpoints carry the plan."""
-        _require_supported(trainer)
+        require_supported(trainer)
         self._restored = self._saved_layout = self._fingerprint = None
         self._scheduled = False
         install_shadows(pl_module)
@@ -203,6 +197,8 @@ class Compress(RestoringCallback):
             if done is not None:
                 done.undo_(pl_module)
             raise
+        if done is not None:
+            self._structure_changed(trainer, pl_module)
         if self._saved_layout is not None:
             saved, self._saved_layout = self._saved_layout, None
             require_same_layout(saved, optimizer_layout(trainer.optimizers, pl_module))
@@ -247,23 +243,31 @@ class Compress(RestoringCallback):
     # --- parts of on_fit_start -----------------------------------------------------------------
 
     def _compress(self, trainer: Trainer, pl_module: LightningModule) -> Compression:
-        example = self._example_input(trainer, pl_module)
         teacher = Teacher(pl_module, self.distill) if self.distill is not None else None
-        with _progress(trainer) as progress:
-            done = compress_model_(
+
+        def compress(progress: Progress) -> Compression:
+            return compress_model_(
                 pl_module,
                 self.budget,
-                example_input=example,
+                example_input=from_first("the example input", self._example_input(trainer, pl_module)),
                 objective=self.objective,
                 heal=self.heal,
                 calibration=self.calibration,
                 progress=progress,
                 **self._search_settings(),
             )
+
+        with _progress(trainer) as progress:
+            done = shared_compression(trainer, pl_module, lambda: compress(progress))
         self.plan, self.seconds = done.plan, done.seconds
         self._use_teacher(teacher)
         _log_plan(trainer, done)
         return done
+
+    def _structure_changed(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets everything follow that was made for the layers before: DDP's wrapper, averaged copies."""
+        rewrap(trainer, pl_module)
+        restart_averages(trainer, pl_module)
 
     def _fine_tune_only(self, trainer: Trainer, pl_module: LightningModule) -> None:
         example = self._example_input(trainer, pl_module) if "macs" in self.budget.limits() else None
@@ -399,26 +403,6 @@ def _factors(module: nn.Module) -> list[nn.Parameter]:
 def _plain(value: Any) -> Any:
     """Returns plain dicts and lists for what Hydra passes."""
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-
-
-def _require_supported(trainer: Trainer) -> None:
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
-        msg = (
-            f"Compress does not support {type(trainer.strategy).__name__} in this version: fit on one device "
-            "(devices=1). Spawned and sharded strategies would leave the model dense or out of step, silently."
-        )
-        raise UnsupportedError(msg)
-    callbacks = cast("list[Callback]", trainer.callbacks)  # type: ignore[attr-defined]
-    for callback in callbacks:
-        if isinstance(callback, _PAIRS_PARAMETERS):
-            msg = (
-                f"Compress does not support {type(callback).__name__} beside it in this version: it pairs parameters "
-                "by position or name before the layers are replaced. Use it in a later fit."
-            )
-            raise UnsupportedError(msg)
-    if sum(isinstance(callback, Compress) for callback in callbacks) > 1:
-        msg = "the trainer has more than one Compress callback: use one, its budget may bound several resources."
-        raise UnsupportedError(msg)
 
 
 @contextlib.contextmanager

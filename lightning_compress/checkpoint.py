@@ -14,6 +14,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_compress.averages import restart_averages
 from lightning_compress.decompositions import FactorisedLayer
 from lightning_compress.errors import ResumeError, UnsupportedError
 from lightning_compress.finetune.optimizers import optimizer_layout
@@ -102,6 +103,8 @@ def _on_load(pl_module: LightningModule, own: Callable[[Any], None] | None, chec
             "the module first, then call fit without ckpt_path."
         )
         raise UnsupportedError(msg)
+    if payload is not None and pl_module._trainer is not None:
+        restart_averages(pl_module._trainer, pl_module)
     _call_own(pl_module, own, "on_load_checkpoint", checkpoint)
 
 

@@ -18,7 +18,8 @@ from lightning_compress.moments import Statistics, gather_statistics
 from lightning_compress.plan import Plan
 from lightning_compress.progress import Progress, silent
 from lightning_compress.search import search_with_statistics
-from lightning_compress.swap import Replacement, apply_plan_, uninstall
+from lightning_compress.sharing import current_share
+from lightning_compress.swap import Replacement, apply_plan_, apply_shells_, uninstall
 from lightning_compress.tracing import ExampleInput
 
 
@@ -116,6 +117,10 @@ def compress_model_(
     )
     statistics = _inputs_for_healing(model, metric, example_input, calibration, seed, report) if heal else None
     start = time.perf_counter()
+    if current_share().rank:  # the first process's factors are everyone's
+        replacements = apply_shells_(model, plan)
+        kept = shared_state(model, replacements) if statistics is not None else ()
+        return Compression(plan, replacements, None, kept, plan.timings)
     dense = detached_copy(model) if statistics is not None else None
     replacements = apply_plan_(model, plan, statistics=metric, progress=progress)
     seconds = {

@@ -15,6 +15,7 @@ LightningCompressError
 ├── TrainingError
 │   ├── UnsupportedError (also a NotImplementedError)
 │   ├── OrphanParameterError
+│   ├── DivergedRanksError
 │   ├── DistillationError
 │   └── ResumeError
 └── ResourceError
@@ -86,6 +87,10 @@ class UnsupportedError(TrainingError, NotImplementedError):
 
 class OrphanParameterError(TrainingError):
     """A factor would never be trained, or an optimizer holds a parameter the model lost."""
+
+
+class DivergedRanksError(TrainingError):
+    """The processes of a distributed fit hold different parameters or do different things."""
 
 
 class DistillationError(TrainingError):

@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_compress.progress import Progress, silent
+from lightning_compress.sharing import shared_map
 from lightning_compress.tracing import (
     Arguments,
     ExampleInput,
@@ -95,25 +96,26 @@ def synthesise(
     example = as_arguments(model, example_input)
     generator = torch.Generator().manual_seed(seed)
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    batches, mismatches = [], []
     if norms:
         count, steps = affordable(trace(model, example_input).macs, count, steps)
     sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
-    source = "noise"
-    last = norms and _runs_channels_last(model, example)
-    for index, size in enumerate(sizes):
-        arguments, tokens = _draw(model, example, size, generator)
-        arguments = _channels_last(arguments) if last else arguments
-        source = "tokens" if tokens else "noise"
-        if norms and not tokens:
+    drawn = [_draw(model, example, size, generator) for size in sizes]
+    batches, tokens = [arguments for arguments, _ in drawn], drawn[-1][1]
+    source = "tokens" if tokens else "noise"
+    mismatches: list[float] = []
+    if norms and not tokens:
+        batches = [_channels_last(a) for a in batches] if _runs_channels_last(model, example) else batches
+
+        def match(index: int) -> tuple[Arguments, float]:
+            report = functools.partial(_report, progress, index, len(batches))
+            return _match(model, start[index], norms, steps, report)
+
+        start = batches
+        matched = shared_map("synthetic inputs", match, range(len(batches)))
+        batches = [arguments for arguments, _ in matched]
+        mismatches = [mismatch for _, mismatch in matched if math.isfinite(mismatch)]
+        if math.isfinite(matched[-1][1]):  # else no norm was called, or its inputs are not finite
             source = "batch norm"
-            report = functools.partial(_report, progress, index, len(sizes))
-            arguments, mismatch = _match(model, arguments, norms, steps, report)
-            if math.isfinite(mismatch):
-                mismatches.append(mismatch)
-            else:  # no norm was called, or its inputs are not finite
-                source = "noise"
-        batches.append(arguments)
     progress("synthetic inputs", 1.0)
     return SyntheticInputs(tuple(batches), source, sum(mismatches) / len(mismatches) if mismatches else None)
 

@@ -24,7 +24,7 @@ def load(name: str):
 
 
 def test_every_example_is_tested_here():
-    tested = {"01_callback", "02_without_trainer", "03_fashion_mnist_macs", "04_own_hydra_app"}
+    tested = {"01_callback", "02_without_trainer", "03_fashion_mnist_macs", "04_own_hydra_app", "05_sharded"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -62,3 +62,14 @@ def test_own_application_uses_the_compression_groups(tmp_path, override, budget)
     command = [sys.executable, str(EXAMPLES / "04_own_hydra_app.py"), f"hydra.run.dir={tmp_path}", *override]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert f"budget {budget}; method continuous" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_sharded_example_trains_and_resumes_on_factorised_shards(tmp_path, devices):
+    command = [sys.executable, str(EXAMPLES / "05_sharded.py"), "--devices", str(devices), "--folder", str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=600)
+    assert "resumed equals uninterrupted: True" in done.stdout
+    kept = int(done.stdout.split("parameters of the fit: ")[1].split()[0])
+    dense = 32 * 128 + 128 + 128 * 128 + 128 + 128 * 4 + 4
+    assert 0.2 * dense < kept <= 0.3 * dense

@@ -43,6 +43,7 @@ from lightning_compress.search.exact import search_exact, smallest, solve
 from lightning_compress.search.paper import search_paper
 from lightning_compress.search.problem import Problem, Strategy
 from lightning_compress.search.uniform import search_uniform
+from lightning_compress.sharing import current_share, from_first, shared_map
 from lightning_compress.tracing import ExampleInput, Trace, trace
 
 STRATEGIES: dict[str, Strategy] = {
@@ -189,6 +190,8 @@ def search_with_statistics(
     )
     searched = time.perf_counter()
     tables = _tabulate(layers, budget.budgeted, rank_multiple, statistics, report)
+    if current_share().rank:  # the first process chooses
+        return cast(Plan, from_first("the search", None)), statistics
     chosen = [layer for layer in layers if layer.reason is None]
     if method in AUTOMATIC_METHODS:
         chosen, tables = _shared(chosen, tables, sharing_groups(chosen, traced), budget, rank_multiple, statistics)
@@ -219,7 +222,7 @@ def search_with_statistics(
         timings={**(statistics.seconds if statistics is not None else {}), "search": time.perf_counter() - searched},
         seed=seed,
     )
-    return plan, statistics
+    return from_first("the search", plan), statistics
 
 
 def _statistics(  # noqa: PLR0917
@@ -356,11 +359,16 @@ def _tabulate(
     progress: Progress,
 ) -> tuple[Candidates, ...]:
     chosen = [layer for layer in layers if layer.reason is None]
-    tables = []
-    for index, layer in enumerate(chosen):
+
+    def table(index: int) -> Candidates:
         progress("decomposing layers", index / len(chosen))
+        layer = chosen[index]
         metric = statistics.metric(layer.name) if statistics is not None else None
-        tables.append(tabulate(layer, budgeted=budgeted, rank_multiple=rank_multiple, metric=metric))
+        return tabulate(layer, budgeted=budgeted, rank_multiple=rank_multiple, metric=metric)
+
+    what = f"decomposing layers, source {statistics.source if statistics is not None else 'weight'}"
+    work = [layer.weight.numel() * min(layer.weight.flatten(1).shape) for layer in chosen]
+    tables = shared_map(what, table, range(len(chosen)), work, threads=True)
     progress("decomposing layers", 1.0)
     return tuple(tables)
 

@@ -42,6 +42,7 @@ from lightning_compress.moments import Statistics
 from lightning_compress.search.exact import solve
 from lightning_compress.search.problem import Problem
 from lightning_compress.search.space import Space, around
+from lightning_compress.sharing import in_threads
 from lightning_compress.synthesis import WORK
 from lightning_compress.tracing import Arguments, inference, output_tensors, sample_counts
 
@@ -174,13 +175,17 @@ def output_distance(outputs: Outputs, problem: Problem, choice: Ints) -> float:
 
 
 def _measure(outputs: Outputs, problem: Problem, choice: Ints) -> float:
-    weights = {}
-    for index, (layer, row) in enumerate(zip(problem.layers, choice, strict=True)):
-        entry = outputs.layers[index]
-        if layer.kinds[row] != DENSE:
-            factors = outputs.factors(index, layer.kinds[row], layer.ranks[row])
-            kind, operator = DECOMPOSITIONS[layer.kinds[row]], entry.operator
-            weights[index] = entry.own_layout(multiplied_out(kind, factors, operator.shape, operator.groups))
+
+    def weight_of(index: int) -> Tensor | None:
+        layer, row, entry = problem.layers[index], choice[index], outputs.layers[index]
+        if layer.kinds[row] == DENSE:
+            return None
+        factors = outputs.factors(index, layer.kinds[row], layer.ranks[row])
+        kind, operator = DECOMPOSITIONS[layer.kinds[row]], entry.operator
+        return entry.own_layout(multiplied_out(kind, factors, operator.shape, operator.groups))
+
+    found_weights = in_threads(weight_of, range(len(choice)))
+    weights = {index: weight for index, weight in enumerate(found_weights) if weight is not None}
     lost = spread = 0.0
     with torch.no_grad():
         for number, batch in enumerate(outputs.statistics.batches):
@@ -232,15 +237,16 @@ class _Paths:
         start = sizes.log().clamp(least, most)
         low, high = ((start + sign * math.log(REACH)).clamp(least, most) for sign in (-1, 1))
         ranks = space.at(high)[2]
-        factors: list[dict[str, Tensor] | None] = []
-        for path, kind in enumerate(space.kinds):
+
+        def factors_of(path: int) -> dict[str, Tensor] | None:
+            kind, layer = space.kinds[path], int(space.layer_of[path])
             if kind == DENSE:
-                factors.append(None)
-                continue
-            layer = int(space.layer_of[path])
+                return None
             limits = DECOMPOSITIONS[kind].max_ranks(outputs.layers[layer].operator.shape)
             largest = tuple(min(m, math.ceil(r) + 1) for m, r in zip(limits, ranks[path].tolist(), strict=False))
-            factors.append(outputs.factors(layer, kind, largest))
+            return outputs.factors(layer, kind, largest)
+
+        factors = in_threads(factors_of, range(len(space.kinds)))
         logits = START_LOGIT * chosen.double()
         dense = torch.tensor([kind == DENSE for kind in space.kinds])
         logits[dense & ~chosen] = -LARGEST_LOGIT  # as good as off: a share of the dense weight would hide all errors

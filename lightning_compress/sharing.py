@@ -1,0 +1,136 @@
+"""Work shared out over processes that hold the same model; by default there is one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from typing import Any, TypeVar, cast
+
+import torch
+from threadpoolctl import threadpool_limits
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Share:
+    """The part of one process among `size`; this base class is that of a process alone.
+
+    All processes exchange the same things in the same order.
+
+    Attributes:
+        rank: Number of the process. The first, 0, decides what must be decided once.
+        size: Number of processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def exchange(self, what: str, own: Any) -> list[Any]:
+        """Returns what every process has, by rank.
+
+        Args:
+            what: A description, the same in all processes.
+            own: What this process has.
+        """
+        del what
+        return [own]
+
+
+_ALONE = Share()
+_CURRENT: ContextVar[Share] = ContextVar("share", default=_ALONE)
+
+
+def current_share() -> Share:
+    """Returns the share of this process."""
+    return _CURRENT.get()
+
+
+@contextlib.contextmanager
+def sharing(share: Share) -> Iterator[None]:
+    """Shares the work inside out; all processes of the share must run the same."""
+    token = _CURRENT.set(share)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def from_first(what: str, own: Result) -> Result:
+    """Returns what the first process has, in all of them."""
+    return cast(Result, current_share().exchange(what, own)[0])
+
+
+def shared_map(
+    what: str,
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    work: Sequence[float] | None = None,
+    *,
+    threads: bool = False,
+) -> list[Result]:
+    """Returns the function's results of all items, in order, each worked out by one process.
+
+    An error of one process is raised in all: that of the first of them.
+
+    Args:
+        what: See `Share.exchange`.
+        function: Any function; its results must be picklable.
+        items: The same in all processes.
+        work: How long each item takes, in any unit; None for all alike.
+        threads: Whether a process works on several items at once, see `in_threads`.
+    """
+    share = current_share()
+    owners = _owners(work if work is not None else [1.0] * len(items), share.size)
+    own: dict[int, Result] | Exception
+    try:
+        mine = [index for index in range(len(items)) if owners[index] == share.rank]
+        each = in_threads if threads else _one_by_one
+        own = dict(zip(mine, each(function, [items[index] for index in mine]), strict=True))
+    except Exception as error:
+        if share.size == 1:
+            raise
+        own = error
+    results: dict[int, Result] = {}
+    for part in share.exchange(what, own):
+        if isinstance(part, Exception):
+            raise part
+        results.update(part)
+    return [results[index] for index in range(len(items))]
+
+
+def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Returns the function's results of all items, in order, worked out on as many threads as torch has.
+
+    Each item has one thread for itself: small linear algebra gains nothing from more. Gradients are off.
+    """
+    count = min(torch.get_num_threads(), len(items))
+    if count < 2:  # noqa: PLR2004
+        return _one_by_one(function, items)
+
+    def alone(item: Item) -> Result:
+        with torch.no_grad():  # a thread has a mode of its own
+            return function(item)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(limits=1), ThreadPoolExecutor(count) as pool:
+            return list(pool.map(alone, items))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _one_by_one(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    return [function(item) for item in items]
+
+
+def _owners(work: Sequence[float], size: int) -> list[int]:
+    """Returns who does what: the longest first, each to the one with the least to do."""
+    loads, owners = [0.0] * size, [0] * len(work)
+    for index in sorted(range(len(work)), key=lambda i: -work[i]):
+        owners[index] = loads.index(min(loads))
+        loads[owners[index]] += work[index]
+    return owners
