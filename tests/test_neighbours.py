@@ -284,20 +284,6 @@ def test_a_compiled_submodule_is_compressed_trained_and_resumed(make_trainer, lo
     require_same(task, fresh)
 
 
-def test_a_compiled_module_is_compressed_and_trained(make_trainer, loader):
-    plain = TinyTask(momentum)
-    task = copy.deepcopy(plain)
-    callback = compress()
-    compiled = torch.compile(task, backend="eager")
-    make_trainer(callback, max_epochs=2).fit(compiled, loader)
-    other = compress()
-    make_trainer(other, max_epochs=2).fit(plain, loader)
-    assert callback.plan.layers == other.plan.layers
-    assert factorised(task) == factorised(plain) != {}
-    for name, value in plain.state_dict().items():
-        torch.testing.assert_close(task.state_dict()[name], value)
-
-
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 @pytest.mark.parametrize("make", AVERAGES)
 def test_averages_in_other_precisions(make_trainer, loader, make, precision):
