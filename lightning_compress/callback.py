@@ -173,6 +173,7 @@ class Compress(RestoringCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses what cannot work and arranges that checkpoints carry the plan."""
         require_supported(trainer)
+        self.optimizers_before = trainer.optimizers
         self._restored = self._saved_layout = self._fingerprint = None
         self._scheduled = False
         install_shadows(pl_module)

@@ -26,7 +26,14 @@ CHECKPOINT_VERSION = 1
 
 
 class RestoringCallback(Callback):
-    """A callback that rebuilds what a checkpoint says, and adds to what the next one says."""
+    """A callback that rebuilds what a checkpoint says, and adds to what the next one says.
+
+    Attributes:
+        optimizers_before: The trainer's optimizers in `setup`. A checkpoint that is loaded when there are
+            others is a tuner's own, of the module as it is.
+    """
+
+    optimizers_before: Any = None
 
     @abstractmethod
     def restore(self, pl_module: LightningModule, payload: Mapping[str, Any]) -> None:
@@ -93,6 +100,9 @@ def _callback_of(pl_module: LightningModule) -> RestoringCallback | None:
 def _on_load(pl_module: LightningModule, own: Callable[[Any], None] | None, checkpoint: dict[str, Any]) -> None:
     payload = checkpoint.get(CHECKPOINT_KEY)
     callback = _callback_of(pl_module)
+    if callback is not None and pl_module.trainer.optimizers is not callback.optimizers_before:
+        _call_own(pl_module, own, "on_load_checkpoint", checkpoint)
+        return
     if payload is not None and callback is not None:
         callback.restore(pl_module, payload)
     elif payload is not None:
