@@ -543,7 +543,7 @@ class Distill:
         if self.blocks is not None and self.kind == "logits":
             object.__setattr__(self, "kind", "blocks")
         if (self.kind == "blocks") != (self.blocks is not None):
-            msg = f"Distill(kind={self.kind!r}, blocks={self.blocks!r}): the kind 'blocks' needs blocks, others have none."
+            msg = f"Distill(kind={self.kind!r}, blocks={self.blocks!r}): 'blocks' needs blocks, other kinds have none."
             raise ConfigurationError(msg)
         if self.function is not None and self.kind != "logits":
             msg = f"Distill(kind={self.kind!r}, function={self.function!r}): give a kind or a function, not both."
@@ -586,6 +586,6 @@ class Distill:
         if isinstance(value, Mapping):
             return _from_mapping(cls, value, "distill")
         if value in ("logits", "layers"):
-            return cls(kind=cast(str, value))
+            return cls(kind=value)
         msg = f"distill={value!r}: expected a Distill or a mapping such as {{'weight': 0.5, 'temperature': 2}}."
         raise ConfigurationError(msg)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_compress.decompositions import FactorisedLayer
-from lightning_compress.errors import OrphanParameterError, UnsupportedError
+from lightning_compress.errors import OrphanParameterError, ResumeError, UnsupportedError
 from lightning_compress.swap import Replacement
 
 _MATRIX_ONLY = "Muon"
@@ -133,6 +133,46 @@ def optimizer_layout(optimizers: Sequence[Optimizer], model: nn.Module) -> list[
     ]
 
 
+def carried_states(
+    saved: Sequence[dict[str, Any]], before: Sequence[Sequence[Sequence[nn.Parameter]]], optimizers: Sequence[Optimizer]
+) -> list[dict[str, Any]]:
+    """Returns state dicts of a dense run for the optimizers after an exchange.
+
+    The state of a Parameter that is still there goes with it, that of a replaced one is dropped. LBFGS starts anew.
+
+    Args:
+        saved: State dicts of the optimizers of the dense run.
+        before: The Parameters by optimizer and group that they are of.
+        optimizers: The optimizers now.
+
+    Raises:
+        ResumeError: If the saved states are of other optimizers.
+    """
+    sizes = [[len(group["params"]) for group in state["param_groups"]] for state in saved]
+    if sizes != [[len(group) for group in groups] for groups in before]:
+        msg = (
+            f"the dense checkpoint's optimizers hold {sizes} parameters by group, those of configure_optimizers "
+            f"{[[len(group) for group in groups] for groups in before]}. Resume with the same optimizers."
+        )
+        raise ResumeError(msg)
+    carried = []
+    for state, groups, optimizer in zip(saved, before, optimizers, strict=True):
+        places: dict[int, int] = {}
+        now = [[places.setdefault(id(p), len(places)) for p in g["params"]] for g in optimizer.param_groups]
+        kept = {
+            places[id(parameter)]: state["state"][key]
+            for group, parameters in zip(state["param_groups"], groups, strict=True)
+            for key, parameter in zip(group["params"], parameters, strict=True)
+            if id(parameter) in places and key in state["state"]
+        }
+        settings = [
+            {**group, "params": keys, **({"param_names": list(own["param_names"])} if "param_names" in own else {})}
+            for group, keys, own in zip(state["param_groups"], now, optimizer.param_groups, strict=True)
+        ]
+        carried.append({"state": {} if hasattr(optimizer, "_numel_cache") else kept, "param_groups": settings})
+    return carried
+
+
 def _held(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
@@ -188,11 +228,11 @@ def _require_no_orphans(
     anchors: Sequence[set[int]],
 ) -> None:
     for optimizer, before in zip(optimizers, held, strict=True):
-        now = _held(optimizer)
+        now, kind = _held(optimizer), type(optimizer).__name__
         for exchange, own in zip(exchanges, anchors, strict=True):
             if any(id(p) in now for _, p in exchange.old):
-                msg = f"{type(optimizer).__name__} still holds the dense weight of {exchange.name!r}, which the model lost."
+                msg = f"{kind} still holds the dense weight of {exchange.name!r}, which the model lost."
                 raise OrphanParameterError(msg)
             if own & before and not all(id(p) in now for _, p in exchange.new):
-                msg = f"a factor of {exchange.name!r} did not reach {type(optimizer).__name__} and would never be trained."
+                msg = f"a factor of {exchange.name!r} did not reach {kind} and would never be trained."
                 raise OrphanParameterError(msg)
