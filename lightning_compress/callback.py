@@ -293,8 +293,8 @@ class Compress(RestoringCallback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Shows the schedule the metrics of the epoch."""
-        if self._scheduled:
+        """Shows the schedule the metrics of the epoch, where there was a validation."""
+        if self._scheduled and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
             self._course.observe(trainer.callback_metrics)
 
     @override

@@ -46,7 +46,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
 ]
 
-# --- from a dense run -------------------------------------------------------------------------------------------
+# --- from a dense run ---------------------------------------------------------------------------------------
 
 
 def dense_checkpoint(make_trainer, loader, tmp_path, task) -> Path:
@@ -128,7 +128,7 @@ def test_dense_checkpoint_of_other_optimizers_is_refused(make_trainer, loader, t
     assert not factorised(task)
 
 
-# --- in mid-epoch -------------------------------------------------------------------------------------------------
+# --- in mid-epoch -------------------------------------------------------------------------------------------
 
 
 class Stateful:
@@ -177,7 +177,7 @@ def test_resume_in_mid_epoch_with_a_stateful_loader_is_identical(make_trainer, l
     require_same_state(task, fresh)
 
 
-# --- killed ---------------------------------------------------------------------------------------------------------
+# --- killed -------------------------------------------------------------------------------------------------
 
 
 def killed(folder: Path, step: int) -> None:
@@ -211,7 +211,7 @@ def test_fit_killed_anywhere_resumes_to_the_same_weights(tmp_path, step):
     killed(tmp_path, step)
 
 
-# --- loading without a trainer ----------------------------------------------------------------------------------------
+# --- loading without a trainer ------------------------------------------------------------------------------
 
 
 class Sized(TinyTask):
@@ -291,7 +291,7 @@ def test_helper_refuses_checkpoints_of_other_versions(compressed):
         load_compressed_checkpoint(Sized, path)
 
 
-# --- liveness -----------------------------------------------------------------------------------------------------------
+# --- liveness -----------------------------------------------------------------------------------------------
 
 
 class Unused(TinyTask):
@@ -353,7 +353,7 @@ def test_watch_takes_the_gradients_of_all_backward_passes_together():
         late.check()
 
 
-# --- LightningCLI and plain YAML -----------------------------------------------------------------------------------------
+# --- LightningCLI and plain YAML ----------------------------------------------------------------------------
 
 CLI_CONFIG = """
 seed_everything: 0

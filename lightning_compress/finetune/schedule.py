@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_compress.config import Phase, Schedule
+from lightning_compress.config import Phase, Schedule, did_you_mean
 from lightning_compress.errors import ConfigurationError
 
 _AFTERWARDS = Phase()
@@ -57,10 +57,21 @@ class Course:
         self._state = {"phase": 0, "first_step": step, "epoch": epoch, "step": step, "best": None, "waited": 0}
 
     def observe(self, metrics: Mapping[str, Any]) -> None:
-        """Looks at the metrics at the end of an epoch, where the phase waits for one."""
+        """Looks at the metrics at the end of an epoch, where the phase waits for one.
+
+        Raises:
+            ConfigurationError: If it is not among them.
+        """
         plateau = self.phase.until_plateau
-        if plateau is None or plateau.monitor not in metrics:
+        if plateau is None:
             return
+        if plateau.monitor not in metrics:
+            msg = (
+                f"until_plateau waits for {plateau.monitor!r}, which was not logged in this epoch: log it in "
+                "training_step or validation_step (the module's own on_train_epoch_end comes later)."
+                f"{did_you_mean(plateau.monitor, metrics)}"
+            )
+            raise ConfigurationError(msg)
         value = float(metrics[plateau.monitor])
         if plateau.improves(value, self._state["best"]):
             self._state.update(best=value, waited=0)
