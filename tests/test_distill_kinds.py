@@ -247,7 +247,7 @@ BAD = {
     "no module": ({"function": "nowhere.at_all"}, r"Distill\(function='nowhere\.at_all'\) cannot be imported"),
     "no name": ({"function": "math.sinus"}, r"Distill\(function='math\.sinus'\) cannot be imported"),
     "no path": ({"function": "squares"}, r"Distill\(function='squares'\) cannot be imported"),
-    "dtype": ({"dtype": "half"}, r"Distill\(dtype='half'\): unknown precision.*Known: float16"),
+    "dtype": ({"dtype": "half"}, r"Distill\(dtype='half'\): no precision of the teacher\. Known: float16"),
     "weight": ({"kind": "layers", "weight": 0}, r"Distill\(weight=0\): expected the weight, above 0"),
 }
 

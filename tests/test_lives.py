@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -123,7 +124,7 @@ def test_run_from_a_dense_checkpoint_resumes_identically(make_trainer, loader, t
 def test_dense_checkpoint_of_other_optimizers_is_refused(make_trainer, loader, tmp_path):
     path = dense_checkpoint(make_trainer, loader, tmp_path, TinyTask(groups))
     task = TinyTask(momentum)
-    with pytest.raises(ResumeError, match=r"hold \[\[6, 6\]\] parameters by group.*\[\[12\]\]"):
+    with pytest.raises(ResumeError, match=r"hold \[\[5, 6\]\] parameters by group.*\[\[11\]\]"):
         make_trainer(compress(), max_epochs=2).fit(task, loader, ckpt_path=path)
     assert not factorised(task)
 
@@ -308,14 +309,15 @@ class Cut(TinyTask):
         return net.fc2(F.relu(net.fc1(F.relu(net.point(hidden)).mean(dim=(2, 3)))))
 
 
-@pytest.mark.parametrize(("cls", "named"), [(Unused, r"'spare\.reduce\.weight'"), (Cut, r"'net\.conv2\.")], ids=str)
+@pytest.mark.parametrize(("cls", "layer"), [(Unused, "spare"), (Cut, "net.conv2")], ids=["unused", "cut off"])
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_factors_without_a_gradient_are_named_after_the_first_batch(make_trainer, loader, cls, named, accumulate):
+def test_factors_without_a_gradient_are_named_after_the_first_batch(make_trainer, loader, cls, layer, accumulate):
     task, losses = cls(), Losses()
-    settings = {"example_input": None, "kinds": ["svd", "channel_svd"]}
     task.example_input_array = None
-    with pytest.raises(OrphanParameterError, match=rf"no gradient reached .*{named}.*Exclude them, or"):
-        make_trainer(compress(0.4, **settings), losses, accumulate_grad_batches=accumulate).fit(task, loader)
+    said = rf"no gradient reached .*'{re.escape(layer)}\.\w+\.weight'.*Exclude them, or"
+    with pytest.raises(OrphanParameterError, match=said):
+        trainer = make_trainer(compress(0.9, include=layer), losses, accumulate_grad_batches=accumulate)
+        trainer.fit(task, loader)
     assert len(losses.losses) == 0
     assert not any(m._forward_pre_hooks for m in task.modules())
 
@@ -330,6 +332,7 @@ def test_factors_without_a_gradient_may_be_allowed_or_left_out(make_trainer, loa
     make_trainer(compress(0.5)).fit(Unused(without), loader)
 
 
+@pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`")
 def test_skipped_batches_do_not_count_as_the_first(make_trainer, loader):
     class Skips(TinyTask):
         def training_step(self, batch, batch_idx):
