@@ -286,10 +286,9 @@ class Compress(RestoringCallback):
         """Keeps still what the phase of the schedule does not train."""
         if self._liveness is not None:
             self._liveness.look()
-        if self._scheduled:
-            trained = trained_in(self._course.phase, pl_module, _factors(pl_module))
-            if trained is not None:
-                drop_gradients(pl_module.parameters(), keep=trained)
+        phase = self._course.phase
+        if self._scheduled and phase.train != "all":
+            drop_gradients(pl_module.parameters(), keep=trained_in(phase, pl_module, _factors(pl_module)))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -389,8 +388,10 @@ class Compress(RestoringCallback):
         self._liveness = Liveness(replacements, factors)
 
     def _follow_schedule(self, trainer: Trainer, pl_module: LightningModule, *, boundary: bool) -> None:
+        if not self._scheduled or self._course.phase.endless:
+            return
         where = trainer.current_epoch, trainer.global_step
-        if not self._scheduled or not self._course.over(*where, boundary=boundary):
+        if not self._course.over(*where, boundary=boundary):
             return
         phase = self._course.advance(*where)
         for logger in trainer.loggers:

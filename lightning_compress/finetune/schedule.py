@@ -185,14 +185,12 @@ class ScaledSteps:
             group["lr"] = lr
 
 
-def trained_in(phase: Phase, model: nn.Module, factors: Iterable[nn.Parameter]) -> list[nn.Parameter] | None:
-    """Returns the Parameters that are updated in a phase, None for all.
+def trained_in(phase: Phase, model: nn.Module, factors: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Returns the Parameters that are updated in a phase that does not train all.
 
     Raises:
         ConfigurationError: If its globs match none.
     """
-    if phase.train == "all":
-        return None
     if phase.train == "factors":
         return list(factors)
     named = model.named_parameters(remove_duplicate=False)
