@@ -105,6 +105,8 @@ def exchange_parameters_(optimizers: Sequence[Optimizer], exchanges: Sequence[Ex
         UnsupportedError: If an optimizer cannot take over the new ones; nothing is changed then.
         OrphanParameterError: If one did not reach the optimizer that held the old ones.
     """
+    if not exchanges:
+        return
     require_patchable(optimizers, exchanges)
     anchors = _anchors(exchanges)
     held = [_held(optimizer) for optimizer in optimizers]
@@ -115,7 +117,7 @@ def exchange_parameters_(optimizers: Sequence[Optimizer], exchanges: Sequence[Ex
         for exchange in exchanges:
             for _, parameter in exchange.old:
                 optimizer.state.pop(parameter, None)
-        if hasattr(optimizer, "_numel_cache") and exchanges:  # LBFGS counts its parameters once
+        if hasattr(optimizer, "_numel_cache"):  # LBFGS counts its parameters once
             optimizer._numel_cache = None
             optimizer.state.clear()
     _require_no_orphans(optimizers, held, exchanges, anchors)
