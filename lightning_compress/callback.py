@@ -269,7 +269,7 @@ class Compress(RestoringCallback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes which factors have a gradient, until the first batch is over."""
         if self._liveness is not None:
-            self._liveness.look()
+            self._liveness.look(backward=True)
 
     @override
     def on_train_batch_end(

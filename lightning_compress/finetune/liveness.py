@@ -40,10 +40,14 @@ class Liveness:
                 replacement.dense.__dict__[hooks] = type(replacement.dense.__dict__[hooks])()
             self._handles.append(replacement.dense.register_forward_pre_hook(note))
 
-    def look(self) -> None:
-        """Notes which factors have a gradient: to be called after every backward pass."""
+    def look(self, *, backward: bool = False) -> None:
+        """Notes which factors have a gradient.
+
+        Args:
+            backward: Whether there was a backward pass just now.
+        """
         arrived = [name for name, factor in self._waiting.items() if factor.grad is not None]
-        self._some = self._some or bool(arrived)
+        self._some = self._some or backward or bool(arrived)
         for name in arrived:
             del self._waiting[name]
 
@@ -54,7 +58,7 @@ class Liveness:
         self._handles.clear()
 
     def check(self) -> bool:
-        """Judges a batch, and ends the watch unless nothing at all had a gradient (a skipped batch).
+        """Judges a batch, and ends the watch unless nothing went backward (a skipped batch).
 
         Returns:
             Whether the watch is over.
