@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_compress.callback import Compress
+    from lightning_compress.checkpoint import CompressedCheckpointMixin, load_compressed_checkpoint
     from lightning_compress.compression import compress_
-    from lightning_compress.config import Budget, Distill, Override, Schedule
+    from lightning_compress.config import Budget, Distill, Override, Phase, Plateau, Schedule
     from lightning_compress.decompositions import FactorisedLayer
     from lightning_compress.errors import LightningCompressError
     from lightning_compress.export import load_compressed, save_compressed
@@ -30,16 +31,20 @@ __version__ = "0.1.0"
 _HOMES = {
     "Budget": "config",
     "Compress": "callback",
+    "CompressedCheckpointMixin": "checkpoint",
     "Distill": "config",
     "FactorisedLayer": "decompositions",
     "LayerPlan": "plan",
     "LightningCompressError": "errors",
     "Override": "config",
+    "Phase": "config",
     "Plan": "plan",
+    "Plateau": "config",
     "Schedule": "config",
     "apply_plan_": "swap",
     "compress_": "compression",
     "load_compressed": "export",
+    "load_compressed_checkpoint": "checkpoint",
     "merge_": "merge",
     "save_compressed": "export",
     "search_ranks": "search",
@@ -48,16 +53,20 @@ _HOMES = {
 __all__ = [
     "Budget",
     "Compress",
+    "CompressedCheckpointMixin",
     "Distill",
     "FactorisedLayer",
     "LayerPlan",
     "LightningCompressError",
     "Override",
+    "Phase",
     "Plan",
+    "Plateau",
     "Schedule",
     "apply_plan_",
     "compress_",
     "load_compressed",
+    "load_compressed_checkpoint",
     "merge_",
     "save_compressed",
     "search_ranks",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -29,17 +30,25 @@ from lightning_compress.compression import Compression, compress_model_
 from lightning_compress.config import Budget, Distill, Schedule
 from lightning_compress.decompositions import FactorisedLayer, resolve_kinds
 from lightning_compress.distributed import require_supported, rewrap, shared_compression
-from lightning_compress.errors import ConfigurationError, ExampleInputError, ResumeError, UnsupportedError
+from lightning_compress.errors import BudgetError, ConfigurationError, ExampleInputError, ResumeError, UnsupportedError
 from lightning_compress.finetune.distill import Distillation, Teacher
 from lightning_compress.finetune.liveness import Liveness
-from lightning_compress.finetune.optimizers import optimizer_layout, patch_optimizers_
-from lightning_compress.finetune.schedule import WarmUp, drop_gradients
+from lightning_compress.finetune.optimizers import (
+    Exchange,
+    carried_states,
+    exchange_parameters_,
+    exchanges_of,
+    optimizer_layout,
+)
+from lightning_compress.finetune.schedule import Course, ScaledSteps, drop_gradients, trained_in
 from lightning_compress.inventory import Patterns
+from lightning_compress.merge import merge_layers_
 from lightning_compress.plan import Plan, percent
 from lightning_compress.progress import Progress, silent
+from lightning_compress.rounds import compress_again_, exchanges_between, reconcile_
 from lightning_compress.search import check_settings, search_ranks
 from lightning_compress.sharing import from_first
-from lightning_compress.swap import Replacement, apply_shells_, plan_of
+from lightning_compress.swap import Replacement, plan_of
 from lightning_compress.tracing import ExampleInput, is_shape, trace
 
 
@@ -66,16 +75,18 @@ class Compress(RestoringCallback):
         heal: Whether to repair the factors on synthetic inputs before fine-tuning.
         calibration: Batches of real inputs, in the place of synthetic ones; the plan then says that it
             is not data-free.
-        schedule: Warm-up and freezing, a `Schedule` or a mapping; None for neither.
-        distill: Distillation from the dense model, a `Distill` or a mapping; None for off.
+        schedule: Warm-up, freezing, or phases and rounds, a `Schedule` or a mapping; None for neither.
+        distill: Distillation from the dense model, a `Distill`, a mapping, or "logits" or "layers"; None for off.
         example_input: A tensor, a tuple or dict of arguments of `forward`, or a shape with its
             batch dimension. By default the module's `example_input_array`, else the shape of
             the first batch of the training data (only its shape is used).
         rank_multiple: Ranks are multiples of this number.
         seed: Of the synthetic inputs and the repair.
+        require_used: Whether a factor that the first batch sends no gradient to is an error; false for
+            models that use some layers in some batches only, such as mixtures of experts.
 
     Attributes:
-        plan: The plan of the last fit, None before.
+        plan: The plan of the last fit, None before; of its last round.
         seconds: How long each part of its compression took.
 
     Raises:
@@ -100,30 +111,38 @@ class Compress(RestoringCallback):
         example_input: ExampleInput | None = None,
         rank_multiple: int = 1,
         seed: int = 0,
+        require_used: bool = True,
     ) -> None:
         self.budget = Budget.from_value(_plain(budget))
         self.kinds = _plain(kinds)
         resolve_kinds(self.kinds)
         self.include, self.exclude, self.overrides = _plain(include), _plain(exclude), _plain(overrides)
         check_settings(search, objective, rank_multiple, seed)
-        if not isinstance(cast(Any, heal), bool):
-            msg = f"heal={heal!r}: expected true or false."
-            raise ConfigurationError(msg)
+        for name, value in (("heal", cast(Any, heal)), ("require_used", cast(Any, require_used))):
+            if not isinstance(value, bool):
+                msg = f"{name}={value!r}: expected true or false."
+                raise ConfigurationError(msg)
         self.search, self.objective, self.rank_multiple, self.seed = search, objective, rank_multiple, seed
-        self.heal, self.calibration = heal, calibration
+        self.heal, self.calibration, self.require_used = heal, calibration, require_used
         self.schedule = Schedule.from_value(_plain(schedule))
         self.distill = Distill.from_value(_plain(distill))
+        _require_fitting(self.schedule, self.budget, self.distill)
+        if self.schedule.budgets and isinstance(calibration, Iterator):  # every round looks at it
+            self.calibration = list(calibration)
         self.example_input = _plain(example_input)
         self.plan: Plan | None = None
         self.seconds: Mapping[str, float] = {}
         self._restored: tuple[Replacement, ...] | None = None
+        self._exchanges: tuple[Exchange, ...] = ()
+        self._dense_checkpoint: dict[str, Any] | None = None
+        self._course = Course(self.schedule)
         self._saved_layout: list[dict[str, Any]] | None = None
         self._scheduled = False
         self._shadowed = _Shadowed()
         self._teacher: Teacher | None = None
         self._fingerprint: str | None = None
         self._distillation: Distillation | None = None
-        self._warm_up: WarmUp | None = None
+        self._scaled: ScaledSteps | None = None
         self._liveness: Liveness | None = None
 
     def plan_for(
@@ -174,26 +193,35 @@ class Compress(RestoringCallback):
         """Refuses what cannot work and arranges that checkpoints carry the plan."""
         require_supported(trainer)
         self.optimizers_before = trainer.optimizers
-        self._restored = self._saved_layout = self._fingerprint = None
-        self._scheduled = False
+        self._restored = self._saved_layout = self._fingerprint = self._dense_checkpoint = None
+        self._exchanges, self._scheduled = (), False
+        if stage == TrainerFn.FITTING.value:
+            self._course = Course(self.schedule)
         install_shadows(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Searches, swaps, and hands the factors to the optimizers."""
-        if self.distill is not None and not pl_module.automatic_optimization:
-            msg = "distill= works with automatic optimization only: add the distillation term in your training_step."
-            raise UnsupportedError(msg)
         done: Compression | None = None
         if self._restored is not None:
             replacements, self._restored = self._restored, None
+            exchanges, self._exchanges = self._exchanges, ()
         elif _factor_layers(pl_module):
             self._fine_tune_only(trainer, pl_module)
             return
         else:
-            done = self._compress(trainer, pl_module)
-            replacements = done.replacements
+            teacher = Teacher(pl_module, self.distill) if self.distill is not None else None
+            exchange_parameters_(trainer.optimizers, self._exchanges)
+            done = self._compress(trainer, pl_module, (*self.schedule.budgets, self.budget)[0])
+            replacements, exchanges = done.replacements, tuple(exchanges_of(done.replacements))
+            self._use_teacher(teacher)
+            _log_plan(trainer, done, 1)
+        before = [[list(group["params"]) for group in o.param_groups] for o in trainer.optimizers]
         try:
-            patch_optimizers_(trainer.optimizers, replacements)
+            exchange_parameters_(trainer.optimizers, exchanges)
+            if self._dense_checkpoint is not None:
+                checkpoint, self._dense_checkpoint = self._dense_checkpoint, None
+                states = carried_states(checkpoint["optimizer_states"], before, trainer.optimizers)
+                checkpoint["optimizer_states"] = states
         except BaseException:
             if done is not None:
                 done.undo_(pl_module)
@@ -207,29 +235,62 @@ class Compress(RestoringCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Wraps the training step with the distillation loss."""
+        """Enters the schedule, and wraps the training step with the distillation loss."""
+        if self._scheduled and not self._course.begun:
+            self._course.begin(trainer.current_epoch, trainer.global_step)
         if self._teacher is None:
             return
         self._teacher.module.to(pl_module.device)
-        self._distillation = self._teacher.wrap(pl_module, pl_module.training_step, pl_module.log)
+        manual = not pl_module.automatic_optimization
+        step = pl_module.training_step
+        self._distillation = self._teacher.wrap(
+            pl_module, step, pl_module.log, enabled=lambda: self._course.phase.distill is not False, manual=manual
+        )
         self._shadowed.put(pl_module, "training_step", self._distillation.step)
+        if manual:
+            backward = self._distillation.backward(pl_module.manual_backward)
+            self._shadowed.put(pl_module, "manual_backward", backward)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Enters the next phase where the one before has ended, with a round of compression if it asks for one."""
+        self._follow_schedule(trainer, pl_module, boundary=True)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Likewise for phases whose length is in steps."""
+        self._follow_schedule(trainer, pl_module, boundary=False)
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes which factors have a gradient, until the first batch is over."""
+        if self._liveness is not None:
+            self._liveness.look(backward=True)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Checks after the first batch that the factorised layers are the ones in use."""
-        if self._liveness is not None:
-            liveness, self._liveness = self._liveness, None
-            liveness.check()
-        if self._warm_up is not None:
-            pl_module.log("compress/lr_scale", self._warm_up.scale)
+        """Checks after the first batch that the factorised layers are the ones in use and get gradients."""
+        if self._liveness is not None and self._liveness.check():
+            self._liveness = None
+        if self._scaled is not None:
+            pl_module.log("compress/lr_scale", self._scaled.scale)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Keeps everything but the factors still while the schedule says so."""
-        if self._scheduled and trainer.current_epoch < self.schedule.freeze_epochs:
-            drop_gradients(pl_module.parameters(), keep=_factors(pl_module))
+        """Keeps still what the phase of the schedule does not train."""
+        if self._liveness is not None:
+            self._liveness.look()
+        phase = self._course.phase
+        if self._scheduled and phase.train != "all":
+            drop_gradients(pl_module.parameters(), keep=trained_in(phase, pl_module, _factors(pl_module)))
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shows the schedule the metrics of the epoch, where there was a validation."""
+        if self._scheduled and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
+            self._course.observe(trainer.callback_metrics)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -243,14 +304,15 @@ class Compress(RestoringCallback):
 
     # --- parts of on_fit_start -----------------------------------------------------------------
 
-    def _compress(self, trainer: Trainer, pl_module: LightningModule) -> Compression:
-        teacher = Teacher(pl_module, self.distill) if self.distill is not None else None
+    def _compress(self, trainer: Trainer, pl_module: nn.Module, budget: Budget) -> Compression:
+        """Compresses a dense module in place: at the start, and in every later round the merged one."""
+        module = cast(LightningModule, pl_module)
 
         def compress(progress: Progress) -> Compression:
             return compress_model_(
                 pl_module,
-                self.budget,
-                example_input=from_first("the example input", self._example_input(trainer, pl_module)),
+                budget,
+                example_input=from_first("the example input", self._example_input(trainer, module)),
                 objective=self.objective,
                 heal=self.heal,
                 calibration=self.calibration,
@@ -259,10 +321,8 @@ class Compress(RestoringCallback):
             )
 
         with _progress(trainer) as progress:
-            done = shared_compression(trainer, pl_module, lambda: compress(progress))
+            done = shared_compression(trainer, module, lambda: compress(progress))
         self.plan, self.seconds = done.plan, done.seconds
-        self._use_teacher(teacher)
-        _log_plan(trainer, done)
         return done
 
     def _structure_changed(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -309,20 +369,64 @@ class Compress(RestoringCallback):
         self, trainer: Trainer, pl_module: LightningModule, replacements: Sequence[Replacement]
     ) -> None:
         self._scheduled = True
-        self._liveness = Liveness(replacements)
-        steps = self.schedule.warmup_steps
-        if steps:
-            self._warm_up = WarmUp(trainer.optimizers, _factors(pl_module), steps, lambda: trainer.global_step)
+        self._watch(trainer, pl_module, replacements)
+        if self._course.scales:
+            course = self._course
+            self._scaled = ScaledSteps(
+                trainer.optimizers,
+                lambda: _factors(pl_module),
+                scale=lambda: course.scale(trainer.global_step),
+                rest=lambda: course.phase.lr_scale,
+            )
+
+    def _watch(self, trainer: Trainer, pl_module: LightningModule, replacements: Sequence[Replacement]) -> None:
+        factors: dict[str, nn.Parameter] = {}
+        if self.require_used:
+            held = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+            own = {id(factor) for factor in _factors(pl_module)} & held
+            factors = {name: p for name, p in pl_module.named_parameters() if p.requires_grad and id(p) in own}
+        if self._liveness is not None:
+            self._liveness.stop()
+        self._liveness = Liveness(replacements, factors)
+
+    def _follow_schedule(self, trainer: Trainer, pl_module: LightningModule, *, boundary: bool) -> None:
+        if not self._scheduled or self._course.phase.endless:
+            return
+        where = trainer.current_epoch, trainer.global_step
+        if not self._course.over(*where, boundary=boundary):
+            return
+        phase = self._course.advance(*where)
+        for logger in trainer.loggers:
+            logger.log_metrics({"compress/phase": self._course.state()["phase"]}, step=trainer.global_step)
+        if phase.budget is not None:
+            self._start_round(trainer, pl_module, phase.budget)
+
+    def _start_round(self, trainer: Trainer, pl_module: LightningModule, budget: Budget) -> None:
+        """Searches again on the weights as they are now; optimizers keep the state of everything that stays."""
+        again = compress_again_(pl_module, lambda model: self._compress(trainer, model, budget))
+        try:
+            exchange_parameters_(trainer.optimizers, again.exchanges)
+        except BaseException:
+            again.undo_(pl_module)
+            raise
+        self._structure_changed(trainer, pl_module)
+        if self._scaled is not None:
+            self._scaled.refresh()
+        if self._distillation is not None:
+            self._distillation.attach()
+        self._watch(trainer, pl_module, again.done.replacements)
+        _log_plan(trainer, again.done, self.schedule.budgets.index(budget) + 1)
 
     def _stop_fine_tuning(self, pl_module: LightningModule) -> None:
-        if self._distillation is not None:
-            self._distillation.detach()
-        if self._warm_up is not None:
-            self._warm_up.detach()
-        for name in ("training_step", "configure_optimizers"):
+        for part in (self._distillation, self._scaled):
+            if part is not None:
+                part.detach()
+        if self._liveness is not None:
+            self._liveness.stop()
+        for name in ("training_step", "manual_backward", "configure_optimizers"):
             self._shadowed.restore(pl_module, name)
         self._scheduled = False
-        self._teacher = self._distillation = self._warm_up = self._liveness = None
+        self._teacher = self._distillation = self._scaled = self._liveness = None
 
     # --- checkpoints ---------------------------------------------------------------------------
 
@@ -331,7 +435,7 @@ class Compress(RestoringCallback):
         """Rebuilds the factorised structure from a checkpoint, before its weights are loaded.
 
         Args:
-            pl_module: The module, dense or already factorised in the same way.
+            pl_module: The module, dense or factorised, in this way or that of another round.
             payload: What the checkpoint holds under `CHECKPOINT_KEY`.
 
         Raises:
@@ -341,17 +445,40 @@ class Compress(RestoringCallback):
         fitting = pl_module.trainer.state.fn == TrainerFn.FITTING
         plan = plan_in(payload)
         teacher = self._rebuilt_teacher(pl_module, payload) if fitting and self.distill is not None else None
-        replacements = apply_shells_(pl_module, plan)
+        replacements, exchanges = reconcile_(pl_module, plan)
         self.plan = plan
         if fitting:
             self._use_teacher(teacher)
+            self._exchanges = exchanges
+            self._restore_course(payload)
             self._restored, self._saved_layout = replacements, payload.get("optimizers")
             configure = functools.partial(configure_as_dense, pl_module, pl_module.configure_optimizers, replacements)
             self._shadowed.put(pl_module, "configure_optimizers", configure)
 
+    def _restore_course(self, payload: Mapping[str, Any]) -> None:
+        if payload.get("schedule") is not None:
+            self._course.load(payload["schedule"])
+        else:  # of a version without phases: what it had began with the fit
+            self._course.begin(0, 0)
+
+    @override
+    def restore_dense(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Makes the module dense if it is not, and keeps the checkpoint: its optimizer states are to be carried over.
+
+        Args:
+            pl_module: The module.
+            checkpoint: The one of a dense run; its optimizer states are rewritten before they are loaded.
+        """
+        if _factor_layers(pl_module):
+            self._exchanges = tuple(exchanges_between(merge_layers_(pl_module), ()))
+        if "optimizer_states" in checkpoint:
+            self._dense_checkpoint = checkpoint
+
     @override
     def extend_payload(self, payload: dict[str, Any]) -> None:
-        """Adds the plan as it was found and the teacher's fingerprint."""
+        """Adds the plan as it was found, where the schedule stands, and the teacher's fingerprint."""
+        if self._course.begun:
+            payload["schedule"] = self._course.state()
         if self.plan is not None:
             payload["plan"] = self.plan.to_json()
         if self._fingerprint is not None:
@@ -406,6 +533,19 @@ def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
+def _require_fitting(schedule: Schedule, budget: Budget, distill: Distill | None) -> None:
+    """Checks that the schedule fits the other settings."""
+    for number, phase in enumerate(schedule.phases):
+        if phase.distill and distill is None:
+            msg = f"phase {number} of the schedule has distill=true: say what to distil, as in distill='logits'."
+            raise ConfigurationError(msg)
+    for last in schedule.budgets[-1:]:
+        limits = last.limits()
+        if any(limits.get(name, math.inf) > limit for name, limit in budget.limits().items()) or not budget.limits():
+            msg = f"the schedule ends at {last}, which does not keep the budget of the callback, {budget}."
+            raise BudgetError(msg)
+
+
 @contextlib.contextmanager
 def _progress(trainer: Trainer) -> Iterator[Progress]:
     """Shows one bar while the search runs, if the trainer shows bars at all."""
@@ -418,7 +558,7 @@ def _progress(trainer: Trainer) -> Iterator[Progress]:
         yield lambda what, done: progress.update(task, description=f"Compress: {what}", completed=done)
 
 
-def _log_plan(trainer: Trainer, done: Compression) -> None:
+def _log_plan(trainer: Trainer, done: Compression, number: int) -> None:
     """Sends sizes and plan to the loggers and a summary to the console."""
     plan = done.plan
     dense = len(plan.layers) - len(plan.factorised)
@@ -432,6 +572,7 @@ def _log_plan(trainer: Trainer, done: Compression) -> None:
         for resource, value in values.items()
         if value is not None
     }
+    sizes["compress/round"] = float(number)
     if done.healing is not None:
         sizes["compress/distance_before_healing"] = done.healing.before
         sizes["compress/distance_after_healing"] = done.healing.after

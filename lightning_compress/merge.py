@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
 from lightning_compress.decompositions import FactorisedLayer
 from lightning_compress.errors import ModelError
 from lightning_compress.inventory import list_layers, require_module
-from lightning_compress.opening import close_
+from lightning_compress.opening import Opening, close_, redo_
 from lightning_compress.progress import Progress, silent
-from lightning_compress.swap import Replacement, owners_of, share_hooks, uninstall
+from lightning_compress.swap import Replacement, install, owners_of, share_hooks, uninstall
 
 
 def merge_(model: nn.Module, *, progress: Progress | None = None) -> tuple[str, ...]:
@@ -34,6 +36,34 @@ def merge_(model: nn.Module, *, progress: Progress | None = None) -> tuple[str, 
         ConfigurationError: If the model is no module.
         ModelError: If it holds no factorised layer, or is one itself.
     """
+    return tuple(replacement.aliases[0] for replacement in merge_layers_(model, progress=progress).replacements)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge_layers_` did.
+
+    Attributes:
+        replacements: The factorised layers that were there, each with the dense one there is now.
+        closings: The attention and recurrent layers that became torch's again.
+    """
+
+    replacements: tuple[Replacement, ...]
+    closings: tuple[Opening, ...]
+
+    def undo_(self, model: nn.Module) -> None:
+        """Puts the factorised layers back."""
+        redo_(model, self.closings)
+        install(model, self.replacements)
+
+
+def merge_layers_(model: nn.Module, *, progress: Progress | None = None) -> Merged:
+    """Like `merge_`, and returns all that was done.
+
+    Raises:
+        ConfigurationError: As `merge_`.
+        ModelError: Likewise.
+    """
     require_module(model)
     layers = list_layers(model)
     found = [(layer, layer.module) for layer in layers if isinstance(layer.module, FactorisedLayer)]
@@ -56,6 +86,6 @@ def merge_(model: nn.Module, *, progress: Progress | None = None) -> tuple[str, 
     for layer, module in found:
         dense[layer.name].register_parameter("weight", dense[owners[layer.name]]._parameters["weight"])
         share_hooks(module, dense[layer.name])
-    uninstall(model, [Replacement(layer.aliases, dense[layer.name], module) for layer, module in found])
-    close_(model)
-    return tuple(layer.name for layer, _ in found)
+    replacements = tuple(Replacement(layer.aliases, dense[layer.name], module) for layer, module in found)
+    uninstall(model, replacements)
+    return Merged(replacements, close_(model))

@@ -230,6 +230,7 @@ def expected_metrics(plan) -> dict[str, float]:
         "compress/bytes": float(plan.compressed.bytes),
         "compress/bytes_dense": float(DENSE_BYTES),
         "compress/bytes_kept": plan.compressed.bytes / DENSE_BYTES,
+        "compress/round": 1.0,
         "compress/seconds/search": plan.timings["search"],
         "compress/search_seconds": plan.seconds,
         "compress/optimality_gap": plan.optimality_gap,

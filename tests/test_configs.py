@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_compress.callback import Compress
-from lightning_compress.config import Budget, Distill, Schedule
+from lightning_compress.config import Budget, Distill, Plateau, Schedule
 from lightning_compress.demo.data import DigitsDataModule, FashionMNISTDataModule
 from lightning_compress.demo.models import MLP, VGG, ResNet20, SmallCNN
 from lightning_compress.errors import ConfigurationError
@@ -53,7 +53,7 @@ def test_no_option_is_left_out_of_these_tests():
         "callbacks": ["checkpoint", "lr_monitor", "none"],
         "compression": ["base", "edge", "macs_30", "params_20", "params_28", "params_50", "ratio_5x"],
         "data": ["digits", "fashion_mnist"],
-        "experiment": ["budget_sweep", "fashion_resnet20", "fashion_vgg"],
+        "experiment": ["budget_sweep", "fashion_resnet20", "fashion_vgg", "rounds"],
         "hydra": ["default"],
         "logger": ["csv", "none", "tensorboard"],
         "model": ["mlp", "resnet20", "small_cnn", "vgg"],
@@ -265,6 +265,13 @@ def test_budget_sweep_is_a_multirun_over_budgets():
     cfg = compose("experiment=budget_sweep", return_hydra_config=True)
     assert cfg.hydra.mode.name == "MULTIRUN"
     assert dict(cfg.hydra.sweeper.params) == {"compression.budget.params": "0.5,0.3,0.2,0.1"}
+
+
+def test_rounds_end_at_the_budget_of_the_compression():
+    callback = instantiate(compose("experiment=rounds").compression, _convert_="all")
+    assert [budget.params for budget in callback.schedule.budgets] == [0.6, 0.4, 0.2]
+    assert callback.schedule.budgets[-1] == callback.budget
+    assert callback.schedule.phases[1].until_plateau == Plateau("val_accuracy", mode="max", patience=3)
 
 
 def test_experiment_overrides_the_settings_of_the_main_job():

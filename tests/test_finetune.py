@@ -12,7 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_compress import Compress, Distill, FactorisedLayer, Override, Schedule, apply_plan_
-from lightning_compress.errors import ConfigurationError, DistillationError, UnsupportedError
+from lightning_compress.errors import ConfigurationError, DistillationError
 from lightning_compress.finetune.distill import Teacher, distillation_loss, fingerprint
 from tests.conftest import TinyTask, compress
 
@@ -581,15 +581,6 @@ def test_submodule_that_is_not_there_is_an_error_and_the_module_stays_dense(make
     before = unchanged(task.net)
     with pytest.raises(ConfigurationError, match=r"Distill\(module='model'\): TinyTask has no such submodule.*: net"):
         make_trainer(compress(distill={"module": "model"})).fit(task, loader)
-    before.check()
-
-
-def test_distillation_with_manual_optimization_is_refused(make_trainer, loader, unchanged):
-    task = TinyTask()
-    task.automatic_optimization = False
-    before = unchanged(task.net)
-    with pytest.raises(UnsupportedError, match=r"automatic optimization only: add the distillation term in your"):
-        make_trainer(compress(distill={})).fit(task, loader)
     before.check()
 
 

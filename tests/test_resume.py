@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 from lightning_compress import Compress, FactorisedLayer, Plan, apply_plan_
 from lightning_compress.checkpoint import CHECKPOINT_KEY
-from lightning_compress.errors import PlanError, PlanFormatError, PlanMismatchError, ResumeError, UnsupportedError
+from lightning_compress.errors import PlanFormatError, PlanMismatchError, ResumeError
 from tests.conftest import DEFAULTS, WEIGHTS_ALONE, TinyTask, TwoManual, compress
 
 pytestmark = [
@@ -360,22 +360,6 @@ def test_distilled_resume_into_a_factorised_module_is_refused(make_trainer, load
     before.check()
 
 
-def test_dense_checkpoint_as_ckpt_path_of_fit_is_refused(make_trainer, loader, tmp_path, unchanged):
-    dense, task = TinyTask(), TinyTask()
-    trainer = make_trainer()
-    trainer.fit(dense, loader)
-    trainer.save_checkpoint(tmp_path / "dense.ckpt")
-    before = unchanged(task)
-    said = r"checkpoint is of a dense run.*Load its weights into the module first, then call fit without ckpt_path"
-    with pytest.raises(UnsupportedError, match=said):
-        make_trainer(compress(), max_epochs=2).fit(task, loader, ckpt_path=tmp_path / "dense.ckpt")
-    require_dense(task, before)
-    # What the message recommends works.
-    task.load_state_dict(torch.load(tmp_path / "dense.ckpt", weights_only=True)["state_dict"])
-    make_trainer(compress()).fit(task, loader)
-    assert len(factorised(task)) >= 2
-
-
 def test_dense_checkpoint_can_still_be_tested(make_trainer, loader, tmp_path):
     dense, task = TinyTask(), TinyTask()
     trainer = make_trainer()
@@ -386,14 +370,16 @@ def test_dense_checkpoint_can_still_be_tested(make_trainer, loader, tmp_path):
     assert result[0]["test_loss"] == pytest.approx(loss_of(dense, loader), rel=1e-6)
 
 
-def test_resume_with_another_plan_in_the_module_is_refused(make_trainer, loader, tmp_path, unchanged):
-    path = first_epoch(make_trainer, loader, tmp_path, TinyTask(), compress(0.4))
-    task = TinyTask()
-    make_trainer(compress(0.6)).fit(task, loader)
-    before = unchanged(task)
-    with pytest.raises(PlanMismatchError, match=r"layer 'net\..*' is.*factorised"):
-        make_trainer(compress(0.6), max_epochs=2).fit(task, loader, ckpt_path=path)
-    before.check()
+@pytest.mark.parametrize("task_class", [TinyTask, Prebuilt])
+def test_resume_into_a_module_of_another_plan_is_identical(make_trainer, loader, tmp_path, task_class):
+    task = task_class()
+    whole_task, fresh = copy.deepcopy(task), copy.deepcopy(task)
+    whole, _ = run(make_trainer, loader, whole_task, compress(0.4), tmp_path / "whole")
+    path = first_epoch(make_trainer, loader, tmp_path, task, compress(0.4))
+    make_trainer(compress(0.6)).fit(fresh, loader)
+    again, _ = run(make_trainer, loader, fresh, compress(0.4), tmp_path / "again", ckpt_path=path)
+    require_same_state(fresh, whole_task)
+    require_same_optimizers(whole, again)
 
 
 def rewritten(path: str, target, change) -> str:
@@ -519,29 +505,35 @@ def test_checkpoint_of_a_later_fit_without_the_callback_still_holds_the_plan(mak
     require_same_state(fresh, task)
 
 
-def test_checkpoint_of_another_plan_on_a_factorised_module_is_refused(make_trainer, loader, tmp_path, unchanged):
-    path = first_epoch(make_trainer, loader, tmp_path, TinyTask(), compress(0.4))
+@pytest.mark.parametrize("with_callback", [True, False])
+def test_checkpoint_of_another_plan_is_rebuilt_in_a_factorised_module(make_trainer, loader, tmp_path, with_callback):
+    source = TinyTask()
+    path = first_epoch(make_trainer, loader, tmp_path, source, compress(0.4))
     task = TinyTask()
     make_trainer(compress(0.6)).fit(task, loader)
+    assert factorised(task) != factorised(source)
+    callbacks = [compress(0.6)] if with_callback else []
+    make_trainer(*callbacks).test(task, loader, ckpt_path=path, verbose=False)
+    assert factorised(task) == factorised(source)
+    require_same_state(task, source)
+
+
+def test_checkpoint_of_another_architecture_leaves_a_factorised_module_as_it_was(
+    make_trainer, loader, tmp_path, unchanged
+):
+    path = first_epoch(make_trainer, loader, tmp_path, TinyTask(), compress(0.4))
+
+    class Other(TinyTask):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.fc1 = nn.Linear(16, 48)
+            self.net.fc2 = nn.Linear(48, 4)
+
+    task = Other()
+    make_trainer(compress(0.6)).fit(task, loader)
     before = unchanged(task)
-    with pytest.raises(PlanError, match=r"layer 'net\..*' is (already )?factorised .*"):
+    with pytest.raises(PlanMismatchError, match=r"layer 'net\.fc.' is a Linear with weight"):
         make_trainer(compress(0.6)).test(task, loader, ckpt_path=path, verbose=False)
-    before.check()
-
-
-def test_ranks_of_another_plan_are_named_with_what_to_do(make_trainer, loader, tmp_path, unchanged):
-    narrow, wide = ({"overrides": {"net.fc1": {"max_rank": rank, "min_rank": rank}}} for rank in (2, 3))
-    settings = {"include": "net.fc1", "kinds": "svd"}
-    path = first_epoch(make_trainer, loader, tmp_path, TinyTask(), compress(0.9, **settings, **narrow))
-    task = TinyTask()
-    make_trainer(compress(0.9, **settings, **wide)).fit(task, loader)
-    before = unchanged(task)
-    said = (
-        r"layer 'net\.fc1' is already factorised \(svd, ranks \(3,\)\), the plan wants svd, ranks \(2,\): "
-        "apply the plan to the dense model"
-    )
-    with pytest.raises(PlanMismatchError, match=said):
-        make_trainer(compress(0.9, **settings, **wide)).test(task, loader, ckpt_path=path, verbose=False)
     before.check()
 
 
@@ -586,7 +578,7 @@ def test_checkpoint_holds_primitives_and_tensors_only(make_trainer, loader, tmp_
     checkpoint = torch.load(path, weights_only=True)
     require_primitive(checkpoint, "checkpoint")
     payload = checkpoint[CHECKPOINT_KEY]
-    assert set(payload) == {"version", "plan", "optimizers", "teacher"}
+    assert set(payload) == {"version", "plan", "optimizers", "teacher", "schedule"}
     assert payload["version"] == 1
     assert Plan.from_json(payload["plan"]) == callback.plan
     assert [optimizer["groups"] for optimizer in payload["optimizers"]] == [[[n for n, _ in task.named_parameters()]]]
@@ -613,7 +605,7 @@ def test_checkpoint_hooks_of_the_users_class_run_after_ours(make_trainer, loader
     path = first_epoch(make_trainer, loader, tmp_path, task, compress())
     fresh = Hooked()
     make_trainer(compress()).test(fresh, loader, ckpt_path=path, verbose=False)
-    assert fresh.loaded == (["optimizers", "plan", "version"], len(factorised(task)))
+    assert fresh.loaded == (["optimizers", "plan", "schedule", "version"], len(factorised(task)))
 
 
 # --- copies ------------------------------------------------------------------------------------------------
