@@ -55,8 +55,10 @@ COMPRESSED = (
 ).split()
 """The models of --compress."""
 _REASONS = {
-    "is not one of": "type",
+    "no kind factorises": "type",
+    "is a subclass of": "subclass",
     "depthwise": "depthwise",
+    "is factorised with it": "tied to a factorised one",
     "tied": "tied",
     "used outside": "read elsewhere",
     "not called": "not called",
@@ -253,6 +255,8 @@ def _counted(model: nn.Module, plan: Plan) -> str:
         short = next((s for part, s in _REASONS.items() if part in (layer.reason or "")), layer.reason or "?")
         if short == "type":
             short = layer.type if any(p.ndim > 1 and p.numel() > max(p.shape) for p in own) else "no matrix"
+        elif short == "subclass":
+            short = f"subclass {layer.type}"
         counts[short] += 1
     return ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
 
