@@ -37,6 +37,7 @@ from lightning_compress.costs import measure_costs
 from lightning_compress.decompositions import DECOMPOSITIONS
 from lightning_compress.errors import InfeasibleBudgetError
 from lightning_compress.inventory import Layer, take_inventory
+from lightning_compress.opening import opened
 from lightning_compress.tracing import trace, whole_arguments
 
 KEEP = 0.5
@@ -185,7 +186,8 @@ def _at_full_rank(specimen: Specimen, dense: Any) -> tuple[str, float]:
 
 def _full_rank_outputs(specimen: Specimen) -> Any:
     twin = copy.deepcopy(specimen.model)
-    layers = take_inventory(twin, trace=trace(twin, specimen.example))
+    with opened(twin):
+        layers = take_inventory(twin, trace=trace(twin, specimen.example))
     costs = measure_costs(twin)
     apply_plan_(twin, Plan(tuple(_full_rank(layer) for layer in layers if layer.reason is None), costs, costs))
     return _outputs(Specimen(twin, specimen.example, specimen.heads))
@@ -248,10 +250,12 @@ def _require(condition: bool, message: str) -> None:  # noqa: FBT001
 def _counted(model: nn.Module, plan: Plan) -> str:
     """Returns how many layers were left for which reason; those without a matrix, norms and the like, as one."""
     counts: collections.Counter[str] = collections.Counter()
+    with opened(model):
+        modules = dict(model.named_modules(remove_duplicate=False))
     for layer in plan.layers:
         if not layer.is_dense:
             continue
-        own = model.get_submodule(layer.name).parameters(recurse=False)
+        own = modules[layer.name].parameters(recurse=False)
         short = next((s for part, s in _REASONS.items() if part in (layer.reason or "")), layer.reason or "?")
         if short == "type":
             short = layer.type if any(p.ndim > 1 and p.numel() > max(p.shape) for p in own) else "no matrix"
