@@ -50,10 +50,18 @@ PER_WORKER = 20
 MOST_MEMORY = 6 * 2**30
 """Bytes a worker may hold."""
 LIBRARIES = ("torchvision", "timm", "transformers")
-COMPRESSED = (
-    "mobilenet_v3_small shufflenet_v2_x0_5 squeezenet1_1 efficientvit_m0 resnet10t deit_tiny_patch16_224 "
-    "bert gpt2 t5 vit wav2vec2 mamba"
-).split()
+COMPRESSED = ["mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "ssdlite320_mobilenet_v3_large", "r3d_18"]
+COMPRESSED += [
+    "efficientvit_m0",
+    "resnet10t",
+    "deit_tiny_patch16_224",
+    "bert",
+    "gpt2",
+    "t5",
+    "vit",
+    "wav2vec2",
+    "mamba",
+]
 """The models of --compress."""
 _REASONS = {
     "no kind factorises": "type",
@@ -108,11 +116,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
 def run(entry: Entry, *, compress: bool = False) -> dict[str, Any]:
     """Returns the row of one model; whatever is wrong is its status."""
     start, cpu = time.perf_counter(), time.process_time()
-    row: dict[str, Any] = {
-        "model": entry.name, "library": entry.library, "family": entry.family, "params": 0, "factorised": 0, "left": 0,
-        "budget": KEEP, "kept": float("nan"), "difference": float("nan"), "in": "", "seconds": 0.0, "CPU s": 0.0,
-        "status": "", "reasons": "",
-    }  # fmt: skip
+    row = _row(entry)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -123,6 +127,26 @@ def run(entry: Entry, *, compress: bool = False) -> dict[str, Any]:
         row["status"] = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
     row["seconds"], row["CPU s"] = time.perf_counter() - start, time.process_time() - cpu
     return row
+
+
+def _row(entry: Entry) -> dict[str, Any]:
+    """Returns the columns of a model of which nothing is known yet."""
+    return {
+        "model": entry.name,
+        "library": entry.library,
+        "family": entry.family,
+        "params": 0,
+        "factorised": 0,
+        "left": 0,
+        "budget": KEEP,
+        "kept": float("nan"),
+        "difference": float("nan"),
+        "in": "",
+        "seconds": 0.0,
+        "CPU s": 0.0,
+        "status": "",
+        "reasons": "",
+    }
 
 
 def _examine(specimen: Specimen, row: dict[str, Any], *, compress: bool) -> None:
@@ -242,7 +266,7 @@ def _require_alike(expected: Any, got: Any, *, loose: bool) -> None:
     _require(a == b, f"the outputs were {a}, now {b}")
 
 
-def _require(condition: bool, message: str) -> None:  # noqa: FBT001
+def _require(condition: bool, message: str) -> None:
     if not condition:
         raise AssertionError(message)
 
@@ -300,15 +324,11 @@ def _rows_from(
             failure = "the process died"
         if failure is not None:
             elapsed = time.monotonic() - start
-            yield {
-                **{"model": entry.name, "library": entry.library, "family": entry.family, "params": 0},
-                **{"factorised": 0, "left": 0, "budget": KEEP, "kept": float("nan"), "difference": float("nan")},
-                **{"in": "", "seconds": elapsed, "CPU s": elapsed, "status": failure, "reasons": ""},
-            }
+            yield {**_row(entry), "seconds": elapsed, "CPU s": elapsed, "status": failure}
             return
 
 
-def _work(there: multiprocessing.connection.Connection, entries: list[Entry], compress: bool) -> None:  # noqa: FBT001
+def _work(there: multiprocessing.connection.Connection, entries: list[Entry], compress: bool) -> None:
     torch.set_num_threads(1)
     for entry in entries:
         there.send(run(entry, compress=compress))
