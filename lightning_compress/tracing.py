@@ -88,7 +88,7 @@ def trace(model: nn.Module, example_input: ExampleInput) -> Trace:
         )
         for name, layer in layers.items()
     )
-    flops = FlopCounterMode(display=False)
+    flops = flop_counter()
     with hooked(hooks), inference(model), uses, flops:
         run(
             model,
@@ -126,6 +126,29 @@ def as_arguments(model: nn.Module, example_input: ExampleInput) -> Arguments:
     if len(sizes) != 1 or None in sizes or _lists_tensors((args, kwargs)):
         return args, kwargs
     return tree_map(lambda leaf: leaf[:1] if isinstance(leaf, Tensor) else leaf, (args, kwargs))  # type: ignore[no-any-return]
+
+
+def flop_counter() -> FlopCounterMode:
+    """Returns a counter of the whole model alone.
+
+    That of torch also follows the modules, by hooks on every tensor that requires a gradient, and those
+    fail on views of parameters made without gradients.
+    """
+    flops = FlopCounterMode(display=False)
+    flops.mod_tracker = cast(Any, _NoModules())
+    return flops
+
+
+class _NoModules:
+    """In the place of torch's ModuleTracker: everything belongs to the model."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        pass
 
 
 def _lists_tensors(arguments: Arguments) -> bool:

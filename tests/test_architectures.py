@@ -72,6 +72,20 @@ class ViT(nn.Module):
         return self.head(x[:, 0])
 
 
+class ClassAttention(nn.Module):
+    """A view of a parameter is handed to a submodule, as CaiT hands over its class token."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.cls = Attention(24, 4), nn.Parameter(torch.randn(1, 1, 24))
+        self.read = nn.MultiheadAttention(24, 4, kdim=12, vdim=12, batch_first=True)
+        self.wide, self.head = nn.Linear(12, 48), nn.Linear(48, 12)
+
+    def forward(self, x):
+        x = x + self.head(F.gelu(self.wide(x)))
+        return self.inner(self.read(self.cls.expand(len(x), -1, -1), x, x)[0])
+
+
 class SqueezeExcite(nn.Module):
     def __init__(self, width, squeezed):
         super().__init__()
@@ -307,6 +321,7 @@ CASES = {
         Encoder, ids(40), "tokens encoder.layers.0.linear1 encoder.layers.1.linear2 encoder.layers.0.self_attn.out_proj"
     ),
     "vision transformer": Case(ViT, image(), "patches attention.0.qkv attention.1.proj mlps.0.0 mlps.1.3 head"),
+    "class attention": Case(ClassAttention, drawn(1, 9, 12), "inner.qkv wide head"),
     "mobile net": Case(
         mobile_net, image(), "0 2.body.0 2.body.6 2.body.5.reduce 3.body.5.expand 6", "2.body.3 3.body.3"
     ),
