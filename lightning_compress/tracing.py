@@ -115,7 +115,7 @@ def as_arguments(model: nn.Module, example_input: ExampleInput) -> Arguments:
 
     A sequence of whole numbers is a shape: standard normal values in the model's dtype, drawn
     without touching the global random state. Tensors that share one leading size above 1 are
-    cut to their first sample, unless they are in a list, as the images of a detection model are.
+    cut to their first sample, unless all are in lists, as the images of a detection model are.
 
     Raises:
         ExampleInputError: If the type is none of those.
@@ -123,7 +123,7 @@ def as_arguments(model: nn.Module, example_input: ExampleInput) -> Arguments:
     args, kwargs = whole_arguments(model, example_input)
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     sizes = {t.shape[0] if t.ndim else None for t in tensors}
-    if len(sizes) != 1 or None in sizes or _lists_tensors((args, kwargs)):
+    if len(sizes) != 1 or None in sizes or _all_in_lists((args, kwargs)):
         return args, kwargs
     return tree_map(lambda leaf: leaf[:1] if isinstance(leaf, Tensor) else leaf, (args, kwargs))  # type: ignore[no-any-return]
 
@@ -151,9 +151,10 @@ class _NoModules:
         pass
 
 
-def _lists_tensors(arguments: Arguments) -> bool:
-    whole = tree_leaves(arguments, is_leaf=lambda node: isinstance(node, list))
-    return any(isinstance(leaf, Tensor) for node in whole if isinstance(node, list) for leaf in tree_leaves(node))
+def _all_in_lists(arguments: Arguments) -> bool:
+    """Returns whether no tensor is outside a list: then each may be a sample without a batch dimension."""
+    outside = tree_leaves(arguments, is_leaf=lambda node: isinstance(node, list))
+    return not any(isinstance(leaf, Tensor) for leaf in outside)
 
 
 def whole_arguments(model: nn.Module, example_input: ExampleInput) -> Arguments:
