@@ -37,6 +37,7 @@ from lightning_compress.costs import measure_costs
 from lightning_compress.decompositions import DECOMPOSITIONS
 from lightning_compress.errors import InfeasibleBudgetError
 from lightning_compress.inventory import Layer, take_inventory
+from lightning_compress.opening import opened
 from lightning_compress.tracing import trace, whole_arguments
 
 KEEP = 0.5
@@ -49,14 +50,24 @@ PER_WORKER = 20
 MOST_MEMORY = 6 * 2**30
 """Bytes a worker may hold."""
 LIBRARIES = ("torchvision", "timm", "transformers")
-COMPRESSED = (
-    "mobilenet_v3_small shufflenet_v2_x0_5 squeezenet1_1 efficientvit_m0 resnet10t deit_tiny_patch16_224 "
-    "bert gpt2 t5 vit wav2vec2 mamba"
-).split()
+COMPRESSED = ["mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "ssdlite320_mobilenet_v3_large", "r3d_18"]
+COMPRESSED += [
+    "efficientvit_m0",
+    "resnet10t",
+    "deit_tiny_patch16_224",
+    "bert",
+    "gpt2",
+    "t5",
+    "vit",
+    "wav2vec2",
+    "mamba",
+]
 """The models of --compress."""
 _REASONS = {
-    "is not one of": "type",
+    "no kind factorises": "type",
+    "is a subclass of": "subclass",
     "depthwise": "depthwise",
+    "is factorised with it": "tied to a factorised one",
     "tied": "tied",
     "used outside": "read elsewhere",
     "not called": "not called",
@@ -105,11 +116,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
 def run(entry: Entry, *, compress: bool = False) -> dict[str, Any]:
     """Returns the row of one model; whatever is wrong is its status."""
     start, cpu = time.perf_counter(), time.process_time()
-    row: dict[str, Any] = {
-        "model": entry.name, "library": entry.library, "family": entry.family, "params": 0, "factorised": 0, "left": 0,
-        "budget": KEEP, "kept": float("nan"), "difference": float("nan"), "in": "", "seconds": 0.0, "CPU s": 0.0,
-        "status": "", "reasons": "",
-    }  # fmt: skip
+    row = _row(entry)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -120,6 +127,26 @@ def run(entry: Entry, *, compress: bool = False) -> dict[str, Any]:
         row["status"] = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
     row["seconds"], row["CPU s"] = time.perf_counter() - start, time.process_time() - cpu
     return row
+
+
+def _row(entry: Entry) -> dict[str, Any]:
+    """Returns the columns of a model of which nothing is known yet."""
+    return {
+        "model": entry.name,
+        "library": entry.library,
+        "family": entry.family,
+        "params": 0,
+        "factorised": 0,
+        "left": 0,
+        "budget": KEEP,
+        "kept": float("nan"),
+        "difference": float("nan"),
+        "in": "",
+        "seconds": 0.0,
+        "CPU s": 0.0,
+        "status": "",
+        "reasons": "",
+    }
 
 
 def _examine(specimen: Specimen, row: dict[str, Any], *, compress: bool) -> None:
@@ -183,7 +210,8 @@ def _at_full_rank(specimen: Specimen, dense: Any) -> tuple[str, float]:
 
 def _full_rank_outputs(specimen: Specimen) -> Any:
     twin = copy.deepcopy(specimen.model)
-    layers = take_inventory(twin, trace=trace(twin, specimen.example))
+    with opened(twin):
+        layers = take_inventory(twin, trace=trace(twin, specimen.example))
     costs = measure_costs(twin)
     apply_plan_(twin, Plan(tuple(_full_rank(layer) for layer in layers if layer.reason is None), costs, costs))
     return _outputs(Specimen(twin, specimen.example, specimen.heads))
@@ -238,7 +266,7 @@ def _require_alike(expected: Any, got: Any, *, loose: bool) -> None:
     _require(a == b, f"the outputs were {a}, now {b}")
 
 
-def _require(condition: bool, message: str) -> None:  # noqa: FBT001
+def _require(condition: bool, message: str) -> None:
     if not condition:
         raise AssertionError(message)
 
@@ -246,13 +274,17 @@ def _require(condition: bool, message: str) -> None:  # noqa: FBT001
 def _counted(model: nn.Module, plan: Plan) -> str:
     """Returns how many layers were left for which reason; those without a matrix, norms and the like, as one."""
     counts: collections.Counter[str] = collections.Counter()
+    with opened(model):
+        modules = dict(model.named_modules(remove_duplicate=False))
     for layer in plan.layers:
         if not layer.is_dense:
             continue
-        own = model.get_submodule(layer.name).parameters(recurse=False)
+        own = modules[layer.name].parameters(recurse=False)
         short = next((s for part, s in _REASONS.items() if part in (layer.reason or "")), layer.reason or "?")
         if short == "type":
             short = layer.type if any(p.ndim > 1 and p.numel() > max(p.shape) for p in own) else "no matrix"
+        elif short == "subclass":
+            short = f"subclass {layer.type}"
         counts[short] += 1
     return ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
 
@@ -292,15 +324,11 @@ def _rows_from(
             failure = "the process died"
         if failure is not None:
             elapsed = time.monotonic() - start
-            yield {
-                **{"model": entry.name, "library": entry.library, "family": entry.family, "params": 0},
-                **{"factorised": 0, "left": 0, "budget": KEEP, "kept": float("nan"), "difference": float("nan")},
-                **{"in": "", "seconds": elapsed, "CPU s": elapsed, "status": failure, "reasons": ""},
-            }
+            yield {**_row(entry), "seconds": elapsed, "CPU s": elapsed, "status": failure}
             return
 
 
-def _work(there: multiprocessing.connection.Connection, entries: list[Entry], compress: bool) -> None:  # noqa: FBT001
+def _work(there: multiprocessing.connection.Connection, entries: list[Entry], compress: bool) -> None:
     torch.set_num_threads(1)
     for entry in entries:
         there.send(run(entry, compress=compress))

@@ -40,7 +40,8 @@ TIMM = {
     "edgenext": "edgenext_xx_small edgenext_x_small",
     "efficientformer": "efficientformer_l1",
     "efficientformer_v2": "efficientformerv2_s0 efficientformerv2_s1",
-    "efficientnet": "mobilenetv2_035 mobilenetv2_050 tf_efficientnet_b0 mixnet_s tf_efficientnet_cc_b0_4e efficientnet_b0_gn spnasnet_100 mnasnet_100 fbnetc_100 tinynet_e semnasnet_075",
+    "efficientnet": "mobilenetv2_035 mobilenetv2_050 tf_efficientnet_b0"
+    " mixnet_s tf_efficientnet_cc_b0_4e efficientnet_b0_gn spnasnet_100 mnasnet_100 fbnetc_100 tinynet_e semnasnet_075",
     "efficientvim": "efficientvim_m1 efficientvim_m1_dist",
     "efficientvit_mit": "efficientvit_b0 efficientvit_b1",
     "efficientvit_msra": "efficientvit_m0 efficientvit_m1",

@@ -30,7 +30,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress.decompositions import factorise_in
 from lightning_compress.decompositions.base import threads_for
@@ -41,7 +40,15 @@ from lightning_compress.opening import with_opened
 from lightning_compress.progress import Progress, silent
 from lightning_compress.swap import Replacement
 from lightning_compress.synthesis import WORK
-from lightning_compress.tracing import Arguments, hooked, inference, input_of, output_tensors, sample_counts
+from lightning_compress.tracing import (
+    Arguments,
+    flop_counter,
+    hooked,
+    inference,
+    input_of,
+    output_tensors,
+    sample_counts,
+)
 
 RIDGE = 1e-3
 """Relative ridge of the regression: synthetic inputs leave some directions almost unseen."""
@@ -325,7 +332,7 @@ def _affordable(
     if any(parameter.dtype not in (torch.float32, torch.float64) for parameter in trained):
         return 0, "the parameters are in half precision"
     args, kwargs = batches[0]
-    with FlopCounterMode(display=False) as flops, inference(dense):
+    with flop_counter() as flops, inference(dense):
         outputs = output_tensors(dense(*args, **kwargs))
     if not outputs:
         return 0, "the model returns no floating-point tensor"

@@ -397,11 +397,13 @@ def _sharing(dense: nn.Module, other: FactorisedLayer) -> FactorisedLayer:
     decomposition = DECOMPOSITIONS[other.kind]
     children = children_of(decomposition, dense, other.ranks)
     twins = list(children)
-    if operator_of(dense).lookup != other.operator.lookup:  # the one's weight is the other's transposed
+    flipped = operator_of(dense).lookup != other.operator.lookup  # the one's weight is the other's transposed
+    if flipped:
         twins.reverse()
     for name, twin in zip(children, twins, strict=True):
         weight = other.factors()[twin]
-        if weight.shape != children[name].weight.shape:
+        # the table of an embedding lies as the weight of nn.Linear; shapes cannot tell, square at full rank
+        if flipped and isinstance(children[name], nn.Linear) and isinstance(other.get_submodule(twin), nn.Linear):
             children[name] = TransposedLinear(*weight.shape)
         children[name].register_parameter("weight", cast(nn.Parameter, weight))
     return _finished(children, dense, decomposition, other.ranks, other.error)

@@ -88,7 +88,7 @@ def trace(model: nn.Module, example_input: ExampleInput) -> Trace:
         )
         for name, layer in layers.items()
     )
-    flops = FlopCounterMode(display=False)
+    flops = flop_counter()
     with hooked(hooks), inference(model), uses, flops:
         run(
             model,
@@ -115,7 +115,7 @@ def as_arguments(model: nn.Module, example_input: ExampleInput) -> Arguments:
 
     A sequence of whole numbers is a shape: standard normal values in the model's dtype, drawn
     without touching the global random state. Tensors that share one leading size above 1 are
-    cut to their first sample.
+    cut to their first sample, unless all are in lists, as the images of a detection model are.
 
     Raises:
         ExampleInputError: If the type is none of those.
@@ -123,9 +123,38 @@ def as_arguments(model: nn.Module, example_input: ExampleInput) -> Arguments:
     args, kwargs = whole_arguments(model, example_input)
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     sizes = {t.shape[0] if t.ndim else None for t in tensors}
-    if len(sizes) != 1 or None in sizes:
+    if len(sizes) != 1 or None in sizes or _all_in_lists((args, kwargs)):
         return args, kwargs
     return tree_map(lambda leaf: leaf[:1] if isinstance(leaf, Tensor) else leaf, (args, kwargs))  # type: ignore[no-any-return]
+
+
+def flop_counter() -> FlopCounterMode:
+    """Returns a counter of the whole model alone.
+
+    That of torch also follows the modules, by hooks on every tensor that requires a gradient, and those
+    fail on views of parameters made without gradients.
+    """
+    flops = FlopCounterMode(display=False)
+    flops.mod_tracker = cast(Any, _NoModules())
+    return flops
+
+
+class _NoModules:
+    """In the place of torch's ModuleTracker: everything belongs to the model."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
+def _all_in_lists(arguments: Arguments) -> bool:
+    """Returns whether no tensor is outside a list: then each may be a sample without a batch dimension."""
+    outside = tree_leaves(arguments, is_leaf=lambda node: isinstance(node, list))
+    return not any(isinstance(leaf, Tensor) for leaf in outside)
 
 
 def whole_arguments(model: nn.Module, example_input: ExampleInput) -> Arguments:
