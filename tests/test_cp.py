@@ -205,9 +205,9 @@ def test_kind_says_why_it_does_not_apply(kind, layer, why):
     assert DECOMPOSITIONS[kind].unsupported(operator_of(layer)) == why
 
 
-def test_cp_kinds_are_used_only_where_they_are_named():
+def test_cp3_is_used_by_itself_and_cp_only_where_it_is_named():
     assert set(KINDS) <= set(DECOMPOSITIONS)
-    assert set(KINDS).isdisjoint(AUTOMATIC)
+    assert set(KINDS) & set(AUTOMATIC) == {"cp3"}
 
 
 # --- the fit

@@ -291,7 +291,7 @@ def test_kind_says_why_it_does_not_apply(kind, layer, why):
 
 
 def test_kinds_are_resolved_in_the_order_given_without_repeats():
-    assert resolve_kinds("auto") == ("svd", "channel_svd", "spatial_svd", "tucker2")
+    assert resolve_kinds("auto") == ("svd", "channel_svd", "spatial_svd", "tucker2", "tt", "cp3")
     assert resolve_kinds("tucker2") == ("tucker2",)
     assert resolve_kinds(["tucker2", "svd", "tucker2"]) == ("tucker2", "svd")
 
@@ -300,7 +300,7 @@ def test_kinds_are_resolved_in_the_order_given_without_repeats():
     ("kinds", "message"),
     [
         ("tuker2", r"kinds='tuker2'.*Did you mean 'tucker2'.*channel_svd"),
-        (["svd", "cp"], r"kinds=\['svd', 'cp'\]: unknown kind 'cp'.*Known: auto, svd, channel_svd, spatial_svd"),
+        (["svd", "hosvd"], r"kinds=\['svd', 'hosvd'\]: unknown kind 'hosvd'.*channel_svd"),
         ([], r"kinds=\[\]: expected 'auto', a kind, or a list of kinds"),
         (None, r"kinds=None: expected 'auto'"),
         (3, r"kinds=3: expected 'auto'"),

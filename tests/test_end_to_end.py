@@ -16,7 +16,7 @@ from lightning_compress import Budget, Compress, FactorisedLayer, Plan, apply_pl
 from lightning_compress.decompositions import DECOMPOSITIONS, Operator, factorise_in, gated_weight, profile_in
 from lightning_compress.decompositions.metric import OUTPUT_FLOOR, Metric
 from lightning_compress.errors import BudgetError, CompressionWarning, ConfigurationError, ExampleInputError
-from lightning_compress.inventory import Layer, take_inventory
+from lightning_compress.inventory import take_inventory
 from lightning_compress.moments import PROBES, Statistics, gather_statistics, output_moments
 from lightning_compress.search import BISECTIONS
 from lightning_compress.search.end_to_end import (
@@ -41,15 +41,25 @@ KIND_SHAPES = {
     "tucker2": (8, 6, 3, 3),
     "split2_svd": (8, 6, 3, 3),
     "split4_svd": (8, 8, 3, 3),
+    "tt": (8, 6, 3, 3),
+    "cp": (8, 6, 3, 3),
+    "cp3": (8, 6, 3, 3),
+    "tt_linear": (12, 20),
+    "tucker_linear": (12, 20),
 }
 """One shape for every kind."""
 
+GATED = ("svd", "channel_svd", "spatial_svd", "tucker2", "split2_svd", "split4_svd", "tt", "tt_linear", "tucker_linear")
+"""Kinds whose factors of the largest ranks are exact and ordered; those of CP are neither nested nor unique."""
 
-def layer_of(shape):
-    """A layer with a weight of this shape, as the search sees it."""
-    out, in_, *kernel = shape
-    module = nn.Conv2d(in_, out, tuple(kernel)) if kernel else nn.Linear(in_, out)
-    return Layer("0", ("0",), module, module.weight.numel())
+SUMMED = ("svd", "channel_svd", "spatial_svd", "tucker2", "split2_svd", "split4_svd")
+"""Kinds whose gates are on the first factor and, with two ranks, on the last; the others: see their own tests."""
+
+EXACT = ("svd", "channel_svd", "spatial_svd", "tucker2")
+"""Kinds whose predicted error is that of the fitted factors; that of the others is an upper bound."""
+
+INPUTS_ALONE = ("tt_linear", "tucker_linear")
+"""Kinds that share the output channels between factors: fitted and predicted in S without G."""
 
 
 def mlp(*, wrap=None) -> nn.Module:
@@ -404,20 +414,20 @@ def _gated(kind, factors, ranks, temperature, shape):
     return gated_weight(kind, factors, Operator(shape), lambda r, count: _gates(ranks[r], count, temperature))
 
 
-@pytest.mark.parametrize("kind", DECOMPOSITIONS)
+@pytest.mark.parametrize("kind", GATED)
 def test_open_gates_reproduce_the_dense_weight(kind):
     shape = KIND_SHAPES[kind]
     weight = torch.randn(shape, dtype=torch.float64)
     full = DECOMPOSITIONS[kind].max_ranks(shape)
     factors = DECOMPOSITIONS[kind].factorise(weight, full)
-    ranks = torch.tensor((*full, 1, 1)[:2], dtype=torch.float64)
-    gated = _gated(kind, factors, ranks + 10 * LEAST_TEMPERATURE, 1e-9, layer_of(shape))
+    ranks = torch.tensor(full, dtype=torch.float64)
+    gated = _gated(kind, factors, ranks + 10 * LEAST_TEMPERATURE, 1e-9, shape)
     torch.testing.assert_close(gated, weight, rtol=0, atol=2e-3)
-    lost = float((_gated(kind, factors, ranks, 1e-9, layer_of(shape)) - weight).norm() / weight.norm())
+    lost = float((_gated(kind, factors, ranks, 1e-9, shape) - weight).norm() / weight.norm())
     assert lost < 0.13  # the last component alone is half open
 
 
-@pytest.mark.parametrize("kind", DECOMPOSITIONS)
+@pytest.mark.parametrize("kind", SUMMED)
 def test_gated_weight_is_the_sum_of_its_components_times_their_gates(kind):
     shape = KIND_SHAPES[kind]
     weight = torch.randn(shape, dtype=torch.float64)
@@ -440,7 +450,7 @@ def test_gated_weight_is_the_sum_of_its_components_times_their_gates(kind):
             kept[last][:, place[0]] = factors[last][:, place[0]]
         share = math.prod(float(g[i]) for g, i in zip(gates, place, strict=True))
         expected += share * DECOMPOSITIONS[kind].dense_weight(kept, shape)
-    torch.testing.assert_close(_gated(kind, factors, ranks, 0.05, layer_of(shape)), expected, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(_gated(kind, factors, ranks, 0.05, shape), expected, rtol=1e-8, atol=1e-10)
 
 
 def test_layer_under_two_names_comes_back_as_it_was(unchanged):
@@ -542,20 +552,24 @@ def test_predicted_error_in_both_metrics_is_the_measured_one(kind):
     inputs, outputs = definite(weight[0].numel(), generator, 50), 7 * definite(shape[0], generator, 20)
     metric = Metric(inputs, outputs)
     floored = (1 - OUTPUT_FLOOR) * outputs / outputs.diagonal().mean() + OUTPUT_FLOOR * torch.eye(shape[0])
+    if kind in INPUTS_ALONE:
+        floored = torch.eye(shape[0])
 
     def norm(w: torch.Tensor) -> float:  # ‖G^½ w S^½‖²
         flat = w.flatten(1)
         return float(torch.trace(flat.T @ floored.double() @ flat @ inputs))
 
     profile = profile_in(kind, weight, metric)
-    for row, predicted in zip(profile.ranks[::3], profile.errors[::3], strict=True):
+    step = max(3, len(profile.ranks) // 8)
+    for row, predicted in zip(profile.ranks[::step], profile.errors[::step], strict=True):
         ranks = tuple(map(int, row))
         fitted = DECOMPOSITIONS[kind].dense_weight(factorise_in(kind, weight, ranks, metric), shape)
         measured = norm(fitted - weight) / norm(weight)
-        if kind.startswith("split"):  # the blocks are refitted given each other
-            assert measured <= predicted * (1 + 1e-4) + 1e-6
-        else:
+        if kind in EXACT:
             assert measured == pytest.approx(predicted, rel=1e-3, abs=2e-6)
+        else:
+            slack = 1e-4 if kind.startswith("split") else 0.05  # split: the blocks are refitted given each other
+            assert measured <= predicted * (1 + slack) + 1e-6
 
 
 @pytest.mark.parametrize("kind", ["svd", "channel_svd"])

@@ -451,9 +451,11 @@ def test_ranks_are_scaled_by_the_largest_common_factor_that_keeps_the_budget(kee
 
 def test_paper_falls_back_to_other_kinds_only_where_no_factor_fits():
     net = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3))
-    plan = search_ranks(net, Budget(params=0.05), method="paper")  # channel SVD of rank 1 keeps 7 %
-    assert {p.kind for p in plan.factorised} == {"tucker2"}
-    assert plan.kept["params"] <= 0.05
+    for kinds, fallbacks in (("auto", {"tucker2", "tt", "cp3"}), (["channel_svd", "tucker2"], {"tucker2"})):
+        plan = search_ranks(net, Budget(params=0.05), method="paper", kinds=kinds)  # channel SVD of rank 1 keeps 7 %
+        assert plan.factorised
+        assert {p.kind for p in plan.factorised} <= fallbacks
+        assert plan.kept["params"] <= 0.05
 
 
 @pytest.mark.parametrize("method", ["alds", "paper"])

@@ -95,7 +95,7 @@ def test_biases_stay_the_same_parameters(net, plan):
     ("fields", "message"),
     [
         ({"kind": "svd", "type": "Conv2d"}, "fc1"),
-        ({"kind": "cp"}, "unknown kind 'cp'"),
+        ({"kind": "hosvd"}, "unknown kind 'hosvd'"),
         ({"ranks": (17,)}, "ranks go up to"),
         ({"name": "fc9"}, "'fc9' is not in the model"),
     ],
