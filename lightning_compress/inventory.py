@@ -35,6 +35,7 @@ from lightning_compress.tracing import Trace
 TIED_KINDS = ("svd",)
 """Kinds whose factors can serve a weight and its transpose."""
 
+_TIED_PART = "its weight is tied to another module's, and {!r} is a projection of an opened layer"
 _MOST_LISTED = 20  # layers in an error message
 
 Patterns = str | type | Sequence[str | type]
@@ -210,7 +211,8 @@ def list_layers(model: nn.Module, trace: Trace | None = None) -> list[Layer]:
             partners: list[tuple[tuple[str, ...], nn.Module]] = []
             first, *others = ties.get(id(module), [(name, module)])
             if others and reason is not None and id(module._parameters.get("weight")) in shared:
-                reason = _why_tied(model, first, others, trace)
+                parts = [holder for holder, tied in (first, *others) if id(tied) in wholes]
+                reason = _why_tied(model, first, others, trace) if not parts else _TIED_PART.format(parts[0])
                 if reason is None and first[1] is module:
                     partners = [(tuple(aliases[id(other)]), other) for _, other in others]
                 elif reason is None:

@@ -109,15 +109,21 @@ def test_folder_holds_tensors_and_json_and_no_pickle(folder, compressed):
     assert stored == plan_of(compressed).compressed.bytes
 
 
-def test_tied_and_shared_weights_stay_so(tmp_path):
+@pytest.mark.parametrize("name", ["a", "embed"])
+def test_tied_and_shared_weights_stay_so(name, tmp_path):
     model, tokens = Tied(), torch.arange(6)[None]
-    compress_(model, Budget(params=0.9), example_input=(tokens,), method="exact", **WEIGHTS_ALONE)
-    assert isinstance(model.a, FactorisedLayer)
+    settings = {"include": [name], "method": "exact", **WEIGHTS_ALONE}
+    compress_(model, Budget(params=0.9), example_input=(tokens,), **settings)
+    assert isinstance(model.get_submodule(name), FactorisedLayer)
     save_compressed(model, tmp_path)
     torch.manual_seed(5)
     fresh = Tied()
     load_compressed(fresh, str(tmp_path))
-    assert fresh.head.weight is fresh.embed.weight
+    if name == "a":
+        assert fresh.head.weight is fresh.embed.weight
+    else:
+        assert fresh.head.expand.weight is fresh.embed.reduce.weight
+        assert fresh.head.reduce.weight is fresh.embed.expand.weight
     assert fresh.a is fresh.b
     assert torch.equal(fresh(tokens), model(tokens))
 

@@ -192,7 +192,9 @@ def test_low_precision_weights_give_nearly_the_same(name, kind, dtype):
         assert {p.dtype for p in layer.parameters()} == {layer.weight.dtype} == {dtype}
         got = layer(*arguments)
         assert got.dtype == dtype
-        assert relative_error(got, expected) < (0.05 if dtype == torch.bfloat16 else 0.01)
+        # a rounded weight may lead the sweeps of CP to another fit of the same error
+        small = 0.02 if layer is inherited and kind in ("cp", "cp3") else 0.01
+        assert relative_error(got, expected) < (0.05 if dtype == torch.bfloat16 else small)
 
 
 # --- copies and files
