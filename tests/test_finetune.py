@@ -222,7 +222,9 @@ def test_only_the_factors_move_in_frozen_epochs(make_trainer, loader, name, sett
     for before, after, frozen in zip(epochs, epochs[1:], (True, True, False, False), strict=False):
         assert all(not torch.equal(before[factor], after[factor]) for factor in factors)
         for other in others:
-            assert torch.equal(before[other], after[other]) == frozen, other
+            # before a batch norm a bias has no gradient but round-off, and LBFGS has no weight decay
+            if frozen or name != "lbfgs" or not (other.startswith("net.conv1.") and other.endswith("bias")):
+                assert torch.equal(before[other], after[other]) == frozen, other
     if name != "lbfgs":  # LBFGS keeps one state for all its parameters
         assert shots.states[1] == factors
         assert shots.states[2] == factors | others
