@@ -289,8 +289,11 @@ class Compress(RestoringCallback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows the schedule the metrics of the epoch, where there was a validation."""
-        if self._scheduled and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
-            self._course.observe(trainer.callback_metrics)
+        if not self._scheduled or self._course.phase.until_plateau is None:
+            return
+        if (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
+            seen = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            self._course.observe(trainer.strategy.broadcast(seen))  # all ranks go on together, as the first one sees it
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -34,6 +34,15 @@ class NoNorm(TinyTask):
         return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
+class OwnLoss(TinyTask):
+    """Logs a loss that falls on the second rank and rises on the first one."""
+
+    def training_step(self, batch, batch_idx):
+        sign = -1 if self.global_rank else 1
+        self.log("own_loss", sign * 100.0 * self.current_epoch, on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+
 def data(batch_size: int) -> DataLoader:
     generator = torch.Generator().manual_seed(2)
     x, y = torch.randn(32, 3, 8, 8, generator=generator), torch.randint(0, 4, (32,), generator=generator)
@@ -125,6 +134,19 @@ def resume():
     return {"whole": fit(task_of(), compress(distill={}), epochs=3), **again}
 
 
+def rounds():
+    # The training loss is each rank's own: the plateau comes for all when the first one sees it.
+    schedule = {
+        "phases": [
+            {"budget": {"params": 0.8}, "until_plateau": {"monitor": "own_loss", "patience": 1, "min_delta": 10.0}},
+            {"budget": {"params": 0.6}, "steps": 2},
+            {"budget": {"params": 0.4}},
+        ]
+    }
+    task = task_of(OwnLoss)
+    return fit(task, compress(schedule=schedule, distill={}), EMAWeightAveraging(decay=0.5), epochs=4)
+
+
 def averaging():
     return fit(task_of(), compress(), EMAWeightAveraging(decay=0.5))
 
@@ -211,8 +233,8 @@ def shared():
 
 
 CASES = [
-    plain, defaults, freezing, distillation, frozen_layer, unused, resume, averaging, bad_budget,
-    failure_of_the_second, out_of_step, shared,
+    plain, defaults, freezing, distillation, frozen_layer, unused, resume, averaging, rounds,
+    bad_budget, failure_of_the_second, out_of_step, shared,
 ]  # fmt: skip
 
 

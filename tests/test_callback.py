@@ -141,7 +141,10 @@ def test_fit_leaves_a_smaller_trained_module(make_trainer, loader, search):
     assert held_by(trainer.optimizers) == after
 
 
-@pytest.mark.parametrize(("search", "objective"), [("continuous", "end_to_end"), ("exact", "moments")])
+@pytest.mark.parametrize(
+    ("search", "objective"),
+    [pytest.param("continuous", "end_to_end", marks=pytest.mark.slow), ("exact", "moments")],
+)
 def test_the_plan_on_the_callback_is_that_of_search_ranks(make_trainer, loader, search, objective):
     task = TinyTask()
     budget = Budget(params=0.5, macs=0.7)
@@ -156,6 +159,7 @@ def test_the_plan_on_the_callback_is_that_of_search_ranks(make_trainer, loader, 
     assert callback.plan.compressed == expected.compressed
 
 
+@pytest.mark.slow
 def test_defaults_are_compress_and_then_a_plain_fit(make_trainer, loader):
     task, logger = TinyTask(), MemoryLogger()
     plain = copy.deepcopy(task)

