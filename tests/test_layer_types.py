@@ -466,7 +466,9 @@ def test_factors_called_with_an_output_size_say_so():
 def test_second_plan_leaves_all_factorised_classes_alone():
     bag, up, head = nn.EmbeddingBag(40, 16), nn.ConvTranspose1d(16, 16, 4), nn.Linear(16, 16)
     net = nn.ModuleDict({"bag": bag, "up": up, "head": head})
-    apply_plan_(net, search_ranks(net, Budget(params=0.7), include=["bag", "up"], kinds=["svd", "channel_svd"], method="exact"))
+    apply_plan_(
+        net, search_ranks(net, Budget(params=0.7), include=["bag", "up"], kinds=["svd", "channel_svd"], method="exact")
+    )
     assert [layer.type for layer in take_inventory(net)] == ["FactorisedLayer", "FactorisedLayer", "Linear"]
     apply_plan_(net, search_ranks(net, Budget(params=0.9), method="exact"))
     assert all(isinstance(module, FactorisedLayer) for module in net.values())
