@@ -630,6 +630,7 @@ def test_output_moments_of_convolutions_sum_over_the_positions(net, images):
     assert all(p.grad is None for p in net.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["moments", "end_to_end"])
 def test_plan_does_not_change_when_a_batch_norm_takes_over_a_scale(objective):
     net = trained_like()
@@ -711,6 +712,7 @@ def test_quality_target_is_met_as_closely_as_the_bisection_can(small):
     assert search_ranks(net, tighter, **settings).output_distance > target
 
 
+@pytest.mark.slow
 def test_quality_target_with_the_default_method(small):
     net, statistics = small
     plan = search_ranks(net, Budget(max_error=0.3), statistics=statistics, example_input=VECTOR)
