@@ -50,6 +50,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 SIZES = (9, 8, 7)
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 ITERATIVE = ("cp", "cp3")  # fitted by sweeps that stop at a relative error of 1e-7; their predictions are bounds
+SLOW = pytest.mark.slow
 TENSORISED = ("tt_linear", "tucker_linear")  # split the outputs: fitted in S alone
 
 
@@ -385,7 +386,7 @@ def test_errors_of_groups_are_those_of_all_spectra_together(kind, shape, known):
 
 
 @pytest.mark.parametrize("known", KNOWN)
-@pytest.mark.parametrize("kind", DECOMPOSITIONS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=SLOW) if k in ITERATIVE else k for k in DECOMPOSITIONS])
 def test_factors_of_groups_attain_the_predicted_error(kind, known):
     shapes = [(5, 4, 3, 2), (5, 4)] if kind not in TENSORISED else [(6, 4)]  # those refuse small layers, not weights
     fits = (s for s in shapes if DECOMPOSITIONS[kind].unsupported(operator_of(of_shape(s))) is None)
@@ -466,7 +467,9 @@ def test_factors_called_with_an_output_size_say_so():
 def test_second_plan_leaves_all_factorised_classes_alone():
     bag, up, head = nn.EmbeddingBag(40, 16), nn.ConvTranspose1d(16, 16, 4), nn.Linear(16, 16)
     net = nn.ModuleDict({"bag": bag, "up": up, "head": head})
-    apply_plan_(net, search_ranks(net, Budget(params=0.7), include=["bag", "up"], kinds=["svd", "channel_svd"], method="exact"))
+    apply_plan_(
+        net, search_ranks(net, Budget(params=0.7), include=["bag", "up"], kinds=["svd", "channel_svd"], method="exact")
+    )
     assert [layer.type for layer in take_inventory(net)] == ["FactorisedLayer", "FactorisedLayer", "Linear"]
     apply_plan_(net, search_ranks(net, Budget(params=0.9), method="exact"))
     assert all(isinstance(module, FactorisedLayer) for module in net.values())
