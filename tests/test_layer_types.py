@@ -183,7 +183,7 @@ def check_factorised(layer, kind, arguments):
     torch.testing.assert_close(low(*arguments), with_weight(layer, low.dense_weight())(*arguments), **TIGHT)
     largest = 1e-6 if kind in ITERATIVE else 1e-9
     for got, wanted in ((full(*arguments), layer(*arguments)), (full.dense_weight(), layer.weight)):
-        assert float((got - wanted).norm() / wanted.norm()) < largest
+        assert float((got - wanted).detach().norm() / wanted.detach().norm()) < largest
 
 
 @pytest.mark.parametrize(("name", "kind"), fitting())
