@@ -70,7 +70,7 @@ def profile_in(kind: str, weight: Tensor, metric: Metric | None = None, groups: 
         return _profile(DECOMPOSITIONS[kind], weight, metric)
     profiles, energies = [], []
     for index, block in enumerate(weight.chunk(groups)):
-        own = metric.group(index) if metric is not None else None
+        own = _usable(DECOMPOSITIONS[kind], metric.group(index) if metric is not None else None)
         profiles.append(_profile(DECOMPOSITIONS[kind], block, own))
         energies.append(weighted_energy(block, own))
     shares = np.array(energies) / max(sum(energies), np.finfo(float).tiny)
