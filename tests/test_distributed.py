@@ -56,7 +56,19 @@ def same(first, second) -> bool:
 
 @slow
 @pytest.mark.parametrize(
-    "case", ["plain", "defaults", "freezing", "distillation", "frozen_layer", "unused", "averaging", "rounds", "resume", "shared"]
+    "case",
+    [
+        "plain",
+        "defaults",
+        "freezing",
+        "distillation",
+        "frozen_layer",
+        "unused",
+        "averaging",
+        "rounds",
+        "resume",
+        "shared",
+    ],
 )
 def test_ranks_are_identical_and_trained_at_the_end(results, case):
     first, second = results(case)
