@@ -215,6 +215,7 @@ def killed(folder: Path, step: int) -> None:
     assert fit(folder, None) == fit(folder / "whole", None)
 
 
+@pytest.mark.slow
 def test_killed_fit_with_rounds_resumes_to_the_same_weights(tmp_path):
     killed(tmp_path, 21)
 

@@ -238,6 +238,7 @@ def test_budgets_are_reached_in_steps_and_schedulers_go_on(make_trainer, loader)
     assert callback.plan.dense.params == dense
 
 
+@pytest.mark.slow
 def test_rounds_in_steps_begin_in_mid_epoch_with_two_optimizers_too(make_trainer, loader):
     task, sizes = TinyTask(groups), Sizes()
     make_trainer(compress(0.5, schedule=IN_STEPS), sizes, max_epochs=2).fit(task, loader)
@@ -289,9 +290,12 @@ ACROSS = {
     "epochs, last": (THREE, 1),
     "steps": (IN_STEPS, 0),
 }
+ACROSS_CASES = [
+    pytest.param(*case, id=name, marks=() if name == "steps" else pytest.mark.slow) for name, case in ACROSS.items()
+]
 
 
-@pytest.mark.parametrize(("schedule", "after"), ACROSS.values(), ids=ACROSS)
+@pytest.mark.parametrize(("schedule", "after"), ACROSS_CASES)
 @pytest.mark.parametrize(
     "configure", [groups, pytest.param(named, marks=pytest.mark.slow), pytest.param(lbfgs, marks=pytest.mark.slow)]
 )
