@@ -134,8 +134,8 @@ def test_unknown_key_is_named_with_a_suggestion_and_the_known_ones(parse, owner,
     ("parse", "known"),
     [
         (Budget.from_value, "params, macs, latency, bytes, ratio, max_error"),
-        (Schedule.from_value, "warmup_steps, freeze_epochs"),
-        (Distill.from_value, "weight, temperature, module"),
+        (Schedule.from_value, "warmup_steps, freeze_epochs, phases"),
+        (Distill.from_value, "weight, temperature, module, kind, blocks, function, dtype"),
         (lambda value: Override.from_value(value, "x"), "kinds, min_rank, max_rank, dense"),
     ],
 )

@@ -238,9 +238,12 @@ def test_the_first_ranks_value_and_the_others_errors_reach_this_one():
 def test_one_process_under_ddp_is_that_of_one_device(make_trainer, loader):
     tasks, callbacks = [TinyTask()], [compress(), compress()]
     tasks.append(copy.deepcopy(tasks[0]))
+    torch.manual_seed(0)
     make_trainer(callbacks[0]).fit(tasks[0], loader)
     try:
-        make_trainer(callbacks[1], strategy="ddp", devices=1).fit(tasks[1], loader)
+        torch.manual_seed(0)
+        settings = {"strategy": "ddp", "devices": 1, "use_distributed_sampler": False}  # else in another order
+        make_trainer(callbacks[1], **settings).fit(tasks[1], loader)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
