@@ -53,6 +53,7 @@ def test_compiles_without_a_graph_break(name, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @EVERY
 def test_every_kind_compiles_without_a_graph_break(name, kind, backend):
@@ -72,6 +73,7 @@ def test_exports(name, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 @EVERY
 def test_every_kind_exports(name, kind):
     check_exported(name, kind)
@@ -93,6 +95,7 @@ def test_traces(name, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 @EVERY
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated", "ignore::torch.jit.TracerWarning")
 def test_every_kind_traces(name, kind):
@@ -133,6 +136,7 @@ def test_exports_to_onnx_by_tracing(name, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 @EVERY
 @pytest.mark.filterwarnings("ignore")
 def test_every_kind_exports_to_onnx_by_tracing(name, kind):
