@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,16 @@ Conv1D.__module__, Conv1D.__qualname__ = "transformers.pytorch_utils", "Conv1D"
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def random_metric(size: int, seed: int = 0, condition: float = 1e3) -> Tensor:
+    basis, _ = torch.linalg.qr(normal(size, size, seed=seed))
+    return (basis * torch.logspace(0, np.log10(condition), size, dtype=torch.float64)) @ basis.T
+
+
+def error_in(metric: Tensor, weight: Tensor, product: Tensor) -> float:
+    lost, flat = (weight - product).flatten(1), weight.flatten(1)
+    return float(((lost @ metric) * lost).sum() / ((flat @ metric) * flat).sum())
 
 
 def randomised(layer: nn.Module, seed: int = 0) -> nn.Module:

@@ -21,22 +21,11 @@ from lightning_compress.decompositions.metric import Metric
 from lightning_compress.plan import LayerPlan, Plan
 from lightning_compress.swap import plan_of
 from tests.conftest import DEFAULTS, WEIGHTS_ALONE, TinyNet
+from tests.layer_zoo import normal, randomised
 
 KINDS = ("cp", "cp3")
 SHAPES = [(6, 5, 3, 3), (3, 7, 5, 3), (4, 4, 2, 3, 2), (5, 4, 1, 3, 3)]
 CASES = [*itertools.product(KINDS, SHAPES), ("cp3", (6, 5, 3)), ("cp3", (6, 5, 3, 1))]
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def randomised(layer, seed=0):
-    layer = layer.double()
-    with torch.no_grad():
-        for index, parameter in enumerate(layer.parameters()):
-            parameter.copy_(normal(*parameter.shape, seed=seed + index))
-    return layer
 
 
 def convolution(shape, **settings):

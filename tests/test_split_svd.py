@@ -18,22 +18,11 @@ from lightning_compress.decompositions.layer_types import operator_of
 from lightning_compress.plan import LayerPlan, Plan
 from lightning_compress.swap import plan_of
 from tests.conftest import DEFAULTS, WEIGHTS_ALONE, TinyNet
+from tests.layer_zoo import error_in, normal, random_metric, randomised
 
 SPLITS = {"split2_svd": 2, "split4_svd": 4}
 SHAPES = [(5, 8, 3, 3), (6, 4, 1, 1), (40, 8, 3, 1), (3, 12, 5, 3)]
 CASES = list(itertools.product(SPLITS, SHAPES))
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def randomised(layer, seed=0):
-    layer = layer.double()
-    with torch.no_grad():
-        for index, parameter in enumerate(layer.parameters()):
-            parameter.copy_(normal(*parameter.shape, seed=seed + index))
-    return layer
 
 
 def factorised(layer, kind, rank):
@@ -51,16 +40,6 @@ def full_rank(kind, shape):
 def blocks_of(weight, splits):
     """The blocks of the unfolding, cut with numpy along the input channels."""
     return [part.reshape(len(part), -1) for part in np.split(np.asarray(weight), splits, axis=1)]
-
-
-def error_in(metric, weight, product):
-    lost, flat = (weight - product).flatten(1), weight.flatten(1)
-    return float(((lost @ metric) * lost).sum() / ((flat @ metric) * flat).sum())
-
-
-def random_metric(size, seed=0, condition=1e3):
-    basis, _ = torch.linalg.qr(normal(size, size, seed=seed))
-    return (basis * torch.logspace(0, np.log10(condition), size, dtype=torch.float64)) @ basis.T
 
 
 # --- the layer

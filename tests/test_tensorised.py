@@ -28,20 +28,12 @@ from lightning_compress.decompositions.tensorised import balanced_factors, modes
 from lightning_compress.errors import PlanMismatchError
 from lightning_compress.export import load_compressed, save_compressed
 from lightning_compress.plan import LayerPlan, Plan
+from tests.layer_zoo import normal, random_metric
 
 KINDS = ["tt_linear", "tucker_linear"]
 RANKS = {"tt_linear": [(1,), (5,), (17,)], "tucker_linear": [(1, 1, 1, 1), (4, 3, 5, 6), (16, 16, 2, 20)]}
 BIG = (256, 320)
 SMALL = (24, 30)  # out 6 x 4, in 5 x 6
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def random_metric(size, seed=0, condition=1e3):
-    basis, _ = torch.linalg.qr(normal(size, size, seed=seed))
-    return (basis * torch.logspace(0, np.log10(condition), size, dtype=torch.float64)) @ basis.T
 
 
 def error_in(metric, weight, product):

@@ -24,21 +24,10 @@ from lightning_compress.search.problem import Problem
 from lightning_compress.search.space import Space
 from lightning_compress.swap import plan_of
 from tests.conftest import DEFAULTS, WEIGHTS_ALONE, TinyNet
+from tests.layer_zoo import error_in, normal, random_metric, randomised
 
 TT = DECOMPOSITIONS["tt"]
 SHAPES = [(5, 4, 3, 3), (7, 3, 5, 2), (2, 9, 3, 3), (4, 3, 2, 3, 2), (4, 5, 1, 3, 3)]
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def randomised(layer, seed=0):
-    layer = layer.double()
-    with torch.no_grad():
-        for index, parameter in enumerate(layer.parameters()):
-            parameter.copy_(normal(*parameter.shape, seed=seed + index))
-    return layer
 
 
 def factorised(layer, ranks):
@@ -47,16 +36,6 @@ def factorised(layer, ranks):
     model = nn.Sequential(layer)
     apply_plan_(model, Plan((planned,), costs, costs))
     return model[0]
-
-
-def error_in(metric, weight, product):
-    lost, flat = (weight - product).flatten(1), weight.flatten(1)
-    return float(((lost @ metric) * lost).sum() / ((flat @ metric) * flat).sum())
-
-
-def random_metric(size, seed=0, condition=1e3):
-    basis, _ = torch.linalg.qr(normal(size, size, seed=seed))
-    return (basis * torch.logspace(0, np.log10(condition), size, dtype=torch.float64)) @ basis.T
 
 
 def product_of(factors):
