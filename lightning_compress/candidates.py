@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from lightning_compress.config import RESOURCES
 from lightning_compress.decompositions import DECOMPOSITIONS, profile_in, weighted_energy
@@ -97,7 +96,7 @@ def tabulate(
     Raises:
         ConfigurationError: If the layer's rank bounds leave no rank of any kind.
     """
-    weight = layer.canonical_weight().detach().to("cpu", torch.float64)
+    weight = layer.double_weight()
     groups = layer.operator.groups
     columns = [RESOURCES.index(name) for name in budgeted]
     dense = _dense_costs(layer)
@@ -148,7 +147,7 @@ def _spectral(profile: RankProfile) -> Floats:
 
 def tabulate_shared(
     layer: Layer, *, budgeted: Sequence[str], rank_multiple: int = 1, metrics: Sequence[Metric | None]
-) -> tuple[Candidates, Floats]:
+) -> Candidates:
     """Like `tabulate`, for linear layers that share their first factor.
 
     An error of the group is 1 − Π_i (1 − e_i), so that its loss is the sum of its members'.
@@ -158,11 +157,8 @@ def tabulate_shared(
         budgeted: See `tabulate`.
         rank_multiple: See `tabulate`.
         metrics: Of each member.
-
-    Returns:
-        The candidates and the members' own errors, (candidates, members).
     """
-    weights = [member.weight.detach().to("cpu", torch.float64) for member in layer.members]
+    weights = [member.double_weight() for member in layer.members]
     columns = [RESOURCES.index(name) for name in budgeted]
     with threads_for(weights[0]):
         errors = shared_errors(weights, metrics)
@@ -177,7 +173,7 @@ def tabulate_shared(
     together, dense = 1 - np.prod(1 - errors[rows], axis=1), _dense_costs(layer)
     kept = np.flatnonzero((costs[:, 0] < dense[0]) & (costs[:, 1] <= dense[1]))
     kept = kept[_undominated(together[kept], costs[kept][:, columns])]
-    table = Candidates(
+    return Candidates(
         name=layer.name,
         kinds=(*("svd" for _ in kept), DENSE),
         ranks=(*((int(rank),) for rank in ranks[rows[kept], 0]), ()),
@@ -186,7 +182,6 @@ def tabulate_shared(
         energy=1.0,
         costs=np.concatenate([costs[kept], dense[None]]),
     )
-    return table, np.concatenate([errors[rows[kept]], np.zeros((1, len(weights)))])
 
 
 def _largest(layer: Layer) -> str:

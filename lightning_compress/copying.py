@@ -1,10 +1,14 @@
-"""A deep copy of a module for its own sake."""
+"""A deep copy of a module for its own sake, and a digest of tensors by which copies are told apart."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
+from collections.abc import Iterable
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def detached_copy(module: nn.Module) -> nn.Module:
@@ -17,3 +21,13 @@ def detached_copy(module: nn.Module) -> nn.Module:
     finally:
         for m, trainer in attached.items():
             m.__dict__["_trainer"] = trainer
+
+
+def digest_of(named: Iterable[tuple[str, Any]]) -> str:
+    """Returns a SHA-256 over names and the values of those that are tensors."""
+    digest = hashlib.sha256()
+    for name, value in named:
+        digest.update(name.encode())
+        if isinstance(value, Tensor):
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_compress.checkpoint import RestoringCallback
 from lightning_compress.compression import Compression
+from lightning_compress.copying import digest_of
 from lightning_compress.errors import CompressionWarning, DivergedRanksError, UnsupportedError
 from lightning_compress.sharing import Share, sharing
 
@@ -105,7 +105,7 @@ def rewrap(trainer: Trainer, pl_module: LightningModule) -> None:
     if not isinstance(strategy, DDPStrategy):
         return
     if strategy.world_size > 1:
-        sums = _Ranks(strategy).exchange("the parameters", _checksum(pl_module))
+        sums = _Ranks(strategy).exchange("the parameters", digest_of(pl_module.named_parameters()))
         different = [rank for rank, value in enumerate(sums) if value != sums[0]]
         if different:
             msg = f"the parameters of ranks {different} differ from those of rank 0: make the same module on all ranks."
@@ -203,11 +203,3 @@ def _broadcast(module: nn.Module) -> None:
         value = tensor.contiguous()  # collectives want it so
         dist.broadcast(value, src=0)
         tensor.copy_(value)
-
-
-def _checksum(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, value in module.named_parameters():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -101,6 +101,10 @@ class Layer:
         """Returns the dense weight as (groups · out, in, *kernel)."""
         return canonical(self.module, self.weight)
 
+    def double_weight(self) -> Tensor:
+        """Returns the canonical weight as decompositions take it, float64 on the CPU."""
+        return self.canonical_weight().detach().to("cpu", torch.float64)
+
     def own_layout(self, weight: Tensor) -> Tensor:
         """Returns a canonical weight in the layout of the module's own."""
         return own_layout(self.module, weight)
@@ -200,7 +204,8 @@ def list_layers(model: nn.Module, trace: Trace | None = None) -> list[Layer]:
             inside.discard(id(module))
         elif isinstance(module, OpenModule):
             wholes.update({id(child): module for child in module.children()})
-    shared, ties, closed = _tied_parameters(model), _ties(model), openable(model)
+    holders, ties, closed = _holders(model), _ties(model), openable(model)
+    shared = {key for key, count in holders.items() if count > 1}
     layers = []
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=isinstance(module, FactorisedLayer)))
@@ -212,7 +217,7 @@ def list_layers(model: nn.Module, trace: Trace | None = None) -> list[Layer]:
             first, *others = ties.get(id(module), [(name, module)])
             if others and reason is not None and id(module._parameters.get("weight")) in shared:
                 parts = [holder for holder, tied in (first, *others) if id(tied) in wholes]
-                reason = _why_tied(model, first, others, trace) if not parts else _TIED_PART.format(parts[0])
+                reason = _why_tied(first, others, holders, trace) if not parts else _TIED_PART.format(parts[0])
                 if reason is None and first[1] is module:
                     partners = [(tuple(aliases[id(other)]), other) for _, other in others]
                 elif reason is None:
@@ -236,17 +241,16 @@ def _ties(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
 
 
 def _why_tied(
-    model: nn.Module, first: tuple[str, nn.Module], others: Sequence[tuple[str, nn.Module]], trace: Trace | None
+    first: tuple[str, nn.Module],
+    others: Sequence[tuple[str, nn.Module]],
+    holders: Mapping[int, int],
+    trace: Trace | None,
 ) -> str | None:
     """Returns why modules of one weight cannot be factorised together, None if they can."""
-    counts: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            counts[id(parameter)] = counts.get(id(parameter), 0) + 1
     simple = all(type(module) in (nn.Embedding, nn.Linear) for _, module in (first, *others))
-    if not simple or counts[id(first[1].weight)] != 1 + len(others):
+    if not simple or holders[id(first[1].weight)] != 1 + len(others):
         return "its weight is tied to another module's, factorising would untie it"
-    unshared = {key for key, count in counts.items() if count > 1} - {id(first[1].weight)}
+    unshared = {key for key, count in holders.items() if count > 1} - {id(first[1].weight)}
     for name, module in (first, *others):
         reason = _why_dense(module, unshared, None, name)
         if reason is not None:
@@ -426,14 +430,14 @@ def _why_use_dense(trace: Trace | None, name: str) -> str | None:
     return trace.refused.get(name)
 
 
-def _tied_parameters(model: nn.Module) -> set[int]:
-    """Returns the ids of parameters that more than one module holds."""
+def _holders(model: nn.Module) -> dict[int, int]:
+    """Returns how often each parameter is held, by its id."""
     holders: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-    return {key for key, count in holders.items() if count > 1}
+    return holders
 
 
 def _nothing_message(model: nn.Module, layers: Sequence[Layer]) -> str:

@@ -10,9 +10,9 @@ from torch import nn
 from lightning_compress.decompositions import FactorisedLayer
 from lightning_compress.errors import ModelError
 from lightning_compress.inventory import list_layers, require_module
-from lightning_compress.opening import Opening, close_, redo_
+from lightning_compress.opening import Opening, close_, redo_, share_hooks
 from lightning_compress.progress import Progress, silent
-from lightning_compress.swap import Replacement, install, owners_of, share_hooks, uninstall
+from lightning_compress.swap import Replacement, install, owners_of, uninstall
 
 
 def merge_(model: nn.Module, *, progress: Progress | None = None) -> tuple[str, ...]:

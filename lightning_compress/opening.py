@@ -518,7 +518,7 @@ def open_(model: nn.Module, names: Iterable[str]) -> tuple[Opening, ...]:
             msg = f"{aliases[0]!r} ({type(module).__name__}) cannot be opened: {reason}."
             raise ModelError(msg)
         twin = (OpenAttention if isinstance(module, nn.MultiheadAttention) else OpenRecurrent)(cast(Any, module))
-        _move_hooks(module, twin)
+        share_hooks(module, twin)
         openings.append(Opening(aliases, module, twin))
     try:
         redo_(model, openings)
@@ -531,15 +531,15 @@ def open_(model: nn.Module, names: Iterable[str]) -> tuple[Opening, ...]:
 def undo_(model: nn.Module, openings: Iterable[Opening]) -> None:
     """Puts the torch modules back, in the mode their twins are in."""
     for opening in openings:
-        _move_hooks(opening.twin, opening.closed)
-        _put(model, opening.aliases, opening.closed.train(opening.twin.training))
+        share_hooks(opening.twin, opening.closed)
+        put_(model, opening.aliases, opening.closed.train(opening.twin.training))
 
 
 def redo_(model: nn.Module, openings: Iterable[Opening]) -> None:
     """Puts the twins in, in the mode the torch modules are in."""
     for opening in openings:
-        _move_hooks(opening.closed, opening.twin)
-        _put(model, opening.aliases, opening.twin.train(opening.closed.training))
+        share_hooks(opening.closed, opening.twin)
+        put_(model, opening.aliases, opening.twin.train(opening.closed.training))
 
 
 def close_(model: nn.Module) -> tuple[Opening, ...]:
@@ -697,12 +697,14 @@ def _has_its_own_parameters(module: nn.Module) -> bool:
     )
 
 
-def _move_hooks(source: nn.Module, target: nn.Module) -> None:
+def share_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Gives a module the hooks of another, as the same dict objects: their handles keep working."""
     for hooks in HOOKS:
-        target.__dict__[hooks] = source.__dict__[hooks]  # the same dict objects, so handles keep working
+        target.__dict__[hooks] = source.__dict__[hooks]
 
 
-def _put(model: nn.Module, aliases: Iterable[str], module: nn.Module) -> None:
+def put_(model: nn.Module, aliases: Iterable[str], module: nn.Module) -> None:
+    """Puts a module in, under every name."""
     for alias in aliases:
         parent, _, leaf = alias.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)

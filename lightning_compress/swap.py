@@ -23,7 +23,7 @@ from lightning_compress.decompositions.shared import shared_factors
 from lightning_compress.errors import ConfigurationError, PlanMismatchError
 from lightning_compress.inventory import Layer, list_layers, require_module, require_usable_weights
 from lightning_compress.moments import Statistics
-from lightning_compress.opening import HOOKS, Opening, open_, openable, redo_, undo_, with_opened
+from lightning_compress.opening import Opening, open_, openable, put_, redo_, share_hooks, undo_, with_opened
 from lightning_compress.plan import LayerPlan, Plan
 from lightning_compress.progress import Progress, silent
 from lightning_compress.tracing import ExampleInput, Trace, trace
@@ -136,13 +136,13 @@ def install(model: nn.Module, replacements: Sequence[Replacement]) -> None:
     """Puts the factorised layers in, under every name."""
     redo_(model, _openings(replacements))
     for replacement in replacements:
-        _put(model, replacement, replacement.factorised)
+        put_(model, replacement.aliases, replacement.factorised)
 
 
 def uninstall(model: nn.Module, replacements: Sequence[Replacement]) -> None:
     """Puts the dense layers back, under every name."""
     for replacement in replacements:
-        _put(model, replacement, replacement.dense)
+        put_(model, replacement.aliases, replacement.dense)
     undo_(model, _openings(replacements))
 
 
@@ -326,7 +326,7 @@ def _build_shared(
     decomposition = DECOMPOSITIONS[group[0][1].kind]
     if decompose:
         with threads_for(layers[0].weight):
-            weights = [layer.weight.detach().to("cpu", torch.float64) for layer in layers]
+            weights = [layer.double_weight() for layer in layers]
             reduce, expand = shared_factors(weights, metrics, rank)
     else:
         reduce = torch.zeros(rank, layers[0].weight_shape[1])
@@ -351,7 +351,7 @@ def _build(layer: Layer, planned: LayerPlan, metric: Metric | None, *, decompose
     factors: dict[str, Tensor] = {}
     if decompose:
         with threads_for(weight):
-            whole = layer.canonical_weight().detach().to("cpu", torch.float64)
+            whole = layer.double_weight()
             factors = factorise_in(planned.kind, whole, planned.ranks, metric, layer.operator.groups)
     padding = getattr(dense, "padding_idx", None)
     for index, (name, child) in enumerate(children.items()):
@@ -386,12 +386,6 @@ def _class_for(dense: nn.Module) -> type[FactorisedLayer]:
     return FactorisedTransposed if isinstance(dense, _ConvTransposeNd) else FactorisedLayer
 
 
-def share_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Gives a module the hooks of another, as the same dict objects: their handles keep working."""
-    for hooks in HOOKS:
-        target.__dict__[hooks] = source.__dict__[hooks]
-
-
 def _sharing(dense: nn.Module, other: FactorisedLayer) -> FactorisedLayer:
     """Returns the factorised layer of a module with the same weight: of the same Parameters."""
     decomposition = DECOMPOSITIONS[other.kind]
@@ -413,9 +407,3 @@ def _like(value: Tensor, weight: Tensor) -> Tensor:
     """Returns the value in the weight's dtype, device and memory format."""
     value = value.to(weight.device, weight.dtype)
     return value.contiguous(memory_format=channels_last_format(weight) or torch.contiguous_format)
-
-
-def _put(model: nn.Module, replacement: Replacement, module: nn.Module) -> None:
-    for alias in replacement.aliases:
-        parent, _, leaf = alias.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, module)

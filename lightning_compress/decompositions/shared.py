@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_compress.decompositions.base import Floats, tail_errors
+from lightning_compress.decompositions.base import Floats, balanced, tail_errors
 from lightning_compress.decompositions.metric import Metric, regularised
 
 
@@ -36,13 +36,10 @@ def shared_factors(
     _, basis, root = _joint(weights, metrics)
     basis = basis[:, :rank]
     reduce, inputs = (basis.T, basis) if root is None else (_solved(root, basis.T), root @ basis)
-    expand = [weight @ inputs for weight in weights]
-    tiny = torch.finfo(reduce.dtype).tiny
-    outputs = torch.stack([e.square().sum(dim=0) for e in expand]).mean(dim=0).sqrt()
-    scale = (outputs / reduce.norm(dim=1).clamp_min(tiny)).sqrt()
-    floor = 1e-2 * scale.max() if bool(scale.any()) else torch.ones((), dtype=scale.dtype)
-    scale = scale.clamp_min(floor)
-    return reduce * scale[:, None], [e / scale for e in expand]
+    stacked = torch.cat([weight @ inputs for weight in weights])
+    size = len(weights) ** 0.5  # a component counts with its mean over the layers
+    first, last = balanced(reduce.T, stacked.T / size)
+    return first.T, list(torch.split_with_sizes(last.T * size, [len(weight) for weight in weights]))
 
 
 def _joint(weights: Sequence[Tensor], metrics: Sequence[Metric | None]) -> tuple[list[Tensor], Tensor, Tensor | None]:

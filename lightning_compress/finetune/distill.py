@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.config import Distill, did_you_mean
-from lightning_compress.copying import detached_copy
+from lightning_compress.copying import detached_copy, digest_of
 from lightning_compress.decompositions import FactorisedLayer
 from lightning_compress.errors import ConfigurationError, DistillationError
 from lightning_compress.opening import open_, openable
@@ -46,12 +45,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
 
 def fingerprint(module: nn.Module) -> str:
     """Returns a SHA-256 over names and values of the state dict."""
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        digest.update(name.encode())
-        if isinstance(value, Tensor):
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return digest_of(module.state_dict().items())
 
 
 class Teacher:

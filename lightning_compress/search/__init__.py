@@ -9,7 +9,6 @@ from typing import Any, cast
 from warnings import warn
 
 import numpy as np
-import torch
 from torch import nn
 
 from lightning_compress.candidates import DENSE, Candidates, dense_macs, tabulate, tabulate_shared
@@ -387,7 +386,7 @@ def _shared(  # noqa: PLR0917
     units = {layer.name: layer for layer in chosen}
     for group in groups:
         metrics = [statistics.metric(m.name) if statistics is not None else None for m in group.members]
-        together, _ = tabulate_shared(group, budgeted=budget.budgeted, rank_multiple=rank_multiple, metrics=metrics)
+        together = tabulate_shared(group, budgeted=budget.budgeted, rank_multiple=rank_multiple, metrics=metrics)
         apart = tuple(own[member.name] for member in group.members)
         columns = [RESOURCES.index(name) for name in budget.budgeted]
         limits = together.costs[-1, columns] * fractions
@@ -488,7 +487,7 @@ def _member_plans(
     metrics = [statistics.metric(member.name) if statistics is not None else None for member in members]
     errors = np.zeros(len(members))
     if table.kinds[row] != DENSE:
-        weights = [member.weight.detach().to("cpu", torch.float64) for member in members]
+        weights = [member.double_weight() for member in members]
         errors = shared_errors(weights, metrics)[ranks[0] - 1]
     for index, (member, error) in enumerate(zip(members, errors, strict=True)):
         out, in_ = member.weight_shape

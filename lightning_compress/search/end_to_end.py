@@ -119,14 +119,14 @@ class Outputs:
         if entry.members:
             return self._shared_factors(entry, ranks[0])
         with threads_for(entry.weight), torch.no_grad():
-            weight = entry.canonical_weight().detach().to("cpu", torch.float64)
+            weight = entry.double_weight()
             metric = self.statistics.metric(entry.name)
             found = factorise_in(kind, weight, ranks, metric, entry.operator.groups)
         return {name: value.to(entry.weight.device, entry.weight.dtype) for name, value in found.items()}
 
     def _shared_factors(self, entry: Layer, rank: int) -> dict[str, Tensor]:
         with threads_for(entry.weight), torch.no_grad():
-            weights = [member.weight.detach().to("cpu", torch.float64) for member in entry.members]
+            weights = [member.double_weight() for member in entry.members]
             metrics = [self.statistics.metric(member.name) for member in entry.members]
             reduce, expand = shared_factors(weights, metrics, rank)
         found = {"reduce": reduce, "expand": torch.cat(expand)}
@@ -346,7 +346,7 @@ def _distances(
     for index, weight in weights.items():
         layer = outputs.layers[index]
         members = layer.members or (layer,)
-        parts = _parts(weight, layer) if layer.members else (weight,)
+        parts = torch.split_with_sizes(weight, [m.weight_shape[0] for m in members]) if layer.members else (weight,)
         names.update({f"{member.name}.weight": part for member, part in zip(members, parts, strict=True)})
     tied = any(outputs.layers[i].partners for i in weights)
     model = outputs.model
@@ -358,12 +358,6 @@ def _distances(
         lost = torch.stack([(o - t).float().square().sum() for o, t in zip(found, targets, strict=True)]).sum()
     spread = torch.stack([(t - t.mean(dim=0)).float().square().sum() for t in targets]).sum()
     return lost, spread
-
-
-def _parts(weight: Tensor, layer: Layer) -> tuple[Tensor, ...]:
-    """Returns the weights of the members of a layer, from the stacked one."""
-    ends = np.cumsum([member.weight_shape[0] for member in layer.members]).tolist()
-    return tuple(weight[start:end] for start, end in zip([0, *ends], ends, strict=False))
 
 
 def _groups(batch: Arguments, inputs: int | None, size: int) -> list[Arguments]:
