@@ -43,10 +43,12 @@ class OwnLoss(TinyTask):
         return super().training_step(batch, batch_idx)
 
 
-def data(batch_size: int) -> DataLoader:
+def data(batch_size: int, parts: int = 1) -> DataLoader:
+    """All samples, or every `parts`-th one from this rank's number on."""
     generator = torch.Generator().manual_seed(2)
     x, y = torch.randn(32, 3, 8, 8, generator=generator), torch.randint(0, 4, (32,), generator=generator)
-    return DataLoader(TensorDataset(x, y), batch_size=batch_size)
+    samples = slice(int(os.environ.get("LOCAL_RANK", "0")) % parts, None, parts)
+    return DataLoader(TensorDataset(x[samples], y[samples]), batch_size=batch_size)
 
 
 class Watch(L.Callback):
@@ -79,7 +81,9 @@ def fit(task, callback, *others, batch_size=4, epochs=2, ckpt_path=None, devices
         **settings,
     )
     start = copy.deepcopy(task)
-    trainer.fit(task, data(batch_size), ckpt_path=ckpt_path)
+    # Lightning's sampler shuffles the training data, also those of a loader that does not
+    parts = 1 if settings.get("use_distributed_sampler", True) else devices
+    trainer.fit(task, data(batch_size, parts), ckpt_path=ckpt_path)
     plan = callback.plan
     return {
         "state": task.state_dict(),
@@ -99,7 +103,7 @@ def task_of(cls=TinyTask, seed=0):
 
 
 def plain():
-    return fit(task_of(NoNorm), compress(), precision="64-true")
+    return fit(task_of(NoNorm), compress(), precision="64-true", use_distributed_sampler=False)
 
 
 def defaults():

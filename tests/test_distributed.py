@@ -84,7 +84,6 @@ def test_ranks_are_identical_and_trained_at_the_end(results, case):
     assert first["wrapped"] in ("TinyTask", "NoNorm", "OwnLoss")  # the trainer unwraps it at the end
 
 
-@pytest.mark.xfail(reason="the weights end up to 3e-4 apart; the cause is open", strict=False)
 @slow
 def test_two_ranks_reach_the_weights_of_one_process_with_the_doubled_batch(results):
     pair = results("plain")
@@ -240,16 +239,17 @@ def test_one_process_under_ddp_is_that_of_one_device(make_trainer, loader):
     tasks, callbacks = [TinyTask()], [compress(), compress()]
     tasks.append(copy.deepcopy(tasks[0]))
     torch.manual_seed(0)
-    make_trainer(callbacks[0]).fit(tasks[0], loader)
+    make_trainer(callbacks[0], precision="64-true").fit(tasks[0], loader)
     try:
         torch.manual_seed(0)
         settings = {"strategy": "ddp", "devices": 1, "use_distributed_sampler": False}  # else in another order
-        make_trainer(callbacks[1], **settings).fit(tasks[1], loader)
+        make_trainer(callbacks[1], precision="64-true", **settings).fit(tasks[1], loader)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     assert callbacks[0].plan.layers == callbacks[1].plan.layers
-    assert same(tasks[0].state_dict(), tasks[1].state_dict())
+    # gradients are sums in another order: nothing in float64, but Adam makes much of them in float32 where they are 0
+    torch.testing.assert_close(tasks[1].state_dict(), tasks[0].state_dict(), rtol=1e-8, atol=1e-10)
 
 
 # --- refusals -----------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from lightning_compress.decompositions.base import (
 from lightning_compress.decompositions.metric import regularised
 from lightning_compress.decompositions.svd import axes_of, needs_spatial_kernel
 
+FIN = 1
 RANDOM_STARTS = 4
 """Starts of a fit beside that from the slices, where they are affordable."""
 SCOUT_SWEEPS = 15
@@ -433,7 +434,7 @@ def _fitted(problem: _Problem, rank: int) -> _Components:
     starts = [_Slices(problem.weight).filters(rank)]
     starts += [_random_filters(dims[1:], rank, seed) for seed in range(min(RANDOM_STARTS, total // SWEEPS_PER_START))]
     scouted = [separable.run(start, min(SCOUT_SWEEPS, total)) for start in starts]
-    finalists = sorted(scouted, key=_error)[:2]
+    finalists = sorted(scouted, key=_error)[:FIN]
     left = max(total - SCOUT_SWEEPS * len(starts), 0) // len(finalists)
     best = min((separable.run(found.filters, left) for found in finalists), key=_error)
     best, ridge = _corrected(separable, best)
