@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from typing_extensions import override
 
 from lightning_compress.progress import Progress, silent
 from lightning_compress.sharing import shared_map
@@ -111,6 +112,7 @@ def synthesise(
             return _match(model, start[index], norms, steps, report)
 
         start = batches
+        _keep_freed_memory()
         matched = shared_map("synthetic inputs", match, range(len(batches)))
         batches = [arguments for arguments, _ in matched]
         mismatches = [mismatch for _, mismatch in matched if math.isfinite(mismatch)]
@@ -273,6 +275,15 @@ def _match(
     return tree_unflatten(_with_free(leaves, best), spec), mismatch
 
 
+def _keep_freed_memory() -> None:
+    """Lets the C library reuse the activations' memory in the place of giving it back after every layer.
+
+    glibc gives back, and lets the kernel clear again, what exceeds twice the largest block freed so far (mallopt(3),
+    M_MMAP_THRESHOLD); blocks above 32 MiB do not count. A tenth of the optimisation's time; elsewhere it does nothing.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
+
+
 def _indecision(outputs: Any) -> Tensor:
     """Returns the weighted entropies of a classifier's predictions, 0 for any other model."""
     tensors = output_tensors(outputs)
@@ -297,10 +308,32 @@ def _with_free(leaves: list[Any], free: list[Tensor]) -> list[Any]:
     return [next(values).to(leaf.dtype) if _is_free(leaf) else leaf for leaf in leaves]
 
 
+class _BatchMoments(torch.autograd.Function):
+    """Mean and variance of every channel, (C,) each, of (B, C, …); what `var_mean` gives in a fifth of the time.
+
+    On a CPU that reduces over all but the second axis on a path of its own, and half the optimisation was spent there.
+    """
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        dims = [d for d in range(inputs.ndim) if d != 1]
+        mean = inputs.mean(dims, keepdim=True)
+        ctx.save_for_backward(inputs, mean)
+        return mean.flatten(), (inputs - mean).square_().mean(dims)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        inputs, mean = cast(tuple[Tensor, Tensor], ctx.saved_tensors)
+        count = inputs.numel() // mean.numel()
+        of_mean, of_variance = (g.reshape_as(mean) / count for g in gradients)
+        return torch.addcmul(of_mean - 2 * of_variance * mean, inputs, 2 * of_variance)
+
+
 def _deviation(norm: _BatchNorm, inputs: Tensor) -> Tensor:
     """Returns how far the batch statistics are from the running ones, in running deviations."""
-    dims = [d for d in range(inputs.ndim) if d != 1]
-    variance, mean = torch.var_mean(inputs.float(), dims, unbiased=False)
+    mean, variance = cast(tuple[Tensor, Tensor], _BatchMoments.apply(inputs.float()))
     running_mean, running_variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var) + norm.eps
     by_mean = (mean - running_mean).square() / running_variance
     by_spread = ((variance + norm.eps).sqrt() / running_variance.sqrt() - 1).square()

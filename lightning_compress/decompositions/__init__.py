@@ -100,24 +100,39 @@ def weighted_energy(weight: Tensor, metric: Metric | None, groups: int = 1) -> f
 
 
 def factorise_in(
-    kind: str, weight: Tensor, ranks: tuple[int, ...], metric: Metric | None = None, groups: int = 1
+    kind: str,
+    weight: Tensor,
+    ranks: tuple[int, ...],
+    metric: Metric | None = None,
+    groups: int = 1,
+    *,
+    draft: bool = False,
 ) -> dict[str, Tensor]:
     """Returns the canonical weights of the child layers, fitted in the metric; see `profile_in`.
 
     Those of several groups are one after the other along the first dimension. Every kind leaves the
     output channels to its last factor, so G is a change of their basis; kinds that split them ignore it.
+
+    Args:
+        kind: A key of `DECOMPOSITIONS`.
+        weight: See `profile_in`.
+        ranks: Of the kind.
+        metric: See `profile_in`.
+        groups: See `profile_in`.
+        draft: Whether a quick fit will do, see `Decomposition.draft`.
     """
     decomposition = DECOMPOSITIONS[kind]
     if groups > 1:
         parts = [
-            factorise_in(kind, block, ranks, metric.group(index) if metric is not None else None)
+            factorise_in(kind, block, ranks, metric.group(index) if metric is not None else None, draft=draft)
             for index, block in enumerate(weight.chunk(groups))
         ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     metric = _usable(decomposition, metric)
+    fit = decomposition.draft if draft else decomposition.factorise
     if metric is None:
-        return decomposition.factorise(weight, ranks)
-    factors = decomposition.factorise(metric.weigh(weight), ranks, metric.inputs)
+        return fit(weight, ranks)
+    factors = fit(metric.weigh(weight), ranks, metric.inputs)
     last = list(factors)[-1]
     return {**factors, last: metric.unweigh(factors[last])}
 

@@ -192,6 +192,13 @@ class Decomposition(ABC):
     def factorise(self, weight: Tensor, ranks: tuple[int, ...], metric: Tensor | None = None) -> dict[str, Tensor]:
         """Returns the weights of the child layers by name, float64, fitted in the metric."""
 
+    def draft(self, weight: Tensor, ranks: tuple[int, ...], metric: Tensor | None = None) -> dict[str, Tensor]:
+        """Returns factors as `factorise` does, in a fraction of the time and not quite as good where that is slow.
+
+        The search gates their components; those it decides on are fitted anew.
+        """
+        return self.factorise(weight, ranks, metric)
+
     def gated(self, factors: Mapping[str, Tensor], gates: Callable[[int, int], Tensor]) -> dict[str, Tensor]:
         """Returns the factors with each ordered component times its gate.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -34,14 +34,11 @@ from lightning_compress.decompositions.base import (
 from lightning_compress.decompositions.metric import regularised
 from lightning_compress.decompositions.svd import axes_of, needs_spatial_kernel
 
-FIN = 1
-RANDOM_STARTS = 4
-"""Starts of a fit beside that from the slices, where they are affordable."""
-SCOUT_SWEEPS = 15
-"""Sweeps after which the starts are compared; the best two go on."""
-SWEEPS_PER_START = 60
-"""A random start is affordable for each of these sweeps."""
-SWEEPS, METRIC_SWEEPS, PROFILE_SWEEPS = (12, 180), (2, 15), (3, 12)
+SCOUT_SWEEPS = 10
+"""Sweeps after which the start from the slices and a random one are compared."""
+SWEEPS_FOR_BOTH = 60
+"""The random start is left out where fewer sweeps than these are affordable."""
+SWEEPS, METRIC_SWEEPS, PROFILE_SWEEPS = (12, 90), (2, 15), (3, 12)
 """Fewest and most sweeps of a fit (of all its starts together), in the whole metric, and of one rank of a profile."""
 WORK, PROFILE_WORK = 3e10, 5e9
 """Multiply-adds of a fit (about five seconds of one core) and of one rank of a profile, beyond the fewest sweeps."""
@@ -112,13 +109,7 @@ class _Canonical(Decomposition):
         start = np.maximum(slices.errors[:limit], TINY)
         grid = np.unique(np.round(limit / PROFILE_STEP ** np.arange(math.log(limit, PROFILE_STEP) + 1)).astype(int))
         grid = np.array([rank for rank in grid.tolist() if rank == 1 or _work(dims, rank) < PROFILE_LIMIT])
-        kept = []
-        for rank in grid.tolist():
-            sweeps = int(np.clip(PROFILE_WORK / _work(dims, rank), *PROFILE_SWEEPS))
-            found = _separable(problem).run(slices.filters(rank), sweeps)
-            if problem.metric is not None:
-                found = problem.solve(found.filters)
-            kept.append(found.error / start[rank - 1])
+        kept = [_drafted(problem, rank, slices).error / start[rank - 1] for rank in grid.tolist()]
         predicted = start * np.interp(ranks, grid, kept)
         errors: Floats = np.minimum.accumulate(np.clip(predicted, 0.0, 1.0))
         return RankProfile(ranks[:, None], errors)
@@ -129,12 +120,20 @@ class _Canonical(Decomposition):
 
         The norm of a component is shared out evenly over its factors.
         """
-        (rank,) = ranks
+        return self._factors(weight, ranks[0], metric, _fitted)
+
+    @override
+    def draft(self, weight: Tensor, ranks: tuple[int, ...], metric: Tensor | None = None) -> dict[str, Tensor]:
+        return self._factors(weight, ranks[0], metric, _drafted)
+
+    def _factors(
+        self, weight: Tensor, rank: int, metric: Tensor | None, fit: Callable[[_Problem, int], _Components]
+    ) -> dict[str, Tensor]:
         shape = tuple(weight.shape)
         dims = self._dims(shape)
         if bool(weight.any()):
             problem = _Problem.of(weight.reshape(dims), metric)
-            expand, filters = problem.unwhitened(_fitted(problem, rank))
+            expand, filters = problem.unwhitened(fit(problem, rank))
         else:  # some directions for the zero components to train in
             expand, filters = (
                 torch.zeros(dims[0], rank, dtype=weight.dtype),
@@ -333,7 +332,7 @@ class _Problem:
         cross = self._cross @ features
         expand = _divided(cross, gram, ridge)
         explained = (expand.T @ expand) * gram
-        error = float(1 - 2 * (expand * cross).sum() + explained.sum())
+        error = float(1 - 2 * torch.vdot(expand.flatten(), cross.flatten()) + explained.sum())
         rounding = torch.finfo(gram.dtype).eps * float(explained.abs().sum())  # large where components cancel
         error = max(error, rounding) if math.isfinite(error) else math.inf
         return _Components(expand, filters, error, error + ridge * float(expand.square().sum())), half
@@ -343,7 +342,7 @@ class _Problem:
 
         All other columns have norm 1 when a mode is solved for, so that the penalty of the norms is its ridge.
         """
-        norms = found.expand.norm(dim=0)
+        norms = torch.linalg.vector_norm(found.expand, dim=0)
         expand, filters = _unit(found.expand), list(found.filters)
         correlated = (self._cross.T @ expand).reshape(*(len(f) for f in filters), -1)  # Wᵀ A
         outer = expand.T @ expand
@@ -358,7 +357,8 @@ class _Problem:
                 solved, half = self._stepped(
                     filters, mode, solved=filters[mode] * norms, target=target, half=half, outer=outer, ridge=ridge
                 )
-            norms, filters[mode] = solved.norm(dim=0), _unit(solved)
+            norms = torch.linalg.vector_norm(solved, dim=0)
+            filters[mode] = solved / norms.clamp_min(torch.finfo(solved.dtype).tiny)
         return filters
 
     def _stepped(
@@ -426,17 +426,24 @@ class _Slices:
         return [self._rows[chosen].T, *(basis[:, index] for basis, index in pairs)]
 
 
+def _drafted(problem: _Problem, rank: int, slices: _Slices | None = None) -> _Components:
+    """Returns the components that a few sweeps lead to from the slices, which are worked out where not given."""
+    slices = slices or _Slices(problem.weight)
+    sweeps = int(np.clip(PROFILE_WORK / _work(tuple(problem.weight.shape), rank), *PROFILE_SWEEPS))
+    found = _separable(problem).run(slices.filters(rank), sweeps)
+    return found if problem.metric is None else problem.solve(found.filters)
+
+
 def _fitted(problem: _Problem, rank: int) -> _Components:
-    """Returns the components of the best of several starts, with bounded norms."""
+    """Returns the components of the better of two starts, with bounded norms."""
     dims = tuple(problem.weight.shape)
     separable = _separable(problem)
     total = int(np.clip(WORK / _work(dims, rank), *SWEEPS))
     starts = [_Slices(problem.weight).filters(rank)]
-    starts += [_random_filters(dims[1:], rank, seed) for seed in range(min(RANDOM_STARTS, total // SWEEPS_PER_START))]
-    scouted = [separable.run(start, min(SCOUT_SWEEPS, total)) for start in starts]
-    finalists = sorted(scouted, key=_error)[:FIN]
-    left = max(total - SCOUT_SWEEPS * len(starts), 0) // len(finalists)
-    best = min((separable.run(found.filters, left) for found in finalists), key=_error)
+    if total >= SWEEPS_FOR_BOTH:
+        starts.append(_random_filters(dims[1:], rank))
+    scouted = min((separable.run(start, min(SCOUT_SWEEPS, total)) for start in starts), key=_error)
+    best = separable.run(scouted.filters, max(total - SCOUT_SWEEPS * len(starts), 0))
     best, ridge = _corrected(separable, best)
     if problem.metric is None:
         return best
@@ -495,8 +502,8 @@ def _work(dims: Sequence[int], rank: int) -> float:
     return 2 * rank * math.prod(dims) + len(dims) * rank**3 / 3 + sum(dims) * rank**2
 
 
-def _random_filters(dims: Sequence[int], rank: int, seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+def _random_filters(dims: Sequence[int], rank: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
     return [_unit(torch.randn(size, rank, generator=generator, dtype=torch.float64)) for size in dims]
 
 
@@ -535,12 +542,13 @@ def _contracted(blocks: Tensor, filters: Sequence[Tensor], mode: int) -> Tensor:
 
 def _divided(targets: Tensor, gram: Tensor, ridge: float) -> Tensor:
     """Returns T (G + ridge)⁻¹, (n, R), with as little more on the diagonal as makes G definite."""
-    scale = gram.diagonal().mean()
-    if not bool(torch.isfinite(scale)):
+    scale = float(gram.trace()) / len(gram)
+    if not math.isfinite(scale):
         return torch.full_like(targets, torch.nan)
-    eye = torch.eye(len(gram), dtype=gram.dtype)
     for more in (1e-12, 1e-9, 1e-6):
-        root, info = torch.linalg.cholesky_ex(gram + (ridge + more * scale) * eye)
+        definite = gram.clone()
+        definite.diagonal().add_(ridge + more * scale)
+        root, info = torch.linalg.cholesky_ex(definite)
         if int(info) == 0:
             break
     solved: Tensor = torch.cholesky_solve(targets.T, root).T
@@ -549,8 +557,7 @@ def _divided(targets: Tensor, gram: Tensor, ridge: float) -> Tensor:
 
 def _unit(columns: Tensor) -> Tensor:
     """Returns columns of norm 1, those of zero as they are."""
-    norms = columns.norm(dim=0)
-    return columns / torch.where(norms > 0, norms, torch.ones_like(norms))
+    return columns / torch.linalg.vector_norm(columns, dim=0).clamp_min(torch.finfo(columns.dtype).tiny)
 
 
 def _extrapolated(current: Sequence[Tensor], before: Sequence[Tensor], step: float) -> list[Tensor]:

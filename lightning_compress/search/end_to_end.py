@@ -46,8 +46,8 @@ from lightning_compress.sharing import in_threads
 from lightning_compress.synthesis import WORK
 from lightning_compress.tracing import Arguments, inference, output_tensors, sample_counts
 
-STEPS = 40
-LEARNING_RATE = 0.03
+STEPS = 20
+LEARNING_RATE = 0.05
 TEMPERATURES = (0.1, 0.01)
 """First and last T, as a fraction of a path's ranks."""
 LEAST_TEMPERATURE = 0.25
@@ -81,6 +81,7 @@ class Outputs:
         statistics: With the synthetic inputs, and the metric in which factors are fitted.
         inputs: Synthetic inputs per step.
         measured: Distances that were worked out, by kinds and ranks: a search asks for some twice.
+        fitted: Factors, by layer, kind and ranks: choices that are compared have most in common.
         cached: Outputs of the dense model, by batch, size of the groups and group.
     """
 
@@ -89,6 +90,9 @@ class Outputs:
     statistics: Statistics
     inputs: int = INPUTS
     measured: dict[tuple[Any, ...], float] = field(default_factory=dict, compare=False, repr=False)
+    fitted: dict[tuple[int, str, tuple[int, ...]], dict[str, Tensor]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
     cached: dict[tuple[int, int, int], list[Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -113,15 +117,15 @@ class Outputs:
             self.cached[key] = found
         return found
 
-    def factors(self, layer: int, kind: str, ranks: tuple[int, ...]) -> dict[str, Tensor]:
-        """Returns a layer's factors in the metric, in the weight's dtype."""
+    def factors(self, layer: int, kind: str, ranks: tuple[int, ...], *, draft: bool = False) -> dict[str, Tensor]:
+        """Returns a layer's factors in the metric, in the weight's dtype; for `draft` see `factorise_in`."""
         entry = self.layers[layer]
         if entry.members:
             return self._shared_factors(entry, ranks[0])
         with threads_for(entry.weight), torch.no_grad():
             weight = entry.double_weight()
             metric = self.statistics.metric(entry.name)
-            found = factorise_in(kind, weight, ranks, metric, entry.operator.groups)
+            found = factorise_in(kind, weight, ranks, metric, entry.operator.groups, draft=draft)
         return {name: value.to(entry.weight.device, entry.weight.dtype) for name, value in found.items()}
 
     def _shared_factors(self, entry: Layer, rank: int) -> dict[str, Tensor]:
@@ -180,7 +184,8 @@ def _measure(outputs: Outputs, problem: Problem, choice: Ints) -> float:
         layer, row, entry = problem.layers[index], choice[index], outputs.layers[index]
         if layer.kinds[row] == DENSE:
             return None
-        factors = outputs.factors(index, layer.kinds[row], layer.ranks[row])
+        key = (index, layer.kinds[row], layer.ranks[row])
+        factors = outputs.fitted[key] = outputs.fitted.get(key) or outputs.factors(*key)
         kind, operator = DECOMPOSITIONS[layer.kinds[row]], entry.operator
         return entry.own_layout(multiplied_out(kind, factors, operator.shape, operator.groups))
 
@@ -244,7 +249,7 @@ class _Paths:
                 return None
             limits = DECOMPOSITIONS[kind].max_ranks(outputs.layers[layer].operator.shape)
             largest = tuple(min(m, math.ceil(r) + 1) for m, r in zip(limits, ranks[path].tolist(), strict=False))
-            return outputs.factors(layer, kind, largest)
+            return outputs.factors(layer, kind, largest, draft=True)
 
         factors = in_threads(factors_of, range(len(space.kinds)))
         logits = START_LOGIT * chosen.double()
