@@ -1,4 +1,4 @@
-"""A fit with three rounds, killed with SIGKILL at random points and resumed until it ends.
+"""A fit with three rounds, killed with SIGKILL at random steps or times and resumed until it ends.
 
     python -m benchmarks.kill_resume --points 20
 
@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,13 +64,14 @@ class Net(L.LightningModule):
 
 
 class Progress(Callback):
-    """Counts batches in a file, and stops for good at one of them."""
+    """Counts steps in a file, and stops for good at one of them."""
 
     def __init__(self, folder: Path, kill_at: int | None) -> None:
-        self._file, self._kill_at = folder / "batches", kill_at
+        self._file, self._kill_at = folder / "steps", kill_at
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self._file.write_text(str(trainer.global_step), encoding="utf-8")
         if trainer.global_step == self._kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -107,20 +109,30 @@ def fit(folder: Path, kill_at: int | None) -> str:
     return digest.hexdigest()
 
 
-def killed_and_resumed(folder: Path, step: int | None, after: float | None = None) -> tuple[int, str]:
+def killed_and_resumed(folder: Path, step: int | None, after: float | None = None) -> tuple[int, int, str]:
     """Runs a fit in processes of its own, the first one killed at a step or after some seconds.
 
     Returns:
-        The exit status of the first process and the digest of the last one.
+        Steps and exit status of the first process, and the digest of the last one.
     """
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kill_resume", "--fit", str(folder)]
-    with subprocess.Popen([*command, *(["--kill-at", str(step)] if step is not None else [])]) as process:
+    command = [*_command(folder), *(["--kill-at", str(step)] if step is not None else [])]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         if after is not None:
             time.sleep(after)
             process.send_signal(signal.SIGKILL)
         status = process.wait()
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return status, done.stdout.split()[-1]
+    steps = folder / "steps"
+    return int(steps.read_text(encoding="utf-8")) if steps.exists() else 0, status, resumed(folder)
+
+
+def resumed(folder: Path) -> str:
+    """Runs a fit to its end in a process of its own; returns the digest."""
+    done = subprocess.run(_command(folder), check=True, capture_output=True, text=True)
+    return done.stdout.split()[-1]
+
+
+def _command(folder: Path) -> list[str]:
+    return [sys.executable, "-W", "ignore", "-m", "benchmarks.kill_resume", "--fit", str(folder)]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -135,19 +147,29 @@ def main(arguments: list[str] | None = None) -> None:
         warnings.simplefilter("ignore")
         print(fit(options.fit, options.kill_at))
         return
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "whole").mkdir()
-        expected = fit(Path(folder) / "whole", None)
+        start = time.perf_counter()
+        expected = resumed(Path(folder) / "whole")
+        seconds = time.perf_counter() - start
         draw = random.Random(options.seed)
         for point in range(options.points):
             own = Path(folder) / str(point)
             own.mkdir()
-            step = draw.randint(1, EPOCHS * BATCHES - 1)
-            status, digest = killed_and_resumed(own, step)
+            # every other one after a time, wherever the process is then: in the search, writing a checkpoint, …
+            step = draw.randint(1, EPOCHS * BATCHES - 1) if point % 2 == 0 else None
+            after = None if step is not None else draw.uniform(0.4, 0.8) * seconds
+            killed: dict[str, Any] = {"step": step} if step is not None else {"seconds": after}
+            reached, status, digest = killed_and_resumed(own, step, after)
+            while status == 0 and after is not None:  # it was done before
+                shutil.rmtree(own)
+                own.mkdir()
+                after = killed["seconds"] = 0.9 * after
+                reached, status, digest = killed_and_resumed(own, step, after)
             same = status == -signal.SIGKILL and digest == expected
-            rows.append({"killed_after_step": step, "epoch": (step - 1) // BATCHES, "identical": same})
-            print(f"| {point} | {step} | {(step - 1) // BATCHES} | {'yes' if same else 'NO'} |", flush=True)
+            rows.append({"killed_after": killed, "steps_done": reached, "identical": same})
+            print(f"| {point} | {killed} | {reached} | {'yes' if same else f'NO, exit {status}'} |", flush=True)
     identical = sum(row["identical"] for row in rows)
     print(f"{identical} of {len(rows)} bit-identical to the uninterrupted fit")
     target = Path(__file__).parent / "results" / "kill_resume.json"

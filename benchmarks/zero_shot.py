@@ -59,7 +59,7 @@ def main(networks: list[str], seeds: int, keeps: list[float]) -> None:
         for keep in keeps:
             for method, settings in METHODS.items():
                 found = _statistics(method, settings, synthetic, real)
-                measured = [_compressed(net, keep, settings, each, test, healed=method == HEALED) for each in found]
+                measured = [compressed(net, keep, settings, each, test, healed=method == HEALED) for each in found]
                 for suffix in measured[0]:
                     values = [each[suffix] for each in measured]
                     accuracies = [accuracy for accuracy, _ in values]
@@ -88,7 +88,7 @@ def _statistics(
     return list(synthetic) if settings.get("objective") in ("moments", "end_to_end") else [None]
 
 
-def _compressed(
+def compressed(
     net: nn.Module,
     keep: float,
     settings: dict[str, Any],

@@ -502,8 +502,8 @@ def _work(dims: Sequence[int], rank: int) -> float:
     return 2 * rank * math.prod(dims) + len(dims) * rank**3 / 3 + sum(dims) * rank**2
 
 
-def _random_filters(dims: Sequence[int], rank: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
+def _random_filters(dims: Sequence[int], rank: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     return [_unit(torch.randn(size, rank, generator=generator, dtype=torch.float64)) for size in dims]
 
 
@@ -557,7 +557,8 @@ def _divided(targets: Tensor, gram: Tensor, ridge: float) -> Tensor:
 
 def _unit(columns: Tensor) -> Tensor:
     """Returns columns of norm 1, those of zero as they are."""
-    return columns / torch.linalg.vector_norm(columns, dim=0).clamp_min(torch.finfo(columns.dtype).tiny)
+    norms: Tensor = torch.linalg.vector_norm(columns, dim=0)
+    return columns / norms.clamp_min(torch.finfo(columns.dtype).tiny)
 
 
 def _extrapolated(current: Sequence[Tensor], before: Sequence[Tensor], step: float) -> list[Tensor]:
