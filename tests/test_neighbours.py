@@ -87,21 +87,33 @@ def test_averages_are_those_of_a_fit_of_the_factorised_module(make_trainer, load
     assert not all(torch.equal(a, b) for a, b in zip(task.parameters(), last.parameters(), strict=True))
 
 
+ROUNDS = {"phases": [{"budget": {"params": 0.7}, "epochs": 2}, {"budget": {"params": 0.4}, "epochs": 2}]}
+
+
 @pytest.mark.parametrize("make", AVERAGES)
 @pytest.mark.parametrize("first", [True, False])
-def test_a_fit_with_averages_resumes_identically(make_trainer, loader, tmp_path, make, first):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="once"),
+        pytest.param({"schedule": ROUNDS}, marks=pytest.mark.slow, id="rounds"),
+        pytest.param({"schedule": ROUNDS, "distill": {}}, marks=pytest.mark.slow, id="rounds-distilled"),
+    ],
+)
+def test_a_fit_with_averages_resumes_identically(make_trainer, loader, tmp_path, make, first, settings):
     task = TinyTask(momentum)
     fresh, stopped = copy.deepcopy(task), copy.deepcopy(task)
 
-    def fit(model, folder, **settings):
+    def fit(model, folder, **more):
         every = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-        trainer = make_trainer(*ordered(make, first), every, max_epochs=4)
-        trainer.fit(model, loader, loader, **settings)
-        return trainer
+        make_trainer(*ordered(make, first, compress(**settings)), every, max_epochs=4).fit(
+            model, loader, loader, **more
+        )
 
     fit(task, tmp_path / "whole")
     fit(stopped, tmp_path / "first")
-    for name in ("module", "fresh"):  # into the factorised module of the first run, and into a dense one
+    # into the factorised module of the first run, and into a dense one, which a teacher needs
+    for name in ("fresh",) if "distill" in settings else ("module", "fresh"):
         model = {"module": stopped, "fresh": fresh}[name]
         fit(model, tmp_path / name, ckpt_path=tmp_path / "first" / "epoch=2.ckpt")
         require_same(task, model)
@@ -281,6 +293,31 @@ def test_a_compiled_submodule_is_compressed_trained_and_resumed(make_trainer, lo
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(compiled[name], value)
     make_trainer(compress(**settings), max_epochs=2).fit(fresh, loader, ckpt_path=tmp_path / "a" / "epoch=0.ckpt")
+    require_same(task, fresh)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks on modules")
+@pytest.mark.filterwarnings("ignore:torch._dynamo hit config.recompile_limit")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"distill": {"module": "net"}},
+        {"schedule": {"phases": [{"budget": {"params": 0.7}, "epochs": 1}, {"budget": {"params": 0.4}, "epochs": 1}]}},
+    ],
+    ids=["plain", "distillation", "rounds"],
+)
+def test_a_compiled_lightning_module_is_compressed_trained_and_resumed(make_trainer, loader, tmp_path, settings):
+    plain = TinyTask(momentum)
+    task, fresh = copy.deepcopy(plain), copy.deepcopy(plain)
+    every = ModelCheckpoint(tmp_path / "a", filename="{epoch}", save_top_k=-1)
+    make_trainer(compress(**settings), every, max_epochs=2).fit(torch.compile(task, backend="eager"), loader)
+    make_trainer(compress(**settings), max_epochs=2).fit(plain, loader)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(task.state_dict()[name], value)
+    again = torch.compile(fresh, backend="eager")
+    make_trainer(compress(**settings), max_epochs=2).fit(again, loader, ckpt_path=tmp_path / "a" / "epoch=0.ckpt")
     require_same(task, fresh)
 
 

@@ -135,6 +135,13 @@ class Call:
     inner: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
+def _is_compiled(root: nn.Module) -> bool:
+    """Returns whether a LightningModule, or a module in it, is run through torch.compile."""
+    if getattr(root, "_compiler_ctx", None) is not None:  # Lightning's mark
+        return True
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in root.modules())
+
+
 class Distillation:
     """A training step whose loss includes the distance to the teacher.
 
@@ -197,6 +204,8 @@ class Distillation:
         if self._names:
             self._handles.append(target.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(target.register_forward_hook(self._record, with_kwargs=True))
+        if _is_compiled(self._root):
+            torch.compiler.reset()  # compiled code does not look for hooks that came later
 
     def detach(self) -> None:
         """Removes the hooks."""
