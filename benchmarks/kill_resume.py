@@ -101,6 +101,7 @@ def fit(folder: Path, kill_at: int | None) -> str:
             ModelCheckpoint(folder, filename="last", save_top_k=-1, enable_version_counter=False),
         ],
     )
+    (folder / "started").touch()
     trainer.fit(task, DataLoader(data, batch_size=8), ckpt_path=last if last.exists() else None)
     digest = hashlib.sha256()
     for name, value in task.state_dict().items():
@@ -110,7 +111,7 @@ def fit(folder: Path, kill_at: int | None) -> str:
 
 
 def killed_and_resumed(folder: Path, step: int | None, after: float | None = None) -> tuple[int, int, str]:
-    """Runs a fit in processes of its own, the first one killed at a step or after some seconds.
+    """Runs a fit in processes of its own, the first one killed at a step or some seconds after the fit began.
 
     Returns:
         Steps and exit status of the first process, and the digest of the last one.
@@ -118,6 +119,8 @@ def killed_and_resumed(folder: Path, step: int | None, after: float | None = Non
     command = [*_command(folder), *(["--kill-at", str(step)] if step is not None else [])]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         if after is not None:
+            while not (folder / "started").exists() and process.poll() is None:
+                time.sleep(0.01)
             time.sleep(after)
             process.send_signal(signal.SIGKILL)
         status = process.wait()
@@ -150,16 +153,15 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "whole").mkdir()
-        start = time.perf_counter()
         expected = resumed(Path(folder) / "whole")
-        seconds = time.perf_counter() - start
+        seconds = time.time() - (Path(folder) / "whole" / "started").stat().st_mtime
         draw = random.Random(options.seed)
         for point in range(options.points):
             own = Path(folder) / str(point)
             own.mkdir()
             # every other one after a time, wherever the process is then: in the search, writing a checkpoint, …
             step = draw.randint(1, EPOCHS * BATCHES - 1) if point % 2 == 0 else None
-            after = None if step is not None else draw.uniform(0.4, 0.8) * seconds
+            after = None if step is not None else draw.uniform(0, 0.9) * seconds
             killed: dict[str, Any] = {"step": step} if step is not None else {"seconds": after}
             reached, status, digest = killed_and_resumed(own, step, after)
             while status == 0 and after is not None:  # it was done before
