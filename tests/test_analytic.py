@@ -745,6 +745,7 @@ def test_other_parts_of_torch_are_harmless():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_modules_are_harmless():
     def mlp() -> nn.Module:

@@ -104,6 +104,7 @@ def falls_back(model: nn.Module, example, message: str, *, objective: str = "wei
     assert sum(p.numel() for p in model.parameters()) <= keep * plan.dense.params
 
 
+@pytest.mark.slow
 def test_search_alone_leaves_the_model_as_it_was():
     model = run_in(Conv(nn.BatchNorm2d(10), nn.Dropout(0.1))).train()
     before = Everything(model)
@@ -143,6 +144,7 @@ def test_norm_with_a_cumulative_average():
     check(run_in(Conv(nn.BatchNorm2d(10, momentum=None))), IMAGE, source="batch norm")
 
 
+@pytest.mark.slow
 def test_frozen_norms():
     model = run_in(Conv(nn.BatchNorm2d(10))).train()
     model.norm.eval().requires_grad_(False)
@@ -162,6 +164,7 @@ def test_running_variance_of_zero(share):
     check(model, IMAGE, source="batch norm")
 
 
+@pytest.mark.slow
 def test_dead_channels():
     model = Conv(nn.BatchNorm2d(10))
     with torch.no_grad():
@@ -172,6 +175,7 @@ def test_dead_channels():
     check(model, IMAGE, source="batch norm")
 
 
+@pytest.mark.slow
 def test_norm_that_gets_its_input_by_keyword():
     class Keyword(Conv):
         def forward(self, x):
@@ -181,6 +185,7 @@ def test_norm_that_gets_its_input_by_keyword():
     check(run_in(Keyword(nn.BatchNorm2d(10))), IMAGE, source="batch norm")
 
 
+@pytest.mark.slow
 def test_norm_that_is_never_called():
     """As in a head that is used in training alone."""
     model = Conv()
@@ -271,6 +276,7 @@ class Depth(nn.Module):
         return x + self.branch(x) * (torch.rand(len(x), *(1,) * (x.ndim - 1)) < 0.5)
 
 
+@pytest.mark.slow
 def test_dropout_and_stochastic_depth_in_train_mode():
     branch = nn.Sequential(nn.Conv2d(10, 10, 3, padding=1), nn.BatchNorm2d(10), nn.Dropout(0.5))
     model = run_in(Conv(nn.BatchNorm2d(10), Depth(branch))).train()
@@ -363,6 +369,7 @@ def test_forward_that_fails_on_more_than_one_sample(error):
     falls_back(One(Mlp(), error), VECTOR, "the model fails on noise inputs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [None, AssertionError])
 def test_forward_with_norms_that_fails_on_more_than_one_sample(error):
     falls_back(One(run_in(Conv(nn.BatchNorm2d(10))), error), IMAGE, "the model fails on")

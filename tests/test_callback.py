@@ -285,6 +285,7 @@ def test_macs_are_not_logged_where_they_are_unknown(make_trainer, loader):
     assert {name for _, m in logger.metrics for name in m if "macs" in name} == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bar", ["tqdm", "rich"])
 def test_a_progress_bar_changes_nothing(make_trainer, loader, bar, capsys):
     task = TinyTask()
@@ -301,6 +302,7 @@ def test_a_progress_bar_changes_nothing(make_trainer, loader, bar, capsys):
 # --- what the callback must not disturb --------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("search", "example", "objective"),
     [

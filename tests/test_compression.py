@@ -36,6 +36,7 @@ from tests.conftest import WEIGHTS_ALONE, TinyNet
 SHAPE = (1, 3, 8, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "example", "source"),
     [

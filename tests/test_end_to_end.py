@@ -24,6 +24,7 @@ from lightning_compress.search.end_to_end import (
     INPUTS,
     LEAST_INPUTS,
     LEAST_TEMPERATURE,
+    STEPS,
     Outputs,
     _gates,
     _gradient_of_log_distance,
@@ -295,7 +296,7 @@ def test_automatic_objective_is_the_best_that_applies(small, method, given, obje
 def test_models_so_large_that_it_would_take_long_are_searched_by_moments():
     net = nn.Sequential(nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 512)).eval()
     statistics = gather_statistics(net, calibration=[torch.randn(8, 2, 512)])
-    rows = 2 + WORK // (3 * 40 * LEAST_INPUTS * 2 * 512 * 512)
+    rows = 2 + WORK // (3 * STEPS * LEAST_INPUTS * 2 * 512 * 512)
     large = torch.zeros(1, rows, 512)
     settings = {"statistics": statistics, "kinds": "svd", "overrides": {"*": {"max_rank": 4}}}
     assert search_ranks(net, Budget(params=0.5), example_input=large, **settings).objective == "moments"
@@ -303,7 +304,8 @@ def test_models_so_large_that_it_would_take_long_are_searched_by_moments():
 
 
 @pytest.mark.parametrize(
-    ("macs", "inputs"), [(0, INPUTS), (10**6, INPUTS), (WORK // (3 * 40 * 16), 16), (WORK // 120, 1), (WORK, 0)]
+    ("macs", "inputs"),
+    [(0, INPUTS), (10**6, INPUTS), (WORK // (3 * STEPS * 16), 16), (WORK // (3 * STEPS), 1), (WORK, 0)],
 )
 def test_inputs_of_a_step_are_those_that_can_be_afforded(macs, inputs):
     assert affordable_inputs(macs) == inputs

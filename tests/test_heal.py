@@ -24,6 +24,7 @@ def compressed(keep: float = 0.6):
     return dense, model, apply_plan_(model, plan, statistics=statistics), statistics
 
 
+@pytest.mark.slow
 def test_output_distance_is_relative_to_the_spread_of_the_outputs():
     dense, model, _, statistics = compressed()
     batches = statistics.batches
@@ -35,6 +36,7 @@ def test_output_distance_is_relative_to_the_spread_of_the_outputs():
     assert output_distance(dense, copy.deepcopy(dense), batches) == 0
 
 
+@pytest.mark.slow
 def test_healing_brings_the_outputs_nearer_on_inputs_it_did_not_see():
     dense, model, replacements, statistics = compressed()
     fresh = gather_statistics(dense, SHAPE, seed=9).batches
@@ -88,6 +90,7 @@ def test_healing_that_does_not_help_leaves_the_factors_as_they_were():
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in twice.items())
 
 
+@pytest.mark.slow
 def test_healing_keeps_structure_modes_and_the_dense_model():
     dense, model, replacements, statistics = compressed()
     weights = copy.deepcopy(dense.state_dict())
@@ -142,6 +145,7 @@ def test_interrupted_compression_leaves_the_dense_model(unchanged):
     before.check()
 
 
+@pytest.mark.slow
 def test_healing_with_the_weight_objective_starts_from_the_weights():
     healed = trained_like()
     done = compress_model_(healed, Budget(params=0.5), example_input=SHAPE, objective="weight")
@@ -149,6 +153,7 @@ def test_healing_with_the_weight_objective_starts_from_the_weights():
     assert done.healing.after < done.healing.before
 
 
+@pytest.mark.slow
 def test_optimizer_that_cannot_take_the_factors_leaves_the_dense_module(make_trainer, loader):
     class Muon(torch.optim.SGD):
         """Only the name matters: an optimizer for matrices."""

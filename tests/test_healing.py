@@ -202,6 +202,7 @@ def test_distillation_descends_the_distance_of_the_outputs():
     assert case.distance(case.fitting) < before
 
 
+@pytest.mark.slow
 def test_distillation_takes_all_its_steps_though_it_does_not_help_at_first(monkeypatch):
     case, looks = image_case(0.4), []
     distances = iter([1.0, 0.9, 0.9, *[2.0] * 7, 0.5])
@@ -333,6 +334,7 @@ def test_momentum_counters_modes_and_hooks_come_back():
     assert torch.equal(torch.get_rng_state(), rng)
 
 
+@pytest.mark.slow
 def test_healing_is_deterministic_under_the_seed():
     states, healings = [], []
     for seed, noise in ((0, 1), (0, 2), (5, 1)):
@@ -345,6 +347,7 @@ def test_healing_is_deterministic_under_the_seed():
     assert not same(states[0].model, state_of(states[2].model))
 
 
+@pytest.mark.slow
 def test_healing_does_not_depend_on_the_callers_gradient_mode():
     cases = [image_case(0.4) for _ in range(3)]
     cases[0].heal(steps=FEW)
@@ -414,6 +417,7 @@ def test_interruption_of_a_forward_pass_brings_every_bit_back(call, exception):
 # --- undo -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_undo_of_a_healed_compression_restores_every_bit(training):
     model = image_model().train(training)
@@ -603,6 +607,7 @@ def test_outputs_in_the_metric_of_the_outputs():
     assert lost[1] < 0.5 * lost[0]
 
 
+@pytest.mark.slow
 def test_statistics_of_the_default_synthesis_heal():
     dense = image_model()
     statistics = gather_statistics(dense, SHAPE)
@@ -654,6 +659,7 @@ def test_layer_that_is_called_several_times_is_fitted_to_all_its_calls():
     assert float((centred(output) - centred(target)).square().sum()) <= best * 1.01
 
 
+@pytest.mark.slow
 def test_outputs_that_are_near_already_are_left_alone(monkeypatch):
     case = image_case(0.6)
     before = state_of(case.model)

@@ -99,6 +99,7 @@ def test_fit_in_both_metrics_beats_the_fit_in_one_where_it_counts(kind, shape):
     assert both < one < plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["channel_svd", "spatial_svd", "tucker2"])
 def test_plan_does_not_change_when_a_batch_norm_takes_over_the_scale_of_a_convolution(kind):
     from lightning_compress import Budget, search_ranks

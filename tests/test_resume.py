@@ -156,6 +156,7 @@ def test_resumed_run_is_identical_for_other_ways_to_build_optimizers(make_traine
     require_identical_resume(make_trainer, loader, tmp_path, task_class(), {}, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 2])
 @pytest.mark.parametrize(
     ("configure", "settings"), [(plateau, {}), (momentum, {"precision": "64-true"})], ids=["plateau", "64-true"]
@@ -204,6 +205,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("settings", "after"), SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("configure", [groups, one_cycle])
 def test_resumed_schedule_and_distillation_are_identical(make_trainer, loader, tmp_path, settings, after, configure):
@@ -216,6 +218,7 @@ def test_resumed_run_is_identical_with_healing_and_the_search_over_outputs(make_
     require_identical_resume(make_trainer, loader, tmp_path, TinyTask(groups), settings, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 @pytest.mark.parametrize("distill", [None, {}], ids=["plain", "distilled"])
 def test_resumed_run_is_identical_in_other_precisions(make_trainer, loader, tmp_path, precision, distill):
@@ -223,6 +226,7 @@ def test_resumed_run_is_identical_in_other_precisions(make_trainer, loader, tmp_
     require_identical_resume(make_trainer, loader, tmp_path, TinyTask(momentum), settings, 1, precision=precision)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [{}, {"warmup_steps": 6}, {"freeze_epochs": 2}], ids=["", "warm-up", "frozen"])
 def test_resume_into_the_module_of_the_first_run_is_identical(make_trainer, loader, tmp_path, schedule):
     # As in a notebook: the fit ended or was interrupted, and goes on with the same, factorised module.
@@ -249,6 +253,7 @@ def test_resume_with_the_same_callback_and_optimizer_objects(make_trainer, loade
     require_same_optimizers(whole, again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("configure", [momentum, plateau])
 @pytest.mark.parametrize("distill", [None, {}], ids=["plain", "distilled"])
 def test_resume_from_a_checkpoint_saved_after_the_fit_is_identical(make_trainer, loader, tmp_path, configure, distill):
@@ -371,6 +376,7 @@ def test_dense_checkpoint_can_still_be_tested(make_trainer, loader, tmp_path):
     assert result[0]["test_loss"] == pytest.approx(loss_of(dense, loader), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task_class", [TinyTask, Prebuilt])
 def test_resume_into_a_module_of_another_plan_is_identical(make_trainer, loader, tmp_path, task_class):
     task = task_class()

@@ -105,6 +105,7 @@ def brute_force(problem):
 # --- plans are what they say, for every strategy and budget
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_strategy_keeps_every_budget_in_the_real_model(net, unchanged, method, budget):
@@ -381,6 +382,7 @@ def test_exact_is_the_brute_force_optimum(seed, budgeted):
     assert problem.loss_of(choice) == pytest.approx(best, rel=1.01e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["exact", "continuous"])
 @pytest.mark.parametrize("seed", range(6))
 def test_no_better_plan_is_missed_in_a_model_of_many_parameters(strategy, seed):
@@ -422,6 +424,7 @@ def test_bound_is_below_the_optimum(seed):
         assert problem.loss_of(solution.choice) <= solution.bound * (1 + rel_gap) + 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
     "budget",
@@ -511,6 +514,7 @@ def test_energy_takes_the_cheapest_candidate_within_one_threshold(keep):
 # --- budgets that cannot be kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("resource", RESOURCES)
 def test_stated_smallest_budget_can_be_kept(net, unchanged, method, resource):

@@ -282,6 +282,7 @@ def test_split_kinds_are_used_only_where_they_are_named():
     assert reasons["fc1"] == "split2_svd factorises convolutions only, nn.Linear has no groups"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heal", [False, True])
 @pytest.mark.parametrize("kind", SPLITS)
 def test_model_is_compressed_saved_and_loaded(kind, heal, tmp_path):

@@ -239,6 +239,7 @@ def test_alds_takes_a_kind_without_spectrum_only_where_nothing_else_keeps_the_bu
     assert narrow.kept["params"] <= 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["alds", "paper"])
 @pytest.mark.parametrize("objective", ["weight", "moments"])
 def test_published_methods_keep_several_budgets_in_the_real_model(method, objective):
@@ -411,6 +412,7 @@ def test_paper_uses_one_kind_per_layer():
     assert {p.kind for p in named.factorised} == {"tucker2", "svd"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0.25, 0.4, 0.6, 0.9])
 @pytest.mark.parametrize("kinds", ["auto", ["tucker2", "svd"]])
 def test_ranks_are_scaled_by_the_largest_common_factor_that_keeps_the_budget(keep, kinds, monkeypatch):
