@@ -11,7 +11,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,7 +20,18 @@ from lightning_compress.search import shared_map
 from tests.conftest import DEFAULTS, TinyTask, compress
 
 warnings.filterwarnings("ignore")
+try:
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+except ImportError:  # before Lightning 2.6
+    EMAWeightAveraging = None
 FOLDER = Path(sys.argv[1]) if __name__ == "__main__" else None
+
+
+def averages():
+    """Weight averages beside Compress, of the kind that this Lightning has."""
+    if EMAWeightAveraging is not None:
+        return EMAWeightAveraging(decay=0.5)
+    return StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=1)
 
 
 class NoNorm(TinyTask):
@@ -148,11 +159,11 @@ def rounds():
         ]
     }
     task = task_of(OwnLoss)
-    return fit(task, compress(schedule=schedule, distill={}), EMAWeightAveraging(decay=0.5), epochs=4)
+    return fit(task, compress(schedule=schedule, distill={}), averages(), epochs=4)
 
 
 def averaging():
-    return fit(task_of(), compress(), EMAWeightAveraging(decay=0.5))
+    return fit(task_of(), compress(), averages())
 
 
 def error_of(function):

@@ -171,7 +171,9 @@ def test_the_learning_rate_finder_as_a_callback(make_trainer, loader, first, set
     plain = copy.deepcopy(task)
     trainer = make_trainer(*([callback, finder] if first else [finder, callback]), max_epochs=2)
     trainer.fit(task, loader)
-    assert trainer.global_step == 8
+    alone = make_trainer(LearningRateFinder(num_training_steps=8, early_stop_threshold=None), max_epochs=2)
+    alone.fit(copy.deepcopy(plain), loader)
+    assert trainer.global_step == alone.global_step > 0  # Lightning 2.4 loses the steps of the first epoch
     assert factorised(task) == {p.name: (p.kind, p.ranks) for p in callback.plan.factorised} != {}
     assert callback.plan.layers == compress().plan_for(plain, torch.zeros(1, 3, 8, 8)).layers
     assert "configure_optimizers" not in task.__dict__
