@@ -110,7 +110,7 @@ def search_ranks(
             criterion is on the weights, always. Where the
             model fails on synthetic inputs the search falls back, with a `CompressionWarning`.
         kinds: "auto", a kind, or a list of kinds to choose from. "auto" is svd, channel_svd,
-            spatial_svd and tucker2; for "alds" svd, channel_svd, split2_svd and split4_svd.
+            spatial_svd, tucker2, tt and cp3; for "alds" svd, channel_svd, split2_svd and split4_svd.
         include: Names, globs, class names or classes of layers to factorise, None for all.
         exclude: Likewise for layers to leave alone.
         overrides: Pattern to `Override`, a mapping of its fields, or "dense".
