@@ -113,7 +113,7 @@ def compressed(
 
 def plot() -> None:
     """Draws accuracy against the share of parameters kept from the results, one panel per network."""
-    figure, axes = plt.subplots(1, len(NETWORKS), figsize=(11, 4.5), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(NETWORKS), figsize=(12.5, 4.5), sharey=True, layout="constrained")
     for axis, name in zip(axes, NETWORKS, strict=True):
         result = json.loads((RESULTS / f"zero_shot_{name}.json").read_text(encoding="utf-8"))
         for method in dict.fromkeys(row["method"] for row in result["rows"]):
@@ -128,7 +128,7 @@ def plot() -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy, 10,000 test images, no fine-tuning")
-    axes[-1].legend(fontsize=8, loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     figure.savefig(RESULTS / "zero_shot.png", dpi=130)
     print(RESULTS / "zero_shot.png")
 
