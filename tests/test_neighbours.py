@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
+from packaging.version import Version
 from torch import nn
 from torch.optim import SGD
 
@@ -299,6 +300,7 @@ def test_a_compiled_submodule_is_compressed_trained_and_resumed(make_trainer, lo
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(Version(L.__version__) < Version("2.5"), reason="self.log cannot be compiled, without Compress too")
 @pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks on modules")
 @pytest.mark.filterwarnings("ignore:torch._dynamo hit config.recompile_limit")
 @pytest.mark.parametrize(
