@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_compress.config import Override
-from lightning_compress.decompositions import DECOMPOSITIONS, FactorisedLayer, LayerCall, Operator, resolve_kinds
+from lightning_compress.decompositions import (
+    DECOMPOSITIONS,
+    FactorisedLayer,
+    LayerCall,
+    Operator,
+    is_automatic,
+    resolve_kinds,
+)
 from lightning_compress.decompositions.layer_types import (
     canonical,
     family_of,
@@ -136,7 +143,7 @@ def take_inventory(
         SelectionError: If a pattern matches no layer.
         NothingToFactoriseError: If every layer has a reason to stay dense.
     """
-    general = resolve_kinds(kinds)
+    resolve_kinds(kinds)
     layers = list_layers(model, trace)
     chosen = _match_all(layers, include, "include")
     refused = _match_all(layers, exclude, "exclude")
@@ -148,7 +155,7 @@ def take_inventory(
             reason = "not matched by include"
         if reason is None and layer.name in refused:
             reason = "matched by exclude"
-        result.append(_with_kinds(layer, reason, special.get(layer.name, Override()), general, trace))
+        result.append(_with_kinds(layer, reason, special.get(layer.name, Override()), kinds, trace))
     if all(layer.reason for layer in result):
         raise NothingToFactoriseError(_nothing_message(model, result))
     return tuple(result)
@@ -354,17 +361,20 @@ def _overrides(layers: Sequence[Layer], overrides: Mapping[str, Any] | None) -> 
 
 
 def _with_kinds(
-    layer: Layer, reason: str | None, override: Override, general: tuple[str, ...], trace: Trace | None
+    layer: Layer, reason: str | None, override: Override, general: str | Sequence[str], trace: Trace | None
 ) -> Layer:
     if reason is None and override.dense:
         reason = "kept dense by overrides"
     if reason is not None:
         return replace(layer, reason=reason)
-    wanted = resolve_kinds(override.kinds) if override.kinds is not None else general
-    refusals = {kind: DECOMPOSITIONS[kind].unsupported(layer.operator) for kind in wanted}
+    asked = override.kinds if override.kinds is not None else general
+    wanted = [DECOMPOSITIONS[kind] for kind in resolve_kinds(asked)]
+    if is_automatic(asked):
+        wanted = [d for d in wanted if d.unsupported(layer.operator) is not None or d.automatic(layer.operator)]
+    refusals = {d.kind: d.unsupported(layer.operator) for d in wanted}
     if layer.partners:
         others = "its weight is tied to another module's, which svd alone can share"
-        refusals.update({kind: others for kind in wanted if kind not in TIED_KINDS and refusals[kind] is None})
+        refusals.update({kind: others for kind in refusals if kind not in TIED_KINDS and refusals[kind] is None})
     kinds = tuple(kind for kind, refusal in refusals.items() if refusal is None)
     if not kinds:
         return replace(layer, reason="; ".join(filter(None, refusals.values())))

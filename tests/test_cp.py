@@ -15,9 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.common import reference
 from lightning_compress import Budget, apply_plan_, compress_, load_compressed, save_compressed
 from lightning_compress.costs import Costs, measure_costs
-from lightning_compress.decompositions import AUTOMATIC, DECOMPOSITIONS, FactorisedLayer, LayerCall, cp, factorise_in
+from lightning_compress.decompositions import DECOMPOSITIONS, FactorisedLayer, LayerCall, cp, factorise_in
 from lightning_compress.decompositions.layer_types import children_of, operator_of
 from lightning_compress.decompositions.metric import Metric
+from lightning_compress.inventory import take_inventory
 from lightning_compress.plan import LayerPlan, Plan
 from lightning_compress.swap import plan_of
 from tests.conftest import DEFAULTS, WEIGHTS_ALONE, TinyNet
@@ -194,9 +195,16 @@ def test_kind_says_why_it_does_not_apply(kind, layer, why):
     assert DECOMPOSITIONS[kind].unsupported(operator_of(layer)) == why
 
 
-def test_cp3_is_used_by_itself_and_cp_only_where_it_is_named():
-    assert set(KINDS) <= set(DECOMPOSITIONS)
-    assert set(KINDS) & set(AUTOMATIC) == {"cp3"}
+def test_auto_tries_cp_only_where_its_components_are_clearly_smaller_than_those_of_cp3():
+    net = nn.Sequential(nn.Conv2d(3, 16, 11), nn.Conv2d(16, 32, 3), nn.Conv3d(32, 8, 3), nn.Conv1d(8, 8, 31))
+    kinds = [layer.kinds for layer in take_inventory(net)]
+    assert ["cp" in own for own in kinds] == [True, False, True, False]
+    assert all("cp3" in own for own in kinds)
+    assert all("cp" in layer.kinds for layer in take_inventory(net[:3], kinds="cp"))
+    named = take_inventory(net, overrides={"1": {"kinds": ["cp", "svd"]}})
+    assert ["cp" in layer.kinds for layer in named] == [True, True, True, False]
+    automatic = take_inventory(net[:3], kinds="cp", overrides={"1": {"kinds": "auto"}})
+    assert "cp" not in automatic[1].kinds
 
 
 # --- the fit

@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +14,15 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lightning_compress import Budget, Compress, FactorisedLayer, Plan, apply_plan_, compress_, search_ranks
-from lightning_compress.decompositions import DECOMPOSITIONS, Operator, factorise_in, gated_weight, profile_in
+from lightning_compress.candidates import tabulate
+from lightning_compress.decompositions import (
+    DECOMPOSITIONS,
+    Operator,
+    factorise_in,
+    gated_weight,
+    profile_in,
+    weighted_energy,
+)
 from lightning_compress.decompositions.metric import OUTPUT_FLOOR, Metric
 from lightning_compress.errors import BudgetError, CompressionWarning, ConfigurationError, ExampleInputError
 from lightning_compress.inventory import take_inventory
@@ -30,6 +39,8 @@ from lightning_compress.search.end_to_end import (
     _gradient_of_log_distance,
     affordable_inputs,
 )
+from lightning_compress.search.problem import Problem
+from lightning_compress.search.refine import refined
 from lightning_compress.synthesis import WORK
 from tests.conftest import InMode, TinyTask, Unchanged
 from tests.test_statistics import SHAPE, trained_like
@@ -161,6 +172,51 @@ def test_search_finds_a_layer_that_the_separable_objective_does_not_know_to_be_i
 
     assert share(plan) > share(exact)
     assert plan.output_distance < 0.5 * exact.output_distance
+
+
+@pytest.mark.parametrize("objective", ["end_to_end", "moments"])
+def test_errors_of_iterative_fits_in_the_plan_are_those_of_the_fitted_factors(known, objective):
+    net, statistics = known
+    layers = {layer.name: layer for layer in take_inventory(net)}
+    plan = search_ranks(
+        net, Budget(params=0.4), example_input=SHAPE, statistics=statistics, objective=objective, kinds=["cp3", "svd"]
+    )
+    chosen = [planned for planned in plan.factorised if planned.kind == "cp3"]
+    assert chosen
+    for planned in chosen:
+        weight, metric = layers[planned.name].double_weight(), statistics.metric(planned.name)
+        factors = factorise_in("cp3", weight, planned.ranks, metric)
+        lost = weight - DECOMPOSITIONS["cp3"].dense_weight(factors, tuple(weight.shape))
+        fitted = weighted_energy(lost, metric) / weighted_energy(weight, metric)
+        assert planned.error == pytest.approx(fitted, rel=0.1)
+
+
+def test_correction_scales_the_rough_kinds_alone_and_by_what_is_found(known):
+    net, statistics = known
+    layers = tuple(layer for layer in take_inventory(net) if layer.reason is None)
+    tables = tuple(tabulate(own, budgeted=("params",), metric=statistics.metric(own.name)) for own in layers)
+    limit = 0.4 * sum(table.costs[-1, 0] for table in tables)
+    problem = Problem(tables, ("params",), np.array([limit]))
+    outputs = Outputs(net, layers, statistics)
+    corrected = refined(problem, outputs, lambda _: None)
+    rough = {kind for kind, decomposition in DECOMPOSITIONS.items() if decomposition.fits_roughly}
+    changed = set()
+    for index, (before, after) in enumerate(zip(tables, corrected.layers, strict=True)):
+        assert (before.kinds, before.ranks) == (after.kinds, after.ranks)
+        for kind in dict.fromkeys(before.kinds):
+            rows = before.rows_of(kind)
+            if kind not in rough:
+                np.testing.assert_array_equal(before.errors[rows], after.errors[rows])
+                continue
+            ratios = after.errors[rows] / before.errors[rows]
+            changed.update({kind} if not np.allclose(ratios, 1) else ())
+            measured = [
+                outputs.error(index, kind, before.ranks[r])
+                for r in rows
+                if (index, kind, before.ranks[r]) in outputs.fitted
+            ]
+            assert any(np.isclose(after.errors[rows], value, rtol=1e-6).any() for value in measured)
+    assert "cp3" in changed
 
 
 def test_search_is_deterministic_under_the_seed(unchanged):

@@ -21,12 +21,14 @@ from lightning_compress.decompositions import (
     factorise_in,
     gated_weight,
     profile_in,
+    tensorised,
 )
 from lightning_compress.decompositions.layer_types import operator_of
 from lightning_compress.decompositions.metric import Metric
 from lightning_compress.decompositions.tensorised import balanced_factors, modes_of
 from lightning_compress.errors import PlanMismatchError
 from lightning_compress.export import load_compressed, save_compressed
+from lightning_compress.inventory import take_inventory
 from lightning_compress.plan import LayerPlan, Plan
 from tests.layer_zoo import normal, random_metric
 
@@ -246,3 +248,38 @@ def test_sizes_are_split_evenly_and_ranks_bounded():
     assert modes_of((3072, 768)) == (64, 48, 24, 32)
     with pytest.raises(PlanMismatchError, match=r"its ranks go up to \(256,\)"):
         factorised(nn.Linear(256, 256), "tt_linear", (257,))
+
+
+# --- the choice of "auto"
+
+
+def test_auto_tries_them_on_very_large_linear_layers_alone():
+    net = nn.Sequential(nn.Linear(2048, 4096, bias=False), nn.Linear(4096, 1024), nn.Conv2d(4096, 2048, 1))
+    large, small, pointwise = (layer.kinds for layer in take_inventory(net))
+    assert large == ("svd", *KINDS)
+    assert small == ("svd",)
+    assert set(KINDS).isdisjoint(pointwise)
+    assert take_inventory(net, kinds=["svd", *KINDS])[1].kinds == ("svd", *KINDS)
+
+
+@pytest.mark.parametrize("shape", [(1030, 1100), (1100, 1030)])
+def test_few_leading_vectors_of_a_large_matrix_are_those_of_the_whole_decomposition(shape):
+    left, right = normal(shape[0], 40, seed=1), normal(40, shape[1], seed=2)
+    matrix = left * torch.linspace(3, 1, 40, dtype=torch.float64) @ right + 0.1 * normal(*shape, seed=3)
+    found = tensorised._leading(matrix, 7)
+    assert found.shape == (shape[0], 7)
+    torch.testing.assert_close(found.T @ found, torch.eye(7, dtype=torch.float64))
+    whole, *_ = torch.linalg.svd(matrix)
+    torch.testing.assert_close((found.T @ whole[:, :7]).abs(), torch.eye(7, dtype=torch.float64), atol=1e-6, rtol=0)
+    assert torch.equal(found, tensorised._leading(matrix, 7))
+    assert tensorised._leading(torch.zeros(shape, dtype=torch.float64), 7).isfinite().all()
+
+
+def test_profile_of_few_ranks_is_that_of_the_whole_decomposition():
+    weight = normal(2048, 2048, seed=1) @ torch.diag(torch.linspace(2, 0, 2048, dtype=torch.float64) ** 3)
+    profile = profile_in("tt_linear", weight)
+    out_1, out_2, in_1, in_2 = modes_of(tuple(weight.shape))
+    matrix = weight.reshape(out_1, out_2, in_1, in_2).transpose(1, 2).reshape(out_1 * in_1, out_2 * in_2)
+    values = torch.linalg.svdvals(matrix).square()
+    expected = 1 - values.cumsum(0)[: len(profile.errors)] / values.sum()
+    np.testing.assert_allclose(profile.errors, expected.numpy(), atol=1e-6)

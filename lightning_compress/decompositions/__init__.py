@@ -30,22 +30,23 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
 }
 """Kind to decomposition."""
 
-AUTOMATIC = ("svd", "channel_svd", "spatial_svd", "tucker2", "tt", "cp3")
-"""The kinds that "auto" stands for; the others are used where they are named."""
+AUTOMATIC = ("svd", "channel_svd", "spatial_svd", "tucker2", "tt", "cp3", "cp", "tt_linear", "tucker_linear")
+"""The kinds that "auto" chooses from, where they say so (`Decomposition.automatic`)."""
 
 
-def resolve_kinds(kinds: str | Sequence[str], automatic: tuple[str, ...] = AUTOMATIC) -> tuple[str, ...]:
+def is_automatic(kinds: str | Sequence[str]) -> bool:
+    """Returns whether a user left the choice of kinds to the search."""
+    return kinds in ("auto", ["auto"], ("auto",))
+
+
+def resolve_kinds(kinds: str | Sequence[str]) -> tuple[str, ...]:
     """Returns the kinds a user asked for: "auto", one name, or a sequence of names.
-
-    Args:
-        kinds: What the user passed.
-        automatic: What "auto" stands for.
 
     Raises:
         ConfigurationError: If a kind is unknown, the sequence is empty, or the type is wrong.
     """
-    if kinds in ("auto", ["auto"], ("auto",)):
-        return automatic
+    if is_automatic(kinds):
+        return AUTOMATIC
     names = [kinds] if isinstance(kinds, str) else kinds
     if not isinstance(names, Sequence) or not names:
         msg = f"kinds={kinds!r}: expected 'auto', a kind, or a list of kinds.{did_you_mean('', DECOMPOSITIONS)}"
@@ -163,6 +164,7 @@ __all__ = [
     "RankProfile",
     "factorise_in",
     "gated_weight",
+    "is_automatic",
     "multiplied_out",
     "profile_in",
     "resolve_kinds",

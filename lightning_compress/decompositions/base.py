@@ -142,14 +142,20 @@ class Decomposition(ABC):
         kind: Its name, a key of `DECOMPOSITIONS`.
         splits_outputs: Whether the output channels are shared between several factors; the metric
             of the outputs is then left out, as no one factor could undo it.
+        fits_roughly: Whether the errors of `profile` are those of a quick fit, which `factorise` betters.
     """
 
     kind: str
     splits_outputs: bool = False
+    fits_roughly: bool = False
 
     @abstractmethod
     def unsupported(self, operator: Operator) -> str | None:
         """Returns why the kind does not apply, or None if it does."""
+
+    def automatic(self, operator: Operator) -> bool:  # noqa: ARG002
+        """Returns whether "auto" tries the kind on a layer it applies to; not where little can be gained."""
+        return True
 
     @abstractmethod
     def max_ranks(self, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -58,12 +58,16 @@ CG_STEPS = 2
 """Conjugate gradient steps for a mode in a metric; where the metric is separable one is exact."""
 FIRST_STEP, GROWTH, LEAST_STEP, LARGEST_STEP = 0.5, 1.2, 0.1, 8.0
 """Extrapolation: by this multiple of the last change of the filters."""
+SAVING = 0.9
+"""Parameters of a component of `cp` relative to one of `cp3` up to which "auto" tries both."""
 TINY = 1e-14
 """Relative squared error that is none in float64."""
 
 
 class _Canonical(Decomposition):
     """W ≈ Σ_r a_r ∘ b_r ∘ c_r ∘ …: 1x1 into R channels, filters on each of them alone, 1x1 out."""
+
+    fits_roughly = True
 
     @abstractmethod
     def _parts(self, kernel: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
@@ -175,6 +179,13 @@ class Cp(_Canonical):
         if refusal is None and len(self._parts(operator.kernel)) < 2:  # noqa: PLR2004
             return f"{self.kind} of a kernel along one axis is cp3"
         return refusal
+
+    @override
+    def automatic(self, operator: Operator) -> bool:
+        """Returns whether a component is clearly smaller than one of `cp3`, which fits better."""
+        channels, kernel = sum(operator.shape[:2]), operator.kernel
+        own = channels + sum(math.prod(kernel[axis] for axis in part) for part in self._parts(kernel))
+        return own <= SAVING * (channels + math.prod(kernel))
 
     @override
     def _parts(self, kernel: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from scipy.sparse.linalg import svds
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
@@ -28,8 +29,6 @@ from lightning_compress.decompositions.base import (
     Stage,
     along,
     balanced,
-    singular_energies,
-    tail_errors,
 )
 from lightning_compress.decompositions.metric import regularised, solvable, whitened_targets
 from lightning_compress.decompositions.tt import even, geometric
@@ -44,6 +43,10 @@ SWEEPS = 3
 """Rounds of the alternating fits."""
 SETTLED = 1e-3
 """A round that lowers the error by less than this fraction is the last."""
+AUTOMATIC_SIZE = 2**23
+"""Entries from which on "auto" tries these kinds."""
+LARGE, FEW, LANCZOS_TOLERANCE = 1024, 16, 1e-4
+"""Singular vectors of a matrix of this size, at most one of so many, are found by Lanczos iteration."""
 
 
 def balanced_factors(size: int) -> tuple[int, int]:
@@ -62,6 +65,7 @@ class _Tensorised(Decomposition):
     """A kind whose factors are those of the weight as a tensor of four modes."""
 
     splits_outputs = True
+    fits_roughly = True
 
     @override
     def unsupported(self, operator: Operator) -> str | None:
@@ -76,6 +80,10 @@ class _Tensorised(Decomposition):
             if large > UNBALANCED * small:
                 return f"{self.kind} needs sizes with two balanced factors; {size} is {small} x {large} at best"
         return None
+
+    @override
+    def automatic(self, operator: Operator) -> bool:
+        return math.prod(operator.shape) >= AUTOMATIC_SIZE
 
     @override
     def stages(self, shape: tuple[int, ...], ranks: Ints) -> tuple[Stage, ...]:
@@ -177,7 +185,10 @@ class TtLinear(_Tensorised):
         modes = modes_of(tuple(weight.shape))
         limit = min(*self.max_ranks(tuple(weight.shape)), max(1, FEATURES // modes[2]))
         if metric is None or not bool(metric.any()):
-            errors = tail_errors(singular_energies(_rearranged(weight.reshape(modes))))[:limit]
+            matrix = _rearranged(weight.reshape(modes))
+            energies = (_leading(matrix, limit).T @ matrix).square().sum(dim=1).cumsum(0)
+            errors = (1 - energies / energies.new_tensor(float(matrix.square().sum()) or 1.0)).clamp(0, 1).numpy()
+            errors = errors if bool(weight.any()) else np.zeros(limit)
         else:
             errors = _KroneckerFit(weight, metric).errors(limit)
         return RankProfile(ranks=np.arange(1, limit + 1)[:, None], errors=errors)
@@ -211,9 +222,13 @@ def _rearranged(tensor: Tensor) -> Tensor:
 
 
 def _leading(matrix: Tensor, rank: int) -> Tensor:
-    """Returns the leading left singular vectors, (rows, r)."""
-    vectors: Tensor = torch.linalg.eigh(matrix @ matrix.T)[1]
-    return vectors.flip(1)[:, :rank]
+    """Returns the leading left singular vectors, (rows, r); a few of a large matrix by Lanczos iteration."""
+    if min(matrix.shape) < LARGE or rank * FEW > min(matrix.shape) or not bool(matrix.any()):
+        vectors: Tensor = torch.linalg.eigh(matrix @ matrix.T)[1]
+        return vectors.flip(1)[:, :rank]
+    start = np.random.default_rng(0).standard_normal(min(matrix.shape))
+    u, values, _ = svds(matrix.numpy(), rank, tol=LANCZOS_TOLERANCE, v0=start, return_singular_vectors="u")
+    return torch.from_numpy(u[:, np.argsort(-values)].copy())
 
 
 class _Whitened:

@@ -49,6 +49,7 @@ class TensorTrain(Decomposition):
     """
 
     kind = "tt"
+    fits_roughly = True
 
     @override
     def unsupported(self, operator: Operator) -> str | None:

@@ -14,7 +14,7 @@ from torch import nn
 from lightning_compress.candidates import DENSE, Candidates, dense_macs, tabulate, tabulate_shared
 from lightning_compress.config import RESOURCES, Budget, did_you_mean, require_count
 from lightning_compress.costs import Costs, measure_costs
-from lightning_compress.decompositions import AUTOMATIC, resolve_kinds
+from lightning_compress.decompositions import is_automatic
 from lightning_compress.decompositions.base import Floats, Ints
 from lightning_compress.decompositions.shared import shared_errors
 from lightning_compress.errors import (
@@ -41,6 +41,7 @@ from lightning_compress.search.energy import search_energy
 from lightning_compress.search.exact import search_exact, smallest, solve
 from lightning_compress.search.paper import search_paper
 from lightning_compress.search.problem import Problem, Strategy
+from lightning_compress.search.refine import refined
 from lightning_compress.search.uniform import search_uniform
 from lightning_compress.sharing import current_share, from_first, shared_map
 from lightning_compress.tracing import ExampleInput, Trace, trace
@@ -110,7 +111,8 @@ def search_ranks(
             criterion is on the weights, always. Where the
             model fails on synthetic inputs the search falls back, with a `CompressionWarning`.
         kinds: "auto", a kind, or a list of kinds to choose from. "auto" is svd, channel_svd,
-            spatial_svd, tucker2, tt and cp3; for "alds" svd, channel_svd, split2_svd and split4_svd.
+            spatial_svd, tucker2, tt, cp3, cp for large kernels, tt_linear and tucker_linear for very
+            large linear layers; for "alds" svd, channel_svd, split2_svd and split4_svd.
         include: Names, globs, class names or classes of layers to factorise, None for all.
         exclude: Likewise for layers to leave alone.
         overrides: Pattern to `Override`, a mapping of its fields, or "dense".
@@ -173,8 +175,8 @@ def search_with_statistics(
     budget = Budget.from_value(budget)
     check_settings(method, objective, rank_multiple, seed)
     require_usable_weights(model)
-    automatic = ALDS_KINDS if method == "alds" else AUTOMATIC
-    kinds = resolve_kinds(kinds, automatic)
+    if method == "alds" and is_automatic(kinds):
+        kinds = ALDS_KINDS
     selection: dict[str, Any] = {"kinds": kinds, "include": include, "exclude": exclude, "overrides": overrides}
     take_inventory(model, **selection)  # a wrong pattern shows before the model is run
     if "macs" in budget.limits() and example_input is None:
@@ -205,6 +207,8 @@ def search_with_statistics(
     else:
         problem = _problem(tables, dense, budget)
         _require_feasible(problem, dense, budget)
+        if outputs is not None and method in AUTOMATIC_METHODS:
+            problem = refined(problem, outputs, lambda done: report("fitting layers", done))
         choice, objective = _choose(problem, method, objective, outputs, report)
     plan = Plan(
         layers=tuple(_layer_plans(layers, chosen, problem, choice, traced, statistics)),

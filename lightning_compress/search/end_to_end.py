@@ -34,7 +34,13 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from lightning_compress.candidates import DENSE
-from lightning_compress.decompositions import DECOMPOSITIONS, factorise_in, gated_weight, multiplied_out
+from lightning_compress.decompositions import (
+    DECOMPOSITIONS,
+    factorise_in,
+    gated_weight,
+    multiplied_out,
+    weighted_energy,
+)
 from lightning_compress.decompositions.base import Ints, threads_for
 from lightning_compress.decompositions.shared import shared_factors
 from lightning_compress.inventory import Layer
@@ -117,6 +123,28 @@ class Outputs:
             self.cached[key] = found
         return found
 
+    def kept_factors(self, layer: int, kind: str, ranks: tuple[int, ...]) -> dict[str, Tensor]:
+        """Returns `factors`, fitted once."""
+        key = layer, kind, ranks
+        if key not in self.fitted:
+            self.fitted[key] = self.factors(*key)
+        return self.fitted[key]
+
+    def dense_weight(self, layer: int, kind: str, ranks: tuple[int, ...]) -> Tensor:
+        """Returns the canonical weight that a layer's fitted factors are equivalent to."""
+        operator = self.layers[layer].operator
+        factors = self.kept_factors(layer, kind, ranks)
+        return multiplied_out(DECOMPOSITIONS[kind], factors, operator.shape, operator.groups)
+
+    def error(self, layer: int, kind: str, ranks: tuple[int, ...]) -> float:
+        """Returns the relative error of a layer's fitted factors in its metric."""
+        entry = self.layers[layer]
+        with threads_for(entry.weight), torch.no_grad():
+            weight, metric = entry.double_weight(), self.statistics.metric(entry.name)
+            lost = weight - self.dense_weight(layer, kind, ranks).to(weight)
+            energies = (weighted_energy(w, metric, entry.operator.groups) for w in (lost, weight))
+            return next(energies) / max(next(energies), torch.finfo(weight.dtype).tiny)
+
     def factors(self, layer: int, kind: str, ranks: tuple[int, ...], *, draft: bool = False) -> dict[str, Tensor]:
         """Returns a layer's factors in the metric, in the weight's dtype; for `draft` see `factorise_in`."""
         entry = self.layers[layer]
@@ -184,10 +212,7 @@ def _measure(outputs: Outputs, problem: Problem, choice: Ints) -> float:
         layer, row, entry = problem.layers[index], choice[index], outputs.layers[index]
         if layer.kinds[row] == DENSE:
             return None
-        key = (index, layer.kinds[row], layer.ranks[row])
-        factors = outputs.fitted[key] = outputs.fitted.get(key) or outputs.factors(*key)
-        kind, operator = DECOMPOSITIONS[layer.kinds[row]], entry.operator
-        return entry.own_layout(multiplied_out(kind, factors, operator.shape, operator.groups))
+        return entry.own_layout(outputs.dense_weight(index, layer.kinds[row], layer.ranks[row]))
 
     found_weights = in_threads(weight_of, range(len(choice)))
     weights = {index: weight for index, weight in enumerate(found_weights) if weight is not None}
