@@ -1,9 +1,10 @@
 """Accuracy right after the swap, before a single real image is seen, over methods and budgets.
 
-python -m benchmarks.zero_shot [--seeds 3] [--networks vgg resnet20] [--keep 0.1 0.05] [--plot]
+python -m benchmarks.zero_shot [--seeds 3] [--networks vgg resnet20] [--keep 0.1 0.05] [--methods moments] [--plot]
 
-Fashion-MNIST, all 10,000 test images. Methods without random numbers run once. With --plot nothing
-is measured: accuracy against parameters kept is drawn from the results.
+Fashion-MNIST, all 10,000 test images. Methods without random numbers run once. Rows of the results that
+are not measured again are kept. With --plot nothing is measured: accuracy against parameters kept is drawn
+from the results.
 """
 
 from __future__ import annotations
@@ -45,38 +46,40 @@ HEALED = "end_to_end"
 """The row that has another with healing."""
 
 
-def main(networks: list[str], seeds: int, keeps: list[float]) -> None:
+def main(networks: list[str], seeds: int, keeps: list[float], methods: list[str]) -> None:
     """Prints one row per budget and method for each network: mean and spread (max − min) over the seeds."""
     data = FashionMNISTDataModule()
     data.setup("test")
     test = DataLoader(data.test_dataloader().dataset, 500)
     train = next(iter(DataLoader(data.train_dataloader().dataset, REAL_IMAGES)))[0]
     for name in networks:
-        net, rows = reference(name), []
+        net, path = reference(name), RESULTS / f"zero_shot_{name}.json"
+        old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+        rows = {(row["keep"], row["method"]): row for row in old}
         synthetic = [gather_statistics(net, IMAGE, seed=seed) for seed in range(seeds)]
         seconds = statistics.mean(sum(found.seconds.values()) for found in synthetic)
         real = gather_statistics(net, calibration=torch.split(train, 128))
         for keep in keeps:
-            for method, settings in METHODS.items():
+            for method in methods:
+                settings = METHODS[method]
                 found = _statistics(method, settings, synthetic, real)
                 measured = [compressed(net, keep, settings, each, test, healed=method == HEALED) for each in found]
                 for suffix in measured[0]:
                     values = [each[suffix] for each in measured]
                     accuracies = [accuracy for accuracy, _ in values]
-                    rows.append(
-                        {
-                            "keep": keep,
-                            "method": method + suffix,
-                            "accuracy": statistics.mean(accuracies),
-                            "spread": max(accuracies) - min(accuracies),
-                            "seeds": len(values),
-                            "seconds": statistics.mean(each for _, each in values),
-                        }
-                    )
-                    print(name, rows[-1], flush=True)
+                    row = {
+                        "keep": keep,
+                        "method": method + suffix,
+                        "accuracy": statistics.mean(accuracies),
+                        "spread": max(accuracies) - min(accuracies),
+                        "seeds": len(values),
+                        "seconds": statistics.mean(each for _, each in values),
+                    }
+                    rows[keep, method + suffix] = row
+                    print(name, row, flush=True)
         title = f"Zero-shot accuracy of {name} on Fashion-MNIST, 10,000 test images"
         more = {"dense": accuracy(net, test), "statistics_seconds": seconds}
-        publish(f"zero_shot_{name}", title, rows, **more)
+        publish(f"zero_shot_{name}", title, list(rows.values()), **more)
         print(more)
 
 
@@ -148,6 +151,7 @@ if __name__ == "__main__":
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--keep", nargs="+", type=float, default=list(KEEP))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--plot", action="store_true")
     options = parser.parse_args()
-    plot() if options.plot else main(options.networks, options.seeds, options.keep)
+    plot() if options.plot else main(options.networks, options.seeds, options.keep, options.methods)
