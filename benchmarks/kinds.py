@@ -1,15 +1,16 @@
 """Accuracy right after the swap with one kind alone, against all of them to choose from.
 
-python -m benchmarks.kinds [--networks vgg resnet20] [--keep 0.1 0.05] [--kinds cp3 tucker2] [--seeds 3]
+python -m benchmarks.kinds [--networks vgg resnet20] [--keep 0.1 0.05] [--kinds auto cp3] [--seeds 3] [--heal]
 
-Fashion-MNIST, all 10,000 test images, end-to-end search before and after healing, as in `benchmarks.zero_shot`, whose
-results "auto" is taken from: run that first. "Alone" is for the convolutions: linear layers, where most kinds do not
-apply, have svd beside it. Rows of the results that are not measured again are kept.
+Fashion-MNIST, all 10,000 test images, end-to-end search before or (--heal) after healing, as in
+`benchmarks.zero_shot`. "Alone" is for the convolutions: linear layers, where most kinds do not apply, have svd
+beside it. Rows of the results that are not measured again are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 from typing import Any
@@ -17,59 +18,49 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from benchmarks.common import IMAGE, NETWORKS, RESULTS, publish, reference
-from benchmarks.zero_shot import HEALED, KEEP, compressed
+from benchmarks.zero_shot import KEEP, compressed
 from lightning_compress.demo.data import FashionMNISTDataModule
 from lightning_compress.errors import InfeasibleBudgetError
 from lightning_compress.moments import gather_statistics
 
-ALONE = ("channel_svd", "spatial_svd", "tucker2", "tt", "cp3")
-SUFFIXES = ("", " + healing")
+KINDS = ("auto", "cp3", "tucker2", "tt", "spatial_svd", "channel_svd")
 
 
-def main(networks: list[str], keeps: list[float], kinds: list[str], seeds: int) -> None:
-    """Prints one row per network, budget and kind: its accuracy, None where it cannot keep the budget, and auto's."""
+def main(networks: list[str], keeps: list[float], kinds: list[str], seeds: int, *, heal: bool) -> None:
+    """Prints one row per network, budget and kind: mean and spread (max − min) over the seeds of the accuracy.
+
+    They are None where a kind cannot keep the budget.
+    """
     data = FashionMNISTDataModule()
     data.setup("test")
     test = DataLoader(data.test_dataloader().dataset, 500)
-    path = RESULTS / "kinds.json"
+    name, title = ("kinds_healed", "after healing") if heal else ("kinds", "no healing")
+    path = RESULTS / f"{name}.json"
     old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     rows = {(row["network"], row["keep"], row["kind"]): row for row in old}
-    for name in networks:
-        net, auto = reference(name), _auto(name)
+    for network in networks:
+        net = reference(network)
         found = [gather_statistics(net, IMAGE, seed=seed) for seed in range(seeds)]
         for keep in keeps:
             for kind in kinds:
-                row: dict[str, Any] = {"network": name, "keep": keep, "kind": kind, "seeds": seeds}
-                settings = {"objective": "end_to_end", "kinds": ("svd", kind)}
-                try:
-                    measured = [compressed(net, keep, settings, each, test, healed=True) for each in found]
-                except InfeasibleBudgetError:
-                    measured = []
-                for suffix in SUFFIXES:
-                    values = [each[suffix][0] for each in measured]
-                    row[f"alone{suffix}"] = statistics.mean(values) if values else None
-                    row[f"auto{suffix}"] = auto[keep, suffix]
-                rows[name, keep, kind] = row
+                settings = {"objective": "end_to_end", "kinds": kind if kind == "auto" else ("svd", kind)}
+                row: dict[str, Any] = {"network": network, "keep": keep, "kind": kind, "seeds": seeds}
+                row.update(accuracy=None, spread=None)
+                with contextlib.suppress(InfeasibleBudgetError):
+                    measured = [compressed(net, keep, settings, each, test, healed=heal) for each in found]
+                    values = [each[" + healing" if heal else ""][0] for each in measured]
+                    row.update(accuracy=statistics.mean(values), spread=max(values) - min(values))
+                rows[network, keep, kind] = row
                 print(row, flush=True)
-    publish("kinds", "Zero-shot accuracy of single kinds and of auto, 10,000 test images", list(rows.values()))
-
-
-def _auto(network: str) -> dict[tuple[float, str], float]:
-    """Returns the accuracy of all kinds by budget and suffix of the row."""
-    results = json.loads((RESULTS / f"zero_shot_{network}.json").read_text(encoding="utf-8"))
-    return {
-        (row["keep"], suffix): row["accuracy"]
-        for row in results["rows"]
-        for suffix in SUFFIXES
-        if row["method"] == HEALED + suffix
-    }
+                publish(name, f"Zero-shot accuracy of single kinds and all, {title}", list(rows.values()))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--keep", nargs="+", type=float, default=list(KEEP))
-    parser.add_argument("--kinds", nargs="+", default=list(ALONE), choices=ALONE)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--heal", action="store_true")
     options = parser.parse_args()
-    main(options.networks, options.keep, options.kinds, options.seeds)
+    main(options.networks, options.keep, options.kinds, options.seeds, heal=options.heal)

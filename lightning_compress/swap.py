@@ -16,10 +16,16 @@ from lightning_compress.config import did_you_mean
 from lightning_compress.costs import Costs, measure_costs
 from lightning_compress.decompositions import DECOMPOSITIONS, Decomposition, FactorisedLayer, factorise_in
 from lightning_compress.decompositions.base import threads_for
-from lightning_compress.decompositions.factorised import FactorisedBag, FactorisedTransposed, channels_last_format
+from lightning_compress.decompositions.factorised import (
+    FactorisedBag,
+    FactorisedLookup,
+    FactorisedTransposed,
+    channels_last_format,
+)
 from lightning_compress.decompositions.layer_types import TransposedLinear, children_of, operator_of, own_layout
 from lightning_compress.decompositions.metric import Metric
 from lightning_compress.decompositions.shared import shared_factors
+from lightning_compress.decompositions.tensorised import TtEmbedding
 from lightning_compress.errors import ConfigurationError, PlanMismatchError
 from lightning_compress.inventory import Layer, list_layers, require_module, require_usable_weights
 from lightning_compress.moments import Statistics
@@ -358,7 +364,8 @@ def _build(layer: Layer, planned: LayerPlan, metric: Metric | None, *, decompose
         shape = cast(Tensor, child.weight).shape
         value = own_layout(child, factors[name]).reshape(shape) if decompose else torch.zeros(shape)
         child.weight = nn.Parameter(_like(value, weight), requires_grad=weight.requires_grad)
-        if decompose and index == 0 and padding is not None and not bool(weight[padding].any()):  # to the last bit
+        table = index == 0 and isinstance(child, (nn.Embedding, nn.EmbeddingBag))
+        if decompose and table and padding is not None and not bool(weight[padding].any()):  # to the last bit
             child.weight.detach()[padding] = 0
     return _finished(children, dense, decomposition, planned.ranks, planned.error)
 
@@ -374,13 +381,15 @@ def _finished(
     if "bias" in dense._parameters:
         last = children[list(children)[-1]]
         last.register_parameter("bias", cast("nn.Parameter | None", dense.bias))
-    new = _class_for(dense)(children, dense=dense, decomposition=decomposition, ranks=ranks)
+    new = _class_for(dense, decomposition)(children, dense=dense, decomposition=decomposition, ranks=ranks)
     new.error = error
     share_hooks(dense, new)
     return new.train(dense.training)
 
 
-def _class_for(dense: nn.Module) -> type[FactorisedLayer]:
+def _class_for(dense: nn.Module, decomposition: Decomposition) -> type[FactorisedLayer]:
+    if isinstance(decomposition, TtEmbedding):
+        return FactorisedLookup
     if isinstance(dense, nn.EmbeddingBag):
         return FactorisedBag
     return FactorisedTransposed if isinstance(dense, _ConvTransposeNd) else FactorisedLayer

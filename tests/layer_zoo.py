@@ -84,6 +84,7 @@ LAYERS: dict[str, Example] = {
     "Linear": Example(lambda: nn.Linear(8, 6), lambda: (normal(2, 3, 8, seed=9),)),
     "Conv1D": Example(lambda: Conv1D(6, 8), lambda: (normal(2, 3, 8, seed=9),)),
     "Embedding": Example(lambda: nn.Embedding(12, 6, padding_idx=0), lambda: (tokens(),)),
+    "Embedding large": Example(lambda: nn.Embedding(1030, 64, padding_idx=0), lambda: (tokens() * 90,)),
     "EmbeddingBag": Example(lambda: nn.EmbeddingBag(12, 6, mode="sum", padding_idx=0), bags),
     "EmbeddingBag mean": Example(lambda: nn.EmbeddingBag(12, 6), bags),
     "Conv1d": Example(lambda: nn.Conv1d(8, 6, 3, stride=2, padding=1), lambda: (normal(2, 8, 9, seed=9),)),

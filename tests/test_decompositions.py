@@ -291,8 +291,7 @@ def test_kind_says_why_it_does_not_apply(kind, layer, why):
 
 
 def test_kinds_are_resolved_in_the_order_given_without_repeats():
-    automatic = ("svd", "channel_svd", "spatial_svd", "tucker2", "tt", "cp3", "cp", "tt_linear", "tucker_linear")
-    assert resolve_kinds("auto") == automatic
+    assert set(DECOMPOSITIONS) - set(resolve_kinds("auto")) == {"split2_svd", "split4_svd"}
     assert resolve_kinds("tucker2") == ("tucker2",)
     assert resolve_kinds(["tucker2", "svd", "tucker2"]) == ("tucker2", "svd")
 

@@ -52,6 +52,7 @@ TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 ITERATIVE = ("cp", "cp3")  # fitted by sweeps that stop at a relative error of 1e-7; their predictions are bounds
 SLOW = pytest.mark.slow
 TENSORISED = ("tt_linear", "tucker_linear")  # split the outputs: fitted in S alone
+GROUPED = [kind for kind in DECOMPOSITIONS if kind != "tt_embedding"]  # tables have no groups
 
 
 def convolutions(dims):
@@ -386,7 +387,7 @@ def test_errors_of_groups_are_those_of_all_spectra_together(kind, shape, known):
 
 
 @pytest.mark.parametrize("known", KNOWN)
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=SLOW) if k in ITERATIVE else k for k in DECOMPOSITIONS])
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=SLOW) if k in ITERATIVE else k for k in GROUPED])
 def test_factors_of_groups_attain_the_predicted_error(kind, known):
     shapes = [(5, 4, 3, 2), (5, 4)] if kind not in TENSORISED else [(6, 4)]  # those refuse small layers, not weights
     fits = (s for s in shapes if DECOMPOSITIONS[kind].unsupported(operator_of(of_shape(s))) is None)
@@ -414,7 +415,7 @@ def of_shape(shape):
     return nn.Conv2d(in_, out, tuple(kernel)) if kernel else nn.Linear(in_, out)
 
 
-@pytest.mark.parametrize("kind", DECOMPOSITIONS)
+@pytest.mark.parametrize("kind", GROUPED)
 def test_groups_are_factorised_each_on_its_own(kind):
     layer = randomised(nn.Conv2d(16, 12, 3, groups=2)) if kind != "svd" else randomised(nn.Conv2d(16, 12, 1, groups=2))
     if DECOMPOSITIONS[kind].unsupported(operator_of(layer)) is not None:

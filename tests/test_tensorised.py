@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_compress import apply_plan_
+from lightning_compress import Budget, apply_plan_, search_ranks
 from lightning_compress.costs import Costs
 from lightning_compress.decompositions import (
     DECOMPOSITIONS,
@@ -30,7 +30,7 @@ from lightning_compress.errors import PlanMismatchError
 from lightning_compress.export import load_compressed, save_compressed
 from lightning_compress.inventory import take_inventory
 from lightning_compress.plan import LayerPlan, Plan
-from tests.layer_zoo import normal, random_metric
+from tests.layer_zoo import normal, plan_for, random_metric
 
 KINDS = ["tt_linear", "tucker_linear"]
 RANKS = {"tt_linear": [(1,), (5,), (17,)], "tucker_linear": [(1, 1, 1, 1), (4, 3, 5, 6), (16, 16, 2, 20)]}
@@ -231,7 +231,7 @@ def test_gates_remove_components_of_the_own_rank(kind):
     ("layer", "why"),
     [
         (nn.Conv2d(256, 256, 1), "factorises nn.Linear only"),
-        (nn.Embedding(1024, 256), "multiplies its inputs and cannot look rows up; embeddings take svd"),
+        (nn.Embedding(1024, 256), "multiplies its inputs and cannot look rows up; embeddings take svd or tt_embedding"),
         (nn.Linear(128, 128), "is for weights of 65536 entries or more, not 16384"),
         (nn.Linear(1009, 256), "needs sizes with two balanced factors; 1009 is 1 x 1009 at best"),
         (nn.Linear(256, 2 * 167 * 3), "needs sizes with two balanced factors; 1002 is 6 x 167 at best"),
@@ -250,16 +250,150 @@ def test_sizes_are_split_evenly_and_ranks_bounded():
         factorised(nn.Linear(256, 256), "tt_linear", (257,))
 
 
+# --- embeddings
+
+TABLE = (1030, 48)  # 32 x 33 rows with room for 26 more, 8 x 6 columns
+
+
+def table(seed=0, **settings):
+    layer = nn.Embedding(*TABLE, **settings)
+    layer.weight.data.copy_(normal(*TABLE, seed=seed))
+    return layer
+
+
+def lookup(layer, rank):
+    return factorised_as(layer, "tt_embedding", (rank,))[0]
+
+
+def factorised_as(layer, kind, ranks):
+    model = nn.Sequential(layer)
+    apply_plan_(model, plan_for(layer, kind, ranks))
+    return model
+
+
+@pytest.fixture
+def small_ones(monkeypatch):
+    monkeypatch.setattr(tensorised, "SMALLEST", 1)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4)])
+@pytest.mark.usefixtures("small_ones")
+def test_lookup_gives_the_rows_of_its_dense_weight(shape):
+    new = lookup(table(), 9)
+    index = torch.randint(TABLE[0], shape, generator=torch.Generator().manual_seed(0))
+    assert new(index).shape == (*shape, TABLE[1])
+    torch.testing.assert_close(new(index), new.dense_weight()[index])
+    everything = new(torch.arange(TABLE[0]))
+    torch.testing.assert_close(everything, new.dense_weight())
+    torch.testing.assert_close(new.to_dense()(index), new(index))
+
+
+@pytest.mark.usefixtures("small_ones")
+def test_table_at_full_rank_is_the_dense_one_and_errors_are_those_of_the_rearranged_table():
+    layer = table()
+    weight = layer.weight.detach().double().T.contiguous()
+    profile = DECOMPOSITIONS["tt_embedding"].profile(weight)
+    (full,) = DECOMPOSITIONS["tt_embedding"].max_ranks(tuple(weight.shape))
+    assert len(profile.errors) == full
+    filled = np.zeros((48, 33 * 32))
+    filled[:, :1030] = weight.numpy()
+    rearranged = filled.reshape(8, 6, 32, 33).transpose(0, 2, 1, 3).reshape(256, 198)
+    values = np.square(np.linalg.svd(rearranged, compute_uv=False))
+    assert profile.errors == pytest.approx(1 - values.cumsum() / values.sum(), abs=1e-12)
+    torch.testing.assert_close(lookup(layer, full).dense_weight(), layer.weight.detach(), rtol=1e-4, atol=1e-5)
+    for rank in (3, 40):
+        lost = (lookup(layer, rank).dense_weight().detach().double() - weight.T).square().sum() / weight.square().sum()
+        predicted = profile.errors[rank - 1]  # of the filled table: what is put in the place of the zeros counts
+        assert 0.99 * predicted <= float(lost) <= predicted + 1e-6
+
+
+@pytest.mark.usefixtures("small_ones")
+def test_padding_passes_no_gradient_and_other_rows_that_of_the_multiplied_table():
+    new = lookup(table(padding_idx=4), 9)
+    new(torch.tensor([4, 4])).sum().backward()
+    assert not any(bool(p.grad.any()) for p in new.parameters())
+    index = torch.tensor([4, 7, 1029, 7])
+    new(index).square().sum().backward()
+    found = [p.grad.clone() for p in new.parameters()]
+    new.zero_grad()
+    new.dense_weight()[index[1:]].square().sum().backward()
+    for gradient, parameter in zip(found, new.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
+
+
+@pytest.mark.usefixtures("small_ones")
+def test_costs_of_a_lookup_are_those_of_the_built_layers():
+    decomposition, shape = DECOMPOSITIONS["tt_embedding"], TABLE[::-1]
+    new = lookup(table(), 9)
+    assert decomposition.parameters(shape, np.array([[9]])).tolist() == [sum(p.numel() for p in new.parameters())]
+    with FlopCounterMode(display=False) as counter:
+        new(torch.arange(7))
+    macs = decomposition.macs(shape, np.array([[9]]), LayerCall((), (), rows=7, lookup=True))
+    assert (macs * 2).tolist() == [counter.get_total_flops()]
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (nn.Linear(1024, 256), "factorises nn.Embedding only"),
+        (nn.Embedding(1024, 32), "is for weights of 65536 entries or more, not 32768"),
+        (nn.Embedding(1024, 127), "needs sizes with two balanced factors; 127 is 1 x 127 at best"),
+        (nn.Embedding(1024, 128, sparse=True), "looks up row by row, without sparse or scaled gradients"),
+        (nn.Embedding(1024, 128, scale_grad_by_freq=True), "looks up row by row, without sparse or scaled gradients"),
+        (nn.EmbeddingBag(1024, 128), "looks up row by row, without sparse or scaled gradients"),
+        (nn.Embedding(1009, 128), None),
+    ],
+)
+def test_kind_of_embeddings_says_why_it_does_not_apply(layer, why):
+    refusal = DECOMPOSITIONS["tt_embedding"].unsupported(operator_of(layer))
+    assert refusal is None if why is None else refusal.startswith(f"tt_embedding {why}")
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = table()
+        self.words.weight.data.copy_(torch.from_numpy(np.asarray(self.kronecker()[:1030])))
+        self.out = nn.Linear(48, 5)
+
+    @staticmethod
+    def kronecker():
+        return sum(np.kron(normal(32, 8, seed=i), normal(33, 6, seed=10 + i)) for i in range(3))
+
+    def forward(self, index):
+        return self.out(self.words(index).mean(1))
+
+
+@pytest.mark.usefixtures("small_ones")
+def test_table_of_kronecker_products_is_found_and_trains(tmp_path):
+    model, index = Words(), torch.arange(1030).reshape(103, 10)
+    dense = copy.deepcopy(model)
+    plan = search_ranks(model, Budget(params=0.1), kinds=["svd", "tt_embedding"], example_input=index, seed=0)
+    chosen = {layer.name: layer for layer in plan.layers}["words"]
+    assert (chosen.kind, chosen.ranks) == ("tt_embedding", (6,))  # three, and three for the cut in the last block
+    assert chosen.error < 1e-6
+    replacements = apply_plan_(model, plan)
+    torch.testing.assert_close(model(index), dense(index), rtol=1e-3, atol=1e-3)
+    save_compressed(model, tmp_path)
+    again = Words()
+    load_compressed(again, tmp_path)
+    assert torch.equal(again(index), model(index))
+    model(index).square().sum().backward()
+    assert all(bool(p.grad.any()) for r in replacements for p in r.factorised.parameters())
+
+
 # --- the choice of "auto"
 
 
-def test_auto_tries_them_on_very_large_linear_layers_alone():
+def test_auto_tries_them_on_very_large_layers_alone():
     net = nn.Sequential(nn.Linear(2048, 4096, bias=False), nn.Linear(4096, 1024), nn.Conv2d(4096, 2048, 1))
     large, small, pointwise = (layer.kinds for layer in take_inventory(net))
     assert large == ("svd", *KINDS)
     assert small == ("svd",)
     assert set(KINDS).isdisjoint(pointwise)
     assert take_inventory(net, kinds=["svd", *KINDS])[1].kinds == ("svd", *KINDS)
+    words = nn.Sequential(nn.Embedding(2**14, 512), nn.Embedding(2**13, 512))
+    assert [layer.kinds for layer in take_inventory(words)] == [("svd", "tt_embedding"), ("svd",)]
 
 
 @pytest.mark.parametrize("shape", [(1030, 1100), (1100, 1030)])

@@ -16,7 +16,7 @@ from lightning_compress.decompositions.factorised import FactorisedLayer, by_gro
 from lightning_compress.decompositions.metric import Metric, energy
 from lightning_compress.decompositions.split_svd import SplitSvd
 from lightning_compress.decompositions.svd import ChannelSvd, SpatialSvd, Svd
-from lightning_compress.decompositions.tensorised import TtLinear, TuckerLinear
+from lightning_compress.decompositions.tensorised import TtEmbedding, TtLinear, TuckerLinear
 from lightning_compress.decompositions.tt import TensorTrain
 from lightning_compress.decompositions.tucker import Tucker2
 from lightning_compress.errors import ConfigurationError
@@ -25,12 +25,15 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
     d.kind: d
     for d in (
         *(Svd(), ChannelSvd(), SpatialSvd(), Tucker2(), SplitSvd(2), SplitSvd(4)),
-        *(TensorTrain(), Cp(), Cp3(), TtLinear(), TuckerLinear()),
+        *(TensorTrain(), Cp(), Cp3(), TtLinear(), TuckerLinear(), TtEmbedding()),
     )
 }
 """Kind to decomposition."""
 
-AUTOMATIC = ("svd", "channel_svd", "spatial_svd", "tucker2", "tt", "cp3", "cp", "tt_linear", "tucker_linear")
+AUTOMATIC = (
+    *("svd", "channel_svd", "spatial_svd", "tucker2", "tt", "cp3", "cp"),
+    *("tt_linear", "tucker_linear", "tt_embedding"),
+)
 """The kinds that "auto" chooses from, where they say so (`Decomposition.automatic`)."""
 
 

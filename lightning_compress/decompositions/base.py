@@ -29,12 +29,15 @@ class Operator:
         groups: Number of groups, each of that shape and with channels of its own.
         transposed: Whether it is a transposed convolution.
         lookup: Whether the inputs are indices into the second dimension (nn.Embedding).
+        rowwise: Whether a lookup returns one row per index, with an ordinary gradient (not nn.EmbeddingBag,
+            sparse gradients or such as are scaled by the frequency).
     """
 
     shape: tuple[int, ...]
     groups: int = 1
     transposed: bool = False
     lookup: bool = False
+    rowwise: bool = False
 
     @property
     def kernel(self) -> tuple[int, ...]:

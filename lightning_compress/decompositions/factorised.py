@@ -172,6 +172,23 @@ class FactorisedBag(FactorisedLayer):
         return cast(Tensor, output)
 
 
+class FactorisedLookup(FactorisedLayer):
+    """Replaces an nn.Embedding by cores that each look up their own part of the index."""
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns the rows, (…, embedding_dim); those of the padding index pass no gradient, as those of nn.Embedding.
+
+        An index beyond the last row is not always noticed: the cores have room for a few more.
+        """
+        output: Tensor | None = None
+        for core in self:
+            output = core(input, output)
+        rows = cast(Tensor, output)
+        padding = getattr(self, "padding_idx", None)
+        return rows if padding is None else torch.where((input == padding)[..., None], rows.detach(), rows)
+
+
 def channels_last_format(weight: Tensor) -> torch.memory_format | None:
     """Returns the channels-last format that a weight is in and that is not the ordinary one as well, else None."""
     known = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)

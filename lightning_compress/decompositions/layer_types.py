@@ -192,7 +192,9 @@ class _ConvType(LayerType):
 class _EmbeddingType(LayerType):
     @override
     def operator(self, layer: nn.Module) -> Operator:
-        return Operator(tuple(canonical(layer, cast(Tensor, layer.weight)).shape), lookup=True)
+        own_gradient = bool(getattr(layer, "sparse", False) or getattr(layer, "scale_grad_by_freq", False))
+        shape = tuple(canonical(layer, cast(Tensor, layer.weight)).shape)
+        return Operator(shape, lookup=True, rowwise=type(layer) is nn.Embedding and not own_gradient)
 
     @override
     def refusal(self, layer: nn.Module) -> str | None:

@@ -1,7 +1,8 @@
-"""Very large nn.Linear as tensors of four modes: tensor-train matrix and Tucker.
+"""Very large nn.Linear and nn.Embedding as tensors of four modes: tensor-train matrix and Tucker.
 
 A size n is split into its two most balanced factors, and the weight (out, in) becomes
 (out_1, out_2, in_1, in_2); the smaller of each pair is out_2 and in_1, which costs the fewest MACs.
+The number of rows of an embedding, which seldom has such factors, is rounded up to in_1 · in_2.
 The output channels are then shared between two factors, so the metric G of the outputs is left out.
 """
 
@@ -29,6 +30,8 @@ from lightning_compress.decompositions.base import (
     Stage,
     along,
     balanced,
+    singular_energies,
+    tail_errors,
 )
 from lightning_compress.decompositions.metric import regularised, solvable, whitened_targets
 from lightning_compress.decompositions.tt import even, geometric
@@ -61,6 +64,14 @@ def modes_of(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     return out_1, out_2, in_1, in_2
 
 
+def _why_unbalanced(kind: str, sizes: Sequence[int]) -> str | None:
+    for size in sizes:
+        small, large = balanced_factors(size)
+        if large > UNBALANCED * small:
+            return f"{kind} needs sizes with two balanced factors; {size} is {small} x {large} at best"
+    return None
+
+
 class _Tensorised(Decomposition):
     """A kind whose factors are those of the weight as a tensor of four modes."""
 
@@ -72,14 +83,10 @@ class _Tensorised(Decomposition):
         if operator.kernel:
             return f"{self.kind} factorises nn.Linear only"
         if operator.lookup:
-            return f"{self.kind} multiplies its inputs and cannot look rows up; embeddings take svd"
+            return f"{self.kind} multiplies its inputs and cannot look rows up; embeddings take svd or tt_embedding"
         if math.prod(operator.shape) < SMALLEST:
             return f"{self.kind} is for weights of {SMALLEST} entries or more, not {math.prod(operator.shape)}"
-        for size in operator.shape:
-            small, large = balanced_factors(size)
-            if large > UNBALANCED * small:
-                return f"{self.kind} needs sizes with two balanced factors; {size} is {small} x {large} at best"
-        return None
+        return _why_unbalanced(self.kind, operator.shape)
 
     @override
     def automatic(self, operator: Operator) -> bool:
@@ -214,6 +221,119 @@ class TtLinear(_Tensorised):
     @override
     def dense_weight(self, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         return torch.einsum("air,rbj->abij", factors["outer"], factors["inner"]).reshape(shape)
+
+
+class InnerLookup(_Child):
+    """Looks rows up by the index modulo in_2: (…) to (…, r · out_2); its weight is (r, out_2, in_2)."""
+
+    @override
+    def forward(self, index: Tensor, _: Tensor | None) -> Tensor:
+        return F.embedding(index % self.weight.shape[2], self.weight.flatten(0, 1).T)
+
+
+class OuterLookup(_Child):
+    """Looks rows up by the index divided by in_2 and multiplies: to (…, out_1 · out_2); its weight is (out_1, in_1, r).
+
+    Args:
+        shape: Of the weight.
+        inner_size: in_2.
+    """
+
+    def __init__(self, *shape: int, inner_size: int) -> None:
+        super().__init__(*shape)
+        self.inner_size = inner_size
+
+    @override
+    def forward(self, index: Tensor, inner: Tensor) -> Tensor:
+        out_1, _, rank = self.weight.shape
+        rows = F.embedding(index // self.inner_size, self.weight.transpose(0, 1).flatten(1))
+        product = rows.reshape(*index.shape, out_1, rank) @ inner.reshape(*index.shape, rank, -1)
+        return product.flatten(-2)
+
+
+class TtEmbedding(Decomposition):
+    """An embedding's rows v = (i, j) as Σ_r a_ir ⊗ b_rj: a tensor-train matrix of two cores that is looked up.
+
+    The best of every rank is the SVD of the rearranged table, (out_1·in_1) x (out_2·in_2), with rows of
+    zeros up to in_1 · in_2.
+
+    Source: Hrinchuk et al. 2020, "Tensorized Embedding Layers", section 3, with two cores; see `TtLinear`.
+    """
+
+    kind = "tt_embedding"
+    splits_outputs = True
+
+    @override
+    def unsupported(self, operator: Operator) -> str | None:
+        if not operator.lookup:
+            return f"{self.kind} factorises nn.Embedding only"
+        if not operator.rowwise:
+            return f"{self.kind} looks up row by row, without sparse or scaled gradients; this layer takes svd"
+        if math.prod(operator.shape) < SMALLEST:
+            return f"{self.kind} is for weights of {SMALLEST} entries or more, not {math.prod(operator.shape)}"
+        return _why_unbalanced(self.kind, operator.shape[:1])
+
+    @override
+    def automatic(self, operator: Operator) -> bool:
+        return math.prod(operator.shape) >= AUTOMATIC_SIZE
+
+    @override
+    def max_ranks(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        out_1, out_2, in_1, in_2 = _lookup_modes(shape)
+        return (min(out_1 * in_1, out_2 * in_2),)
+
+    @override
+    def stages(self, shape: tuple[int, ...], ranks: Ints) -> tuple[Stage, ...]:
+        """Returns none: the children are modules of their own."""
+        return ()
+
+    @override
+    def parameters(self, shape: tuple[int, ...], ranks: Ints) -> Ints:
+        out_1, out_2, in_1, in_2 = _lookup_modes(shape)
+        costs: Ints = ranks[:, 0] * (out_1 * in_1 + out_2 * in_2)
+        return costs
+
+    @override
+    def macs(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Ints:
+        costs: Ints = ranks[:, 0] * shape[0] * call.rows
+        return costs
+
+    @override
+    def profile(self, weight: Tensor, metric: Tensor | None = None) -> RankProfile:
+        errors = tail_errors(singular_energies(_lookup_matrix(weight)))
+        return RankProfile(ranks=np.arange(1, len(errors) + 1)[:, None], errors=errors)
+
+    @override
+    def factorise(self, weight: Tensor, ranks: tuple[int, ...], metric: Tensor | None = None) -> dict[str, Tensor]:
+        out_1, out_2, in_1, in_2 = _lookup_modes(tuple(weight.shape))
+        matrix = _lookup_matrix(weight)
+        inner = _leading(matrix.T, *ranks).T
+        outer, inner = balanced(matrix @ inner.T, inner)
+        return {"inner": inner.reshape(*ranks, out_2, in_2), "outer": outer.reshape(out_1, in_1, *ranks)}
+
+    @override
+    def own_children(self, operator: Operator, ranks: tuple[int, ...]) -> dict[str, nn.Module]:
+        out_1, out_2, in_1, in_2 = _lookup_modes(operator.shape)
+        return {"inner": InnerLookup(*ranks, out_2, in_2), "outer": OuterLookup(out_1, in_1, *ranks, inner_size=in_2)}
+
+    @override
+    def dense_weight(self, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        table = torch.einsum("air,rbj->abij", factors["outer"], factors["inner"])
+        return table.flatten(2).flatten(0, 1)[:, : shape[1]]
+
+
+def _lookup_modes(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Returns (out_1, out_2, in_1, in_2) of a table (out, rows), with in_1 · in_2 >= rows."""
+    out_2, out_1 = balanced_factors(shape[0])
+    in_2 = math.isqrt(shape[1] - 1) + 1
+    return out_1, out_2, -(-shape[1] // in_2), in_2
+
+
+def _lookup_matrix(weight: Tensor) -> Tensor:
+    """Returns a table (out, rows) as (out_1 · in_1, out_2 · in_2), filled up with zeros."""
+    out_1, out_2, in_1, in_2 = _lookup_modes(tuple(weight.shape))
+    filled = F.pad(weight, (0, in_1 * in_2 - weight.shape[1]))
+    return _rearranged(filled.reshape(out_1, out_2, in_1, in_2))
 
 
 def _rearranged(tensor: Tensor) -> Tensor:
