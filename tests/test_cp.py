@@ -264,7 +264,7 @@ def test_correction_shrinks_norms_at_hardly_more_error():
     weight = trained("vgg", "features.3.0")
     problem = cp._Problem.of(weight, None)
     free = problem.run(cp._Slices(problem.weight).filters(22), 150)
-    found, _ = cp._corrected(problem, free)
+    found, _ = cp._corrected(problem, free, 6)
     assert found.size < 0.97 * free.size
     assert found.error <= (1 + cp.SLACK) * free.error + 1e-12
 

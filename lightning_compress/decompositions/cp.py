@@ -40,7 +40,7 @@ SWEEPS_FOR_BOTH = 60
 """The random start is left out where fewer sweeps than these are affordable."""
 SWEEPS, METRIC_SWEEPS, PROFILE_SWEEPS = (12, 90), (2, 15), (3, 12)
 """Fewest and most sweeps of a fit (of all its starts together), in the whole metric, and of one rank of a profile."""
-WORK, PROFILE_WORK = 3e10, 5e9
+WORK, PROFILE_WORK = 3e10, 2e9
 """Multiply-adds of a fit (about five seconds of one core) and of one rank of a profile, beyond the fewest sweeps."""
 PROFILE_LIMIT = 1e10
 """A profile does not fit ranks at which a sweep takes more: they keep the fraction of the next smaller one."""
@@ -50,8 +50,8 @@ SETTLED = 1e-3
 """A fit stops once ten sweeps lower its objective by less than this fraction."""
 SLACK = 0.01
 """The correction of the norms may raise the squared error by this fraction of it, or of what is explained if less."""
-CORRECTIONS, CORRECTION_SWEEPS = 4, 6
-"""Bisections of the penalty, and sweeps of each."""
+CORRECTIONS, CORRECTION_SWEEPS = 4, (2, 6)
+"""Bisections of the penalty, and fewest and most sweeps of each: together at most half of those of the fit."""
 LARGEST = 10.0
 """Root of the sum of the squared norms of all components, at most, relative to the norm of the weight."""
 CG_STEPS = 2
@@ -455,7 +455,7 @@ def _fitted(problem: _Problem, rank: int) -> _Components:
         starts.append(_random_filters(dims[1:], rank))
     scouted = min((separable.run(start, min(SCOUT_SWEEPS, total)) for start in starts), key=_error)
     best = separable.run(scouted.filters, max(total - SCOUT_SWEEPS * len(starts), 0))
-    best, ridge = _corrected(separable, best)
+    best, ridge = _corrected(separable, best, int(np.clip(total // (2 * CORRECTIONS), *CORRECTION_SWEEPS)))
     if problem.metric is None:
         return best
     work = (2 + (len(dims) - 1) * CG_STEPS) * rank * problem.metric.numel()
@@ -473,7 +473,7 @@ def _separable(problem: _Problem) -> _Problem:
     return problem if problem.metric is None else _Problem(problem.weight, None)
 
 
-def _corrected(problem: _Problem, found: _Components) -> tuple[_Components, float]:
+def _corrected(problem: _Problem, found: _Components, sweeps: int) -> tuple[_Components, float]:
     """Returns components of smaller norms at hardly more error, and the penalty that led to them.
 
     Components that nearly cancel can lower the error while their norms grow without bound. Of all
@@ -486,7 +486,7 @@ def _corrected(problem: _Problem, found: _Components) -> tuple[_Components, floa
     low, high = -8.0, 0.0
     for _ in range(CORRECTIONS):
         middle = (low + high) / 2
-        tried = problem.run(found.filters, CORRECTION_SWEEPS, 10**middle)
+        tried = problem.run(found.filters, sweeps, 10**middle)
         if tried.error <= bound:
             low = middle
             if tried.size <= best.size:
@@ -504,7 +504,7 @@ def _bounded(problem: _Problem, found: _Components, ridge: float) -> tuple[_Comp
     """
     while not found.size <= LARGEST and ridge < 1:
         ridge = max(10 * ridge, 1e-6)
-        found = problem.run(found.filters, CORRECTION_SWEEPS, ridge)
+        found = problem.run(found.filters, CORRECTION_SWEEPS[1], ridge)
     return found, ridge
 
 
