@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_compress import Budget, Override, apply_plan_, search_ranks
+from lightning_compress.decompositions.layer_types import layer_type
 from lightning_compress.errors import (
     ConfigurationError,
     ModelError,
@@ -43,11 +46,47 @@ def chosen_in(model, **settings):
 
 
 class MyLinear(nn.Linear):
-    pass
+    def forward(self, x):
+        return super().forward(x)
 
 
 class MyBag(nn.EmbeddingBag):
-    pass
+    def rows(self):
+        return self.weight
+
+
+class Named(nn.Conv3d):
+    """A convolution in all but its name, such as torchvision's Conv3DSimple."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, kernel_size=3, padding=1)
+
+    @staticmethod
+    def get_downsample_stride(stride):
+        return stride
+
+
+class Scaled(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.scale = 2.0
+
+
+class Mixed(Named):
+    weight_norm = property(lambda self: self.weight.norm())
+
+
+class Sharded(nn.ModuleList, nn.Linear):
+    """Of two classes, as fully_shard makes them."""
+
+    def __init__(self):
+        nn.Linear.__init__(self, 8, 8)
+
+
+def more(layer, **attributes):
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    return layer
 
 
 class Conv1D(nn.Module):
@@ -93,6 +132,32 @@ def test_other_types_and_subclasses_stay_dense(layer):
         if parent
         else f"no kind factorises {type(layer).__name__}"
     )
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Scaled(8, 8),
+        Mixed(8, 8),
+        more(Named(8, 8), scale=nn.Parameter(torch.ones(1))),
+        more(Named(8, 8), norm=nn.BatchNorm3d(8)),
+        Sharded(),
+    ],
+)
+def test_subclasses_with_more_than_a_name_are_of_no_known_type(layer):
+    assert layer_type(layer) is None
+
+
+def test_subclasses_in_nothing_but_the_name_are_factorised():
+    model = nn.Sequential(Named(8, 8), nn.ReLU(), Named(8, 4)).eval()
+    more(model[0], _is_initialised=True)
+    dense = copy.deepcopy(model)
+    plan = search_ranks(model, Budget(params=0.5), example_input=(1, 8, 4, 4, 4), objective="weight")
+    assert {layer.type for layer in plan.factorised} == {"Named"}
+    (replacement, *_) = apply_plan_(model, plan)
+    images = torch.randn(2, 8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert model(images).shape == dense(images).shape
+    assert type(replacement.factorised.to_dense()) is Named
 
 
 @pytest.mark.parametrize(

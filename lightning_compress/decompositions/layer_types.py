@@ -240,10 +240,44 @@ _BY_NAME: dict[str, LayerType] = {"transformers.pytorch_utils.Conv1D": _LINEAR}
 """Classes of packages that need not be installed."""
 
 
+_HARMLESS = frozenset(
+    {
+        *("__init__", "reset_parameters", "extra_repr", "__repr__"),
+        *("__module__", "__qualname__", "__doc__", "__annotations__", "__annotate_func__", "__annotations_cache__"),
+        *("__firstlineno__", "__static_attributes__", "__constants__"),
+    }
+)
+"""What a subclass may have of its own and still do what its parent does."""
+
+
 def layer_type(layer: nn.Module) -> LayerType | None:
-    """Returns the family of a layer by its exact class (a subclass may use its weight in its own way)."""
+    """Returns the family of a layer by its class, or by that of which it is a subclass in nothing but the name.
+
+    Another subclass may use its weight in its own way.
+    """
     known = _LAYER_TYPES.get(type(layer))
-    return known if known is not None else _BY_NAME.get(_full_name(layer))
+    known = known if known is not None else _BY_NAME.get(_full_name(layer))
+    if known is None and (parent := _plain_parent(layer)) is not None:
+        known = _LAYER_TYPES[parent]
+    return known
+
+
+def _plain_parent(layer: nn.Module) -> type[nn.Module] | None:
+    """Returns the known class that a subclass differs from in its name and static methods alone, else None."""
+    lineage = type(layer).__mro__
+    parent = next((cls for cls in lineage if cls in _LAYER_TYPES), None)
+    if parent is None:
+        return None
+    example = parent(*(1 for _ in range(3 if issubclass(parent, _ConvNd) else 2)), device="meta")
+    state = {*vars(example), *example._parameters}
+    for cls in lineage[: lineage.index(parent)]:
+        own = {name: value for name, value in vars(cls).items() if name not in _HARMLESS}
+        static = all(isinstance(value, (staticmethod, classmethod)) for value in own.values())
+        if not issubclass(cls, parent) or not static or any(hasattr(parent, name) for name in own):
+            return None
+    more = {name for name in vars(layer) if not name.startswith("_")} - state
+    holds = layer._modules or layer._buffers or layer._parameters.keys() - example._parameters.keys()
+    return None if more or holds else parent
 
 
 def family_of(layer: nn.Module) -> LayerType:
