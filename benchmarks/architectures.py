@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from benchmarks.common import RESULTS, machine, publish
+from benchmarks.common import RESULTS, earlier_rows, machine, publish
 from benchmarks.zoo import Entry, Specimen, build, list_entries, recorded
 from lightning_compress import Budget, LayerPlan, Plan, apply_plan_, compress_, search_ranks
 from lightning_compress.costs import measure_costs
@@ -85,7 +85,7 @@ def main(entries: list[Entry], *, seconds: float, resume: bool, compress: bool) 
     how = "compress_ with objective auto and healing" if compress else "objective weight, no healing"
     title = f"Random weights, params <= {KEEP:g}, kinds auto, {how}; difference = largest relative one at full rank"
     path = RESULTS / f"{name}.json"
-    old = json.loads(path.read_text(encoding="utf-8"))["rows"] if resume and path.exists() else []
+    old = earlier_rows(name) if resume else []
     rows: dict[tuple[str, str], dict[str, Any]] = {(row["library"], row["model"]): row for row in old}
     left = [e for e in entries if rows.get((e.library, e.name), {}).get("status") != "ok"]
     for row in _in_workers(left, seconds, compress=compress):

@@ -45,6 +45,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def earlier_rows(name: str) -> list[dict[str, Any]]:
+    """Returns the rows of `results/NAME.json`, none if there is no such file."""
+    path = RESULTS / f"{name}.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    return rows
+
+
 def publish(name: str, title: str, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
     """Prints the rows as a table and writes `results/NAME.json`."""
     table = Table(title=title, title_justify="left")

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-from benchmarks.common import IMAGE, NETWORKS, RESULTS, publish, reference
+from benchmarks.common import IMAGE, NETWORKS, earlier_rows, publish, reference
 from benchmarks.zero_shot import KEEP, compressed
 from lightning_compress.demo.data import FashionMNISTDataModule
 from lightning_compress.errors import InfeasibleBudgetError
@@ -35,9 +34,7 @@ def main(networks: list[str], keeps: list[float], kinds: list[str], seeds: int, 
     data.setup("test")
     test = DataLoader(data.test_dataloader().dataset, 500)
     name, title = ("kinds_healed", "after healing") if heal else ("kinds", "no healing")
-    path = RESULTS / f"{name}.json"
-    old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    rows = {(row["network"], row["keep"], row["kind"]): row for row in old}
+    rows = {(row["network"], row["keep"], row["kind"]): row for row in earlier_rows(name)}
     for network in networks:
         net = reference(network)
         found = [gather_statistics(net, IMAGE, seed=seed) for seed in range(seeds)]
@@ -52,7 +49,7 @@ def main(networks: list[str], keeps: list[float], kinds: list[str], seeds: int, 
                     row.update(accuracy=statistics.mean(values), spread=max(values) - min(values))
                 rows[network, keep, kind] = row
                 print(row, flush=True)
-                publish(name, f"Zero-shot accuracy of single kinds and all, {title}", list(rows.values()))
+        publish(name, f"Zero-shot accuracy of single kinds and all, {title}", list(rows.values()))
 
 
 if __name__ == "__main__":

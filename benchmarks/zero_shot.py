@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
-from benchmarks.common import IMAGE, NETWORKS, RESULTS, publish, reference
+from benchmarks.common import IMAGE, NETWORKS, RESULTS, earlier_rows, publish, reference
 from lightning_compress import Budget, apply_plan_, search_ranks
 from lightning_compress.demo.data import FashionMNISTDataModule
 from lightning_compress.heal import heal_
@@ -53,9 +53,8 @@ def main(networks: list[str], seeds: int, keeps: list[float], methods: list[str]
     test = DataLoader(data.test_dataloader().dataset, 500)
     train = next(iter(DataLoader(data.train_dataloader().dataset, REAL_IMAGES)))[0]
     for name in networks:
-        net, path = reference(name), RESULTS / f"zero_shot_{name}.json"
-        old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-        rows = {(row["keep"], row["method"]): row for row in old}
+        net = reference(name)
+        rows = {(row["keep"], row["method"]): row for row in earlier_rows(f"zero_shot_{name}")}
         synthetic = [gather_statistics(net, IMAGE, seed=seed) for seed in range(seeds)]
         seconds = statistics.mean(sum(found.seconds.values()) for found in synthetic)
         real = gather_statistics(net, calibration=torch.split(train, 128))

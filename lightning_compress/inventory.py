@@ -368,10 +368,13 @@ def _with_kinds(
     if reason is not None:
         return replace(layer, reason=reason)
     asked = override.kinds if override.kinds is not None else general
-    wanted = [DECOMPOSITIONS[kind] for kind in resolve_kinds(asked)]
+    refusals = {kind: DECOMPOSITIONS[kind].unsupported(layer.operator) for kind in resolve_kinds(asked)}
     if is_automatic(asked):
-        wanted = [d for d in wanted if d.unsupported(layer.operator) is not None or d.automatic(layer.operator)]
-    refusals = {d.kind: d.unsupported(layer.operator) for d in wanted}
+        refusals = {
+            kind: refusal
+            for kind, refusal in refusals.items()
+            if refusal is not None or DECOMPOSITIONS[kind].automatic(layer.operator)
+        }
     if layer.partners:
         others = "its weight is tied to another module's, which svd alone can share"
         refusals.update({kind: others for kind in refusals if kind not in TIED_KINDS and refusals[kind] is None})

@@ -360,11 +360,11 @@ def _build(layer: Layer, planned: LayerPlan, metric: Metric | None, *, decompose
             whole = layer.double_weight()
             factors = factorise_in(planned.kind, whole, planned.ranks, metric, layer.operator.groups)
     padding = getattr(dense, "padding_idx", None)
-    for index, (name, child) in enumerate(children.items()):
+    for name, child in children.items():
         shape = cast(Tensor, child.weight).shape
         value = own_layout(child, factors[name]).reshape(shape) if decompose else torch.zeros(shape)
         child.weight = nn.Parameter(_like(value, weight), requires_grad=weight.requires_grad)
-        table = index == 0 and isinstance(child, (nn.Embedding, nn.EmbeddingBag))
+        table = isinstance(child, (nn.Embedding, nn.EmbeddingBag))
         if decompose and table and padding is not None and not bool(weight[padding].any()):  # to the last bit
             child.weight.detach()[padding] = 0
     return _finished(children, dense, decomposition, planned.ranks, planned.error)

@@ -211,7 +211,7 @@ def test_correction_scales_the_rough_kinds_alone_and_by_what_is_found(known):
             ratios = after.errors[rows] / before.errors[rows]
             changed.update({kind} if not np.allclose(ratios, 1) else ())
             measured = [
-                outputs.error(index, kind, before.ranks[r])
+                outputs.lost_energy(index, kind, before.ranks[r]) / before.energy
                 for r in rows
                 if (index, kind, before.ranks[r]) in outputs.fitted
             ]

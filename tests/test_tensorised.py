@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress import Budget, apply_plan_, search_ranks
-from lightning_compress.costs import Costs
 from lightning_compress.decompositions import (
     DECOMPOSITIONS,
     LayerCall,
@@ -29,7 +28,6 @@ from lightning_compress.decompositions.tensorised import balanced_factors, modes
 from lightning_compress.errors import PlanMismatchError
 from lightning_compress.export import load_compressed, save_compressed
 from lightning_compress.inventory import take_inventory
-from lightning_compress.plan import LayerPlan, Plan
 from tests.layer_zoo import normal, plan_for, random_metric
 
 KINDS = ["tt_linear", "tucker_linear"]
@@ -45,11 +43,8 @@ def error_in(metric, weight, product):
 
 
 def factorised(layer, kind, ranks, wrap=nn.Sequential):
-    costs = Costs(1, None, 4)
-    planned = LayerPlan("0", "Linear", kind, tuple(ranks), tuple(layer.weight.shape), 0.0, 1, 1)
     model = wrap(layer)
-    plan = Plan((planned,), costs, costs)
-    apply_plan_(model, plan)
+    apply_plan_(model, plan_for(layer, kind, tuple(ranks)))
     return model
 
 
@@ -262,13 +257,7 @@ def table(seed=0, **settings):
 
 
 def lookup(layer, rank):
-    return factorised_as(layer, "tt_embedding", (rank,))[0]
-
-
-def factorised_as(layer, kind, ranks):
-    model = nn.Sequential(layer)
-    apply_plan_(model, plan_for(layer, kind, ranks))
-    return model
+    return factorised(layer, "tt_embedding", (rank,))[0]
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ SETTLED = 1e-3
 SLACK = 0.01
 """The correction of the norms may raise the squared error by this fraction of it, or of what is explained if less."""
 CORRECTIONS, CORRECTION_SWEEPS = 4, (2, 6)
-"""Bisections of the penalty, and fewest and most sweeps of each: together at most half of those of the fit."""
+"""Bisections of the penalty, and fewest and most sweeps of each; between them all take half of those of the fit."""
 LARGEST = 10.0
 """Root of the sum of the squared norms of all components, at most, relative to the norm of the weight."""
 CG_STEPS = 2
@@ -183,9 +183,8 @@ class Cp(_Canonical):
     @override
     def automatic(self, operator: Operator) -> bool:
         """Returns whether a component is clearly smaller than one of `cp3`, which fits better."""
-        channels, kernel = sum(operator.shape[:2]), operator.kernel
-        own = channels + sum(math.prod(kernel[axis] for axis in part) for part in self._parts(kernel))
-        return own <= SAVING * (channels + math.prod(kernel))
+        whole = sum(operator.shape[:2]) + math.prod(operator.kernel)
+        return sum(self._dims(operator.shape)) <= SAVING * whole
 
     @override
     def _parts(self, kernel: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:

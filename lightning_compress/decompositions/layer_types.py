@@ -9,6 +9,7 @@ weights and back.
 from __future__ import annotations
 
 import copy
+import functools
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -268,16 +269,23 @@ def _plain_parent(layer: nn.Module) -> type[nn.Module] | None:
     parent = next((cls for cls in lineage if cls in _LAYER_TYPES), None)
     if parent is None:
         return None
-    example = parent(*(1 for _ in range(3 if issubclass(parent, _ConvNd) else 2)), device="meta")
-    state = {*vars(example), *example._parameters}
     for cls in lineage[: lineage.index(parent)]:
         own = {name: value for name, value in vars(cls).items() if name not in _HARMLESS}
         static = all(isinstance(value, (staticmethod, classmethod)) for value in own.values())
         if not issubclass(cls, parent) or not static or any(hasattr(parent, name) for name in own):
             return None
-    more = {name for name in vars(layer) if not name.startswith("_")} - state
-    holds = layer._modules or layer._buffers or layer._parameters.keys() - example._parameters.keys()
+    attributes, parameters = _state_of(cast(Any, parent))  # mypy takes no class for hashable
+    more = {name for name in vars(layer) if not name.startswith("_")} - attributes
+    holds = layer._modules or layer._buffers or layer._parameters.keys() - parameters
     return None if more or holds else parent
+
+
+@functools.cache
+def _state_of(parent: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
+    """Returns the names of the attributes and of the parameters that the layers of a known class have."""
+    sizes = (1,) * (3 if issubclass(parent, _ConvNd) else 2)
+    example: nn.Module = cast(Any, parent)(*sizes, device="meta")
+    return frozenset({*vars(example), *example._parameters}), frozenset(example._parameters)
 
 
 def family_of(layer: nn.Module) -> LayerType:

@@ -64,14 +64,6 @@ def modes_of(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     return out_1, out_2, in_1, in_2
 
 
-def _why_unbalanced(kind: str, sizes: Sequence[int]) -> str | None:
-    for size in sizes:
-        small, large = balanced_factors(size)
-        if large > UNBALANCED * small:
-            return f"{kind} needs sizes with two balanced factors; {size} is {small} x {large} at best"
-    return None
-
-
 class _Tensorised(Decomposition):
     """A kind whose factors are those of the weight as a tensor of four modes."""
 
@@ -84,9 +76,17 @@ class _Tensorised(Decomposition):
             return f"{self.kind} factorises nn.Linear only"
         if operator.lookup:
             return f"{self.kind} multiplies its inputs and cannot look rows up; embeddings take svd or tt_embedding"
+        return self._why_unfit(operator, operator.shape)
+
+    def _why_unfit(self, operator: Operator, sizes: Sequence[int]) -> str | None:
+        """Returns what is wrong with the size of the weight, or with those that are split into their factors."""
         if math.prod(operator.shape) < SMALLEST:
             return f"{self.kind} is for weights of {SMALLEST} entries or more, not {math.prod(operator.shape)}"
-        return _why_unbalanced(self.kind, operator.shape)
+        for size in sizes:
+            small, large = balanced_factors(size)
+            if large > UNBALANCED * small:
+                return f"{self.kind} needs sizes with two balanced factors; {size} is {small} x {large} at best"
+        return None
 
     @override
     def automatic(self, operator: Operator) -> bool:
@@ -156,7 +156,37 @@ class ModeProduct(_Child):
         return self._biased(product.transpose(-1, -2).flatten(-2))
 
 
-class TtLinear(_Tensorised):
+class _TwoCores(_Tensorised):
+    """W ≈ Σ_i A_i ⊗ B_i with A_i (out_1, in_1) and B_i (out_2, in_2), cut to the size of W."""
+
+    @abstractmethod
+    def _modes(self, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+        """Returns (out_1, out_2, in_1, in_2)."""
+
+    @override
+    def max_ranks(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        out_1, out_2, in_1, in_2 = self._modes(shape)
+        return (min(out_1 * in_1, out_2 * in_2),)
+
+    @override
+    def parameters(self, shape: tuple[int, ...], ranks: Ints) -> Ints:
+        out_1, out_2, in_1, in_2 = self._modes(shape)
+        costs: Ints = ranks[:, 0] * (out_1 * in_1 + out_2 * in_2)
+        return costs
+
+    def _factors(self, shape: tuple[int, ...], outer: Tensor, inner: Tensor) -> dict[str, Tensor]:
+        """Returns the factors of cores (out_1 · in_1, r) and (r, out_2 · in_2)."""
+        out_1, out_2, in_1, in_2 = self._modes(shape)
+        outer, inner = balanced(outer, inner)
+        return {"inner": inner.reshape(-1, out_2, in_2), "outer": outer.reshape(out_1, in_1, -1)}
+
+    @override
+    def dense_weight(self, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        product = torch.einsum("air,rbj->abij", factors["outer"], factors["inner"])
+        return product.flatten(2).flatten(0, 1)[:, : shape[1]]
+
+
+class TtLinear(_TwoCores):
     """W ≈ Σ_i A_i ⊗ B_i with A_i (out_1, in_1) and B_i (out_2, in_2): a tensor-train matrix of two cores.
 
     The best of every rank is the SVD of the rearranged weight, (out_1·in_1) x (out_2·in_2). In a
@@ -171,15 +201,8 @@ class TtLinear(_Tensorised):
     kind = "tt_linear"
 
     @override
-    def max_ranks(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        out_1, out_2, in_1, in_2 = modes_of(shape)
-        return (min(out_1 * in_1, out_2 * in_2),)
-
-    @override
-    def parameters(self, shape: tuple[int, ...], ranks: Ints) -> Ints:
-        out_1, out_2, in_1, in_2 = modes_of(shape)
-        costs: Ints = ranks[:, 0] * (out_1 * in_1 + out_2 * in_2)
-        return costs
+    def _modes(self, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+        return modes_of(shape)
 
     @override
     def row_macs(self, shape: tuple[int, ...], ranks: Ints) -> Ints:
@@ -193,34 +216,24 @@ class TtLinear(_Tensorised):
         limit = min(*self.max_ranks(tuple(weight.shape)), max(1, FEATURES // modes[2]))
         if metric is None or not bool(metric.any()):
             matrix = _rearranged(weight.reshape(modes))
-            energies = (_leading(matrix, limit).T @ matrix).square().sum(dim=1).cumsum(0)
-            errors = (1 - energies / energies.new_tensor(float(matrix.square().sum()) or 1.0)).clamp(0, 1).numpy()
-            errors = errors if bool(weight.any()) else np.zeros(limit)
+            energies, total = (_leading(matrix, limit).T @ matrix).square().sum(dim=1), matrix.square().sum()
+            lost = total - energies.cumsum(0)
+            errors = (lost / total.clamp_min(torch.finfo(total.dtype).tiny)).clamp(0, 1).numpy()
         else:
             errors = _KroneckerFit(weight, metric).errors(limit)
         return RankProfile(ranks=np.arange(1, limit + 1)[:, None], errors=errors)
 
     @override
     def factorise(self, weight: Tensor, ranks: tuple[int, ...], metric: Tensor | None = None) -> dict[str, Tensor]:
-        out_1, out_2, in_1, in_2 = modes_of(tuple(weight.shape))
-        (rank,) = ranks
+        shape = tuple(weight.shape)
         if metric is None or not bool(metric.any()):
-            matrix = _rearranged(weight.reshape(out_1, out_2, in_1, in_2))
-            inner = _leading(matrix.T, rank).T
-            outer = matrix @ inner.T
-        else:
-            outer, inner = _KroneckerFit(weight, metric).fit(rank)
-        outer, inner = balanced(outer, inner)
-        return {"inner": inner.reshape(rank, out_2, in_2), "outer": outer.reshape(out_1, in_1, rank)}
+            return self._factors(shape, *_best_cores(_rearranged(weight.reshape(modes_of(shape))), *ranks))
+        return self._factors(shape, *_KroneckerFit(weight, metric).fit(*ranks))
 
     @override
     def own_children(self, operator: Operator, ranks: tuple[int, ...]) -> dict[str, nn.Module]:
         out_1, out_2, in_1, in_2 = modes_of(operator.shape)
         return {"inner": InnerCore(*ranks, out_2, in_2), "outer": OuterCore(out_1, in_1, *ranks)}
-
-    @override
-    def dense_weight(self, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-        return torch.einsum("air,rbj->abij", factors["outer"], factors["inner"]).reshape(shape)
 
 
 class InnerLookup(_Child):
@@ -251,7 +264,7 @@ class OuterLookup(_Child):
         return product.flatten(-2)
 
 
-class TtEmbedding(Decomposition):
+class TtEmbedding(_TwoCores):
     """An embedding's rows v = (i, j) as Σ_r a_ir ⊗ b_rj: a tensor-train matrix of two cores that is looked up.
 
     The best of every rank is the SVD of the rearranged table, (out_1·in_1) x (out_2·in_2), with rows of
@@ -261,7 +274,7 @@ class TtEmbedding(Decomposition):
     """
 
     kind = "tt_embedding"
-    splits_outputs = True
+    fits_roughly = False
 
     @override
     def unsupported(self, operator: Operator) -> str | None:
@@ -269,76 +282,50 @@ class TtEmbedding(Decomposition):
             return f"{self.kind} factorises nn.Embedding only"
         if not operator.rowwise:
             return f"{self.kind} looks up row by row, without sparse or scaled gradients; this layer takes svd"
-        if math.prod(operator.shape) < SMALLEST:
-            return f"{self.kind} is for weights of {SMALLEST} entries or more, not {math.prod(operator.shape)}"
-        return _why_unbalanced(self.kind, operator.shape[:1])
+        return self._why_unfit(operator, operator.shape[:1])
 
     @override
-    def automatic(self, operator: Operator) -> bool:
-        return math.prod(operator.shape) >= AUTOMATIC_SIZE
+    def _modes(self, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+        """Returns the modes with in_1 · in_2 >= rows."""
+        out_2, out_1 = balanced_factors(shape[0])
+        in_2 = math.isqrt(shape[1] - 1) + 1
+        return out_1, out_2, -(-shape[1] // in_2), in_2
 
     @override
-    def max_ranks(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        out_1, out_2, in_1, in_2 = _lookup_modes(shape)
-        return (min(out_1 * in_1, out_2 * in_2),)
-
-    @override
-    def stages(self, shape: tuple[int, ...], ranks: Ints) -> tuple[Stage, ...]:
-        """Returns none: the children are modules of their own."""
-        return ()
-
-    @override
-    def parameters(self, shape: tuple[int, ...], ranks: Ints) -> Ints:
-        out_1, out_2, in_1, in_2 = _lookup_modes(shape)
-        costs: Ints = ranks[:, 0] * (out_1 * in_1 + out_2 * in_2)
-        return costs
-
-    @override
-    def macs(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Ints:
-        costs: Ints = ranks[:, 0] * shape[0] * call.rows
+    def row_macs(self, shape: tuple[int, ...], ranks: Ints) -> Ints:
+        costs: Ints = ranks[:, 0] * shape[0]
         return costs
 
     @override
     def profile(self, weight: Tensor, metric: Tensor | None = None) -> RankProfile:
-        errors = tail_errors(singular_energies(_lookup_matrix(weight)))
+        errors = tail_errors(singular_energies(self._matrix(weight)))
         return RankProfile(ranks=np.arange(1, len(errors) + 1)[:, None], errors=errors)
 
     @override
     def factorise(self, weight: Tensor, ranks: tuple[int, ...], metric: Tensor | None = None) -> dict[str, Tensor]:
-        out_1, out_2, in_1, in_2 = _lookup_modes(tuple(weight.shape))
-        matrix = _lookup_matrix(weight)
-        inner = _leading(matrix.T, *ranks).T
-        outer, inner = balanced(matrix @ inner.T, inner)
-        return {"inner": inner.reshape(*ranks, out_2, in_2), "outer": outer.reshape(out_1, in_1, *ranks)}
+        return self._factors(tuple(weight.shape), *_best_cores(self._matrix(weight), *ranks))
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """Returns a table (out, rows) as (out_1 · in_1, out_2 · in_2), filled up with zeros."""
+        modes = self._modes(tuple(weight.shape))
+        filled = F.pad(weight, (0, modes[2] * modes[3] - weight.shape[1]))
+        return _rearranged(filled.reshape(modes))
 
     @override
     def own_children(self, operator: Operator, ranks: tuple[int, ...]) -> dict[str, nn.Module]:
-        out_1, out_2, in_1, in_2 = _lookup_modes(operator.shape)
+        out_1, out_2, in_1, in_2 = self._modes(operator.shape)
         return {"inner": InnerLookup(*ranks, out_2, in_2), "outer": OuterLookup(out_1, in_1, *ranks, inner_size=in_2)}
-
-    @override
-    def dense_weight(self, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-        table = torch.einsum("air,rbj->abij", factors["outer"], factors["inner"])
-        return table.flatten(2).flatten(0, 1)[:, : shape[1]]
-
-
-def _lookup_modes(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """Returns (out_1, out_2, in_1, in_2) of a table (out, rows), with in_1 · in_2 >= rows."""
-    out_2, out_1 = balanced_factors(shape[0])
-    in_2 = math.isqrt(shape[1] - 1) + 1
-    return out_1, out_2, -(-shape[1] // in_2), in_2
-
-
-def _lookup_matrix(weight: Tensor) -> Tensor:
-    """Returns a table (out, rows) as (out_1 · in_1, out_2 · in_2), filled up with zeros."""
-    out_1, out_2, in_1, in_2 = _lookup_modes(tuple(weight.shape))
-    filled = F.pad(weight, (0, in_1 * in_2 - weight.shape[1]))
-    return _rearranged(filled.reshape(out_1, out_2, in_1, in_2))
 
 
 def _rearranged(tensor: Tensor) -> Tensor:
     """Returns (out_1, out_2, in_1, in_2) as (out_1 · in_1, out_2 · in_2)."""
     return tensor.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _best_cores(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Returns the factors (rows, r) and (r, columns) of the truncated SVD."""
+    inner = _leading(matrix.T, rank).T
+    return matrix @ inner.T, inner
 
 
 def _leading(matrix: Tensor, rank: int) -> Tensor:

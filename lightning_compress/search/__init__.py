@@ -112,7 +112,8 @@ def search_ranks(
             model fails on synthetic inputs the search falls back, with a `CompressionWarning`.
         kinds: "auto", a kind, or a list of kinds to choose from. "auto" is svd, channel_svd,
             spatial_svd, tucker2, tt, cp3, cp for large kernels, tt_linear and tucker_linear for very
-            large linear layers; for "alds" svd, channel_svd, split2_svd and split4_svd.
+            large linear layers, tt_embedding for such embeddings; for "alds" svd, channel_svd,
+            split2_svd and split4_svd.
         include: Names, globs, class names or classes of layers to factorise, None for all.
         exclude: Likewise for layers to leave alone.
         overrides: Pattern to `Override`, a mapping of its fields, or "dense".

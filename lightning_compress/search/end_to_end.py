@@ -136,14 +136,13 @@ class Outputs:
         factors = self.kept_factors(layer, kind, ranks)
         return multiplied_out(DECOMPOSITIONS[kind], factors, operator.shape, operator.groups)
 
-    def error(self, layer: int, kind: str, ranks: tuple[int, ...]) -> float:
-        """Returns the relative error of a layer's fitted factors in its metric."""
+    def lost_energy(self, layer: int, kind: str, ranks: tuple[int, ...]) -> float:
+        """Returns ‖G^½ (W − Ŵ) S^½‖² of a layer's fitted factors; see `Candidates.energy`."""
         entry = self.layers[layer]
         with threads_for(entry.weight), torch.no_grad():
             weight, metric = entry.double_weight(), self.statistics.metric(entry.name)
             lost = weight - self.dense_weight(layer, kind, ranks).to(weight)
-            energies = (weighted_energy(w, metric, entry.operator.groups) for w in (lost, weight))
-            return next(energies) / max(next(energies), torch.finfo(weight.dtype).tiny)
+            return weighted_energy(lost, metric, entry.operator.groups)
 
     def factors(self, layer: int, kind: str, ranks: tuple[int, ...], *, draft: bool = False) -> dict[str, Tensor]:
         """Returns a layer's factors in the metric, in the weight's dtype; for `draft` see `factorise_in`."""

@@ -48,7 +48,8 @@ def refined(problem: Problem, outputs: Outputs, progress: Callable[[float], None
         index, kind = item
         table = problem.layers[index]
         row = _nearest(table, kind, int(choice[index]))
-        return outputs.error(index, kind, table.ranks[row]) / max(float(table.errors[row]), LEAST_ERROR)
+        predicted = table.energy * max(float(table.errors[row]), LEAST_ERROR)
+        return outputs.lost_energy(index, kind, table.ranks[row]) / max(predicted, np.finfo(float).tiny)
 
     layers = list(problem.layers)
     for (index, kind), value in zip(rough, in_threads(ratio, rough), strict=True):
