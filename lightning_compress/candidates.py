@@ -44,6 +44,9 @@ class Candidates:
             times its own S_ii^½; spatial_svd: the roots of what its components explain one by one).
         energy: ‖G^½ W S^½‖²_F, what the errors are relative to; ‖W‖²_F without a metric.
         costs: Absolute costs in the order of `RESOURCES`, shape (n, 3); MACs are 0 where unknown.
+        activations: How many numbers the layer's stages write beyond those of the dense layer, shape (n,); 0
+            where unknown.
+        dense_activations: How many the dense layer writes; 0 where unknown.
     """
 
     name: str
@@ -53,6 +56,14 @@ class Candidates:
     spectral: Floats
     energy: float
     costs: Floats
+    activations: Floats
+    dense_activations: float
+
+    @classmethod
+    def of_dense(cls, name: str) -> Candidates:
+        """Returns the one candidate of a layer that stays as it is, whose costs are not looked at."""
+        zero = np.zeros(1)
+        return cls(name, (DENSE,), ((),), zero, zero, 0.0, np.zeros((1, len(RESOURCES))), zero, 0.0)
 
     @property
     def losses(self) -> Floats:
@@ -128,6 +139,8 @@ def tabulate(
         spectral=np.concatenate([*(spectral for *_, spectral, _ in found), np.zeros(1)]),
         energy=weighted_energy(weight, metric, groups),
         costs=np.concatenate([*(costs for *_, costs in found), dense[None]]),
+        activations=np.concatenate([*(_activations(layer, kind, ranks) for kind, ranks, *_ in found), np.zeros(1)]),
+        dense_activations=_dense_activations(layer),
     )
 
 
@@ -181,6 +194,8 @@ def tabulate_shared(
         spectral=np.append(np.full(len(kept), np.inf), 0.0),
         energy=1.0,
         costs=np.concatenate([costs[kept], dense[None]]),
+        activations=np.append(len(weights) * ranks[rows[kept], 0] * positions, 0.0).astype(np.float64),
+        dense_activations=_dense_activations(layer),
     )
 
 
@@ -238,6 +253,21 @@ def _dense_costs(layer: Layer) -> Floats:
 def dense_macs(layer: Layer) -> int:
     """Returns the MACs of the dense layer over its traced calls, 0 if none was traced."""
     return sum(layer.weight.numel() * call.positions for call in layer.calls or ())
+
+
+def _activations(layer: Layer, kind: str, ranks: Ints) -> Floats:
+    """Returns what a factorised layer writes beyond the dense one over its traced calls, shape (n,)."""
+    decomposition, operator = DECOMPOSITIONS[kind], layer.operator
+    written = np.zeros(len(ranks))
+    for call in layer.calls or ():
+        written += decomposition.activations(operator.shape, ranks, call) * operator.groups
+    return written - _dense_activations(layer)
+
+
+def _dense_activations(layer: Layer) -> float:
+    """Returns what the dense layer writes over its traced calls."""
+    channels = layer.operator.shape[0] * layer.operator.groups
+    return float(sum(channels * call.rows * np.prod(call.outputs) for call in layer.calls or ()))
 
 
 def _costs(layer: Layer, kind: str, ranks: Ints) -> Floats:

@@ -116,7 +116,7 @@ class Plan:
 
     @property
     def signal_loss(self) -> float:
-        """Σ_l −log(1 − e_l), what the search minimised; exp of its negative is the product of 1 − e_l."""
+        """Σ_l −log(1 − e_l), most of what the search minimised; exp of its negative is the product of 1 − e_l."""
         return float(signal_loss(np.array([layer.error for layer in self.layers])).sum())
 
     def to_json(self) -> str:

@@ -176,7 +176,7 @@ def test_error_never_rises_with_a_rank_and_ends_at_zero(kernel, channels, seed):
 
 
 @pytest.mark.parametrize(("kind", "layer"), LAYERS)
-def test_parameters_and_macs_are_those_of_the_built_layers(kind, layer):
+def test_costs_are_those_of_the_built_layers(kind, layer):
     decomposition, shape = DECOMPOSITIONS[kind], tuple(layer.weight.shape)
     layer = randomised(layer.double())
     x = example_of(layer)
@@ -186,13 +186,18 @@ def test_parameters_and_macs_are_those_of_the_built_layers(kind, layer):
     profile = decomposition.profile(layer.weight.detach())
     parameters = decomposition.parameters(shape, profile.ranks)
     macs = decomposition.macs(shape, profile.ranks, call)
-    assert parameters.shape == macs.shape == (len(profile.ranks),)
+    activations = decomposition.activations(shape, profile.ranks, call)
+    assert parameters.shape == macs.shape == activations.shape == (len(profile.ranks),)
     for index, ranks in enumerate(profile.ranks.tolist()):
         new = factorised(layer, kind, ranks)
         assert parameters[index] == sum(child.weight.numel() for child in new)
+        written = []
+        for child in new:
+            child.register_forward_hook(lambda _, __, output, to=written: to.append(output.numel()))
         with FlopCounterMode(display=False) as counter:
             new(x)
         assert macs[index] * 2 == counter.get_total_flops()
+        assert activations[index] == sum(written)
 
 
 @pytest.mark.parametrize(("kind", "layer"), LAYERS)

@@ -38,8 +38,9 @@ IN_STEPS = {
 }
 
 
-def smaller(net, params=0.5):
-    return compress_model_(net, Budget(params=params), method="exact", objective="weight", heal=False)
+def smaller(net, params=0.5, example_input=None):
+    settings = {"method": "exact", "objective": "weight", "heal": False}
+    return compress_model_(net, Budget(params=params), example_input=example_input, **settings)
 
 
 def held(optimizers) -> list[int]:
@@ -464,11 +465,11 @@ def test_losses_of_a_fit_in_rounds_are_those_of_a_loop_by_hand(make_trainer, loa
         compress(0.5, schedule=IN_STEPS | {"phases": [*IN_STEPS["phases"][:1], {"budget": {"params": 0.5}}]})
     ).fit(task, loader)
     plain.train()
-    smaller(plain, 0.8)
+    smaller(plain, 0.8, (1, 3, 8, 8))
     for step, (x, y) in enumerate(loader):
         if step == 3:
             merge_(plain)
-            smaller(plain, 0.5)
+            smaller(plain, 0.5, (1, 3, 8, 8))
         plain.zero_grad()
         F.cross_entropy(plain(x), y).backward()
         with torch.no_grad():

@@ -161,7 +161,7 @@ def random_problem(seed, *, layers=5, rows=6, budgeted=("params",), keep=0.45):
         errors, spectral = (np.append(rng.random(rows - 1), 0.0) for _ in range(2))
         ranks = (*((r + 1,) for r in range(rows - 1)), ())
         kinds = (*("svd",) * (rows - 1), "dense")
-        tables.append(Candidates(str(index), kinds, ranks, errors, spectral, 1.0, costs))
+        tables.append(Candidates(str(index), kinds, ranks, errors, spectral, 1.0, costs, np.zeros(rows), 0.0))
     return Problem(tuple(tables), budgeted, np.full(len(budgeted), np.floor(keep * 1000 * layers)))
 
 

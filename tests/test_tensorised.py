@@ -77,14 +77,19 @@ def test_full_rank_gives_the_dense_output(kind):
 
 
 @pytest.mark.parametrize(("kind", "ranks"), CASES)
-def test_parameters_and_macs_are_those_of_the_built_layers(kind, ranks):
+def test_costs_are_those_of_the_built_layers(kind, ranks):
     decomposition = DECOMPOSITIONS[kind]
     (new,) = factorised(nn.Linear(BIG[1], BIG[0], bias=False), kind, ranks)
     assert decomposition.parameters(BIG, np.array([ranks])).tolist() == [sum(p.numel() for p in new.parameters())]
     with FlopCounterMode(display=False) as counter:
         new(torch.ones(7, BIG[1]))
-    macs = decomposition.macs(BIG, np.array([ranks]), LayerCall((), (), rows=7))
+    call, written = LayerCall((), (), rows=7), []
+    macs = decomposition.macs(BIG, np.array([ranks]), call)
     assert (macs * 2).tolist() == [counter.get_total_flops()]
+    for child in new:
+        child.register_forward_hook(lambda _, __, output: written.append(output.numel()))
+    new(torch.ones(7, BIG[1]))
+    assert decomposition.activations(BIG, np.array([ranks]), call).tolist() == [sum(written)]
 
 
 @pytest.mark.parametrize(("kind", "ranks"), [(kind, RANKS[kind][1]) for kind in KINDS])
@@ -354,7 +359,8 @@ class Words(nn.Module):
 
 
 @pytest.mark.usefixtures("small_ones")
-def test_table_of_kronecker_products_is_found_and_trains(tmp_path):
+def test_table_of_kronecker_products_is_found_and_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_compress.search.ACTIVATION_WEIGHT", 0.0)  # all of the table, whatever it writes
     model, index = Words(), torch.arange(1030).reshape(103, 10)
     dense = copy.deepcopy(model)
     plan = search_ranks(model, Budget(params=0.1), kinds=["svd", "tt_embedding"], example_input=index, seed=0)

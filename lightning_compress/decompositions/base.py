@@ -183,19 +183,35 @@ class Decomposition(ABC):
         return cast(Ints, sum(stage.parameters(shape[2:]) for stage in self.stages(shape, ranks)))
 
     def macs(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Ints:
-        """Returns the multiply-accumulates of one call, shape (n,).
+        """Returns the multiply-accumulates of one call, shape (n,)."""
+        total = np.zeros(len(ranks), dtype=np.int64)
+        for index, (stage, before, after) in enumerate(self._positions(shape, ranks, call)):
+            if not (call.lookup and index == 0):
+                total = total + stage.parameters(shape[2:]) * (before if call.transposed else after) * call.rows
+        return total
+
+    def activations(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Ints:
+        """Returns how many numbers the stages write in one call, shape (n,).
+
+        The measure of Radosavovic et al. 2020, "Designing Network Design Spaces", which find that it says more
+        of the time a network takes than its MACs.
+        """
+        total = np.zeros(len(ranks), dtype=np.int64)
+        for stage, _, after in self._positions(shape, ranks, call):
+            total = total + stage.outputs * after * call.rows
+        return total
+
+    def _positions(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Iterator[tuple[Stage, int, int]]:
+        """Yields every stage with the number of positions that it reads and that it writes.
 
         A stage works on the sizes that the axes have by then: the outputs' once some stage spanned them.
         """
-        size, total = list(call.inputs), np.zeros(len(ranks), dtype=np.int64)
-        for index, stage in enumerate(self.stages(shape, ranks)):
+        size = list(call.inputs)
+        for stage in self.stages(shape, ranks):
             before = int(np.prod(size, dtype=np.int64))
             for axis in stage.axes:
                 size[axis] = call.outputs[axis]
-            positions = before if call.transposed else int(np.prod(size, dtype=np.int64))
-            if not (call.lookup and index == 0):
-                total = total + stage.parameters(shape[2:]) * positions * call.rows
-        return total
+            yield stage, before, int(np.prod(size, dtype=np.int64))
 
     @abstractmethod
     def factorise(self, weight: Tensor, ranks: tuple[int, ...], metric: Tensor | None = None) -> dict[str, Tensor]:

@@ -105,9 +105,17 @@ class _Tensorised(Decomposition):
     def row_macs(self, shape: tuple[int, ...], ranks: Ints) -> Ints:
         """Returns the multiply-accumulates of one input vector, shape (n,)."""
 
+    @abstractmethod
+    def row_activations(self, shape: tuple[int, ...], ranks: Ints) -> Ints:
+        """Returns how many numbers are written for one input vector, shape (n,)."""
+
     @override
     def macs(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Ints:
         return self.row_macs(shape, ranks) * call.rows
+
+    @override
+    def activations(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Ints:
+        return self.row_activations(shape, ranks) * call.rows
 
 
 class _Child(nn.Module):
@@ -211,6 +219,12 @@ class TtLinear(_TwoCores):
         return costs
 
     @override
+    def row_activations(self, shape: tuple[int, ...], ranks: Ints) -> Ints:
+        _, out_2, in_1, _ = modes_of(shape)
+        written: Ints = ranks[:, 0] * in_1 * out_2 + shape[0]
+        return written
+
+    @override
     def profile(self, weight: Tensor, metric: Tensor | None = None) -> RankProfile:
         modes = modes_of(tuple(weight.shape))
         limit = min(*self.max_ranks(tuple(weight.shape)), max(1, FEATURES // modes[2]))
@@ -295,6 +309,12 @@ class TtEmbedding(_TwoCores):
     def row_macs(self, shape: tuple[int, ...], ranks: Ints) -> Ints:
         costs: Ints = ranks[:, 0] * shape[0]
         return costs
+
+    @override
+    def row_activations(self, shape: tuple[int, ...], ranks: Ints) -> Ints:
+        out_1, out_2, *_ = self._modes(shape)
+        written: Ints = ranks[:, 0] * (out_1 + out_2) + shape[0]
+        return written
 
     @override
     def profile(self, weight: Tensor, metric: Tensor | None = None) -> RankProfile:
@@ -467,6 +487,13 @@ class TuckerLinear(_Tensorised):
         inputs, outputs = in_1 * t_2 * (in_2 + t_1), out_2 * s_1 * (s_2 + out_1)
         costs: Ints = inputs + ranks.prod(axis=1) + outputs
         return costs
+
+    @override
+    def row_activations(self, shape: tuple[int, ...], ranks: Ints) -> Ints:
+        _, out_2, in_1, _ = modes_of(shape)
+        s_1, s_2, t_1, t_2 = ranks.T
+        written: Ints = in_1 * t_2 + t_1 * t_2 + s_1 * s_2 + out_2 * s_1 + shape[0]
+        return written
 
     @override
     def profile(self, weight: Tensor, metric: Tensor | None = None) -> RankProfile:

@@ -59,6 +59,9 @@ STRATEGIES: dict[str, Strategy] = {
 ON_WEIGHTS = ("alds", "paper")
 """Published methods whose criterion is on the weights: objective "auto" is "weight" for them."""
 
+ACTIVATION_WEIGHT = 0.02
+"""The signal loss that is accepted to write as many numbers less as all the dense layers write together."""
+
 CERTIFICATE_GAP = 1e-3
 """Relative gap to which the lower bound of the certificate is worked out."""
 
@@ -109,7 +112,9 @@ def search_ranks(
             "exact" and for models so large that it would take long; else "weight". "uniform" and "energy"
             are "weight" too unless statistics are given, and the published methods, whose
             criterion is on the weights, always. Where the
-            model fails on synthetic inputs the search falls back, with a `CompressionWarning`.
+            model fails on synthetic inputs the search falls back, with a `CompressionWarning`. With an
+            example input a small term for the numbers that factorised layers write is part of all of them, so
+            that where little is lost either way the faster kinds are chosen.
         kinds: "auto", a kind, or a list of kinds to choose from. "auto" is svd, channel_svd,
             spatial_svd, tucker2, tt, cp3, cp for large kernels, tt_linear and tucker_linear for very
             large linear layers, tt_embedding for such embeddings; for "alds" svd, channel_svd,
@@ -412,7 +417,9 @@ def _problem(tables: tuple[Candidates, ...], dense: Costs, budget: Budget) -> Pr
     budgeted = tuple(budget.limits())
     columns = [RESOURCES.index(name) for name in budgeted]
     fractions = np.array(list(budget.limits().values()))
-    return Problem(tables, budgeted, limits=np.floor(totals[columns] * fractions + 1e-6) - rest[columns])
+    limits = np.floor(totals[columns] * fractions + 1e-6) - rest[columns]
+    written = sum(table.dense_activations for table in tables)
+    return Problem(tables, budgeted, limits, activation_weight=ACTIVATION_WEIGHT / written if written else 0.0)
 
 
 def _vector(costs: Costs) -> Floats:
@@ -497,7 +504,7 @@ def _member_plans(
     for index, (member, error) in enumerate(zip(members, errors, strict=True)):
         out, in_ = member.weight_shape
         source = statistics.source_of(member.name) if statistics is not None else None
-        dense = Candidates(member.name, (DENSE,), ((),), np.zeros(1), np.zeros(1), 0.0, np.zeros((1, len(RESOURCES))))
+        dense = Candidates.of_dense(member.name)
         plan = _layer_plan(member, dense, 0, traced, source)
         if table.kinds[row] != DENSE:
             positions = sum(call.positions for call in member.calls or ())
@@ -523,7 +530,7 @@ def _layer_plan(
     factorisable = table is not None
     known = traced is not None and factorisable
     if table is None:
-        table = Candidates(layer.name, (DENSE,), ((),), np.zeros(1), np.zeros(1), 0.0, np.zeros((1, len(RESOURCES))))
+        table = Candidates.of_dense(layer.name)
         reason = layer.reason
     elif len(table) == 1:
         reason = "every candidate is larger or slower than the dense layer"

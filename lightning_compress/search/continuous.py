@@ -7,11 +7,11 @@ compression loss
     L(ρ, z) = Σ_l ε_l(ρ_l, z_l) + Σ_b [ λ_b v_b + (μ/2) max(0, v_b)² ],
     v_b = C_b(ρ, z) / B_b − 1,
 
-with ε = −log(1 − e), is differentiable in all of them. The kinds' softmax is annealed to a hard choice, and the
-multipliers λ_b are raised by dual ascent until the budgets are met (augmented Lagrangian;
-Nocedal and Wright, "Numerical Optimization", chapter 17). The result is projected onto whole
-ranks: the best combination of candidates around the continuous solution that keeps every
-budget. The model's outputs are added to this loss by `end_to_end`.
+with ε = −log(1 − e) and the small term of `Problem` for what the layer writes, is differentiable in all
+of them. The kinds' softmax is annealed to a hard choice, and the multipliers λ_b are raised by dual ascent
+until the budgets are met (augmented Lagrangian; Nocedal and Wright, "Numerical Optimization", chapter 17).
+The result is projected onto whole ranks: the best combination of candidates around the continuous solution
+that keeps every budget. The model's outputs are added to this loss by `end_to_end`.
 
 Extends the continuous rank search of arXiv 2409.03555 (its loss is a product without a budget)
 by strict budgets and several kinds per layer.

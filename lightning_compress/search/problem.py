@@ -16,7 +16,9 @@ from lightning_compress.progress import Progress
 
 @dataclass(frozen=True)
 class Problem:
-    """min Σ_l −log(1 − e_{l,c(l)}) subject to Σ_l C_b(l, c(l)) ≤ B_b for every budgeted resource b.
+    """min Σ_l [−log(1 − e_{l,c(l)}) + λ A(l, c(l))] subject to Σ_l C_b(l, c(l)) ≤ B_b for every budgeted resource b.
+
+    A are the numbers that a factorised layer writes beyond the dense one; see `Candidates.activations`.
 
     Attributes:
         layers: Candidates of each layer.
@@ -24,17 +26,20 @@ class Problem:
         limits: Absolute bound on what the layers may cost together (what the rest of the model
             costs is already taken off), shape (b,).
         weights: w_l of each layer's term in Σ_l w_l ε_l, None for ones.
+        activation_weight: λ.
     """
 
     layers: tuple[Candidates, ...]
     budgeted: tuple[str, ...]
     limits: Floats
     weights: tuple[float, ...] | None = None
+    activation_weight: float = 0.0
 
     def losses(self, layer: int) -> Floats:
         """Returns what each candidate of a layer adds to the objective, shape (n,)."""
-        losses = self.layers[layer].losses
-        return losses if self.weights is None else losses * self.weights[layer]
+        table = self.layers[layer]
+        losses = table.losses if self.weights is None else table.losses * self.weights[layer]
+        return losses + self.activation_weight * table.activations
 
     def costs(self, layer: int) -> Floats:
         """Returns the budgeted costs of one layer's candidates, shape (n, b)."""
@@ -63,10 +68,11 @@ class Problem:
                 errors=c.errors[kept],
                 spectral=c.spectral[kept],
                 costs=c.costs[kept],
+                activations=c.activations[kept],
             )
             for c, kept in zip(self.layers, rows, strict=True)
         )
-        return Problem(layers, self.budgeted, self.limits, self.weights)
+        return replace(self, layers=layers)
 
 
 class Strategy(Protocol):

@@ -4,12 +4,13 @@ The profile of such a kind (`Decomposition.fits_roughly`) is that of a few sweep
 networks up to twice the error that its fitted factors have. The search would spend too much on its
 layers and turn to kinds whose errors are exact. So every layer is fitted at the ranks that are the
 optimum of the rough errors, or at those that cost the same, and all errors of that kind are scaled by
-the ratio of the two.
+the ratio of the two. Where the optimum moves, the layers it chose such a kind for are fitted there and
+scaled again: these fits are needed anyway.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +24,8 @@ from lightning_compress.sharing import in_threads
 
 LEAST_ERROR = 1e-12
 """A smaller predicted error is not corrected."""
+PASSES = 3
+"""Corrections at most; each after the first is at the optimum that the one before moved to."""
 
 
 def refined(problem: Problem, outputs: Outputs, progress: Callable[[float], None]) -> Problem:
@@ -43,20 +46,37 @@ def refined(problem: Problem, outputs: Outputs, progress: Callable[[float], None
     if choice is None:
         return problem
     progress(0.0)
+    rows = [(index, kind, _nearest(problem.layers[index], kind, int(choice[index]))) for index, kind in rough]
+    known: set[tuple[int, int]] = set()
+    for done in range(1, PASSES + 1):
+        problem = _corrected(problem, outputs, rows)
+        known.update((index, row) for index, _, row in rows)
+        progress(done / PASSES)
+        choice = solve(problem).choice
+        found = [
+            (i, problem.layers[i].kinds[row], int(row)) for i, row in enumerate(choice if choice is not None else ())
+        ]
+        rows = [(i, kind, row) for i, kind, row in found if (i, kind) in rough and (i, row) not in known]
+        if not rows:
+            break
+    progress(1.0)
+    return problem
 
-    def ratio(item: tuple[int, str]) -> float:
-        index, kind = item
+
+def _corrected(problem: Problem, outputs: Outputs, rows: Sequence[tuple[int, str, int]]) -> Problem:
+    """Returns the problem with the errors of each layer and kind scaled to what the fit of one row loses."""
+
+    def ratio(item: tuple[int, str, int]) -> float:
+        index, kind, row = item
         table = problem.layers[index]
-        row = _nearest(table, kind, int(choice[index]))
         predicted = table.energy * max(float(table.errors[row]), LEAST_ERROR)
         return outputs.lost_energy(index, kind, table.ranks[row]) / max(predicted, np.finfo(float).tiny)
 
     layers = list(problem.layers)
-    for (index, kind), value in zip(rough, in_threads(ratio, rough), strict=True):
-        rows, errors = layers[index].rows_of(kind), layers[index].errors.copy()
-        errors[rows] = np.clip(errors[rows] * value, 0.0, 1.0)
+    for (index, kind, _), value in zip(rows, in_threads(ratio, rows), strict=True):
+        own, errors = layers[index].rows_of(kind), layers[index].errors.copy()
+        errors[own] = np.clip(errors[own] * value, 0.0, 1.0)
         layers[index] = replace(layers[index], errors=errors)
-    progress(1.0)
     return replace(problem, layers=tuple(layers))
 
 

@@ -22,7 +22,7 @@ class Space:
 
     Attributes:
         sizes: Shape (P, J), padded by repeating the last point.
-        losses: −log(1 − e), shape (P, J).
+        losses: What each point adds to the objective, shape (P, J).
         costs: Relative to the budget, shape (P, J, b).
         ranks: Shape (P, J, R), R the largest number of ranks of a kind; padded by ones.
         kinds: Kind of each path.
@@ -49,13 +49,13 @@ class Space:
         most = max(1, *(len(ranks) for candidates in problem.layers for ranks in candidates.ranks))
         ones = (1,) * most
         for index, candidates in enumerate(problem.layers):
-            relative = problem.costs(index) / np.maximum(problem.limits, 1.0)
+            relative, losses = problem.costs(index) / np.maximum(problem.limits, 1.0), problem.losses(index)
             for kind in dict.fromkeys(candidates.kinds):
-                rows = _best_path(candidates.rows_of(kind), candidates.losses, relative.mean(axis=1))
+                rows = _best_path(candidates.rows_of(kind), losses, relative.mean(axis=1))
                 sizes = relative[rows].mean(axis=1)
-                hull = rows[_convex_hull(sizes, candidates.losses[rows])]
+                hull = rows[_convex_hull(sizes, losses[rows])]
                 ranks = np.array([(*candidates.ranks[row], *ones)[:most] for row in hull], dtype=np.float64)
-                paths.append((index, kind, rows, sizes, candidates.losses[hull], ranks, relative[hull]))
+                paths.append((index, kind, rows, sizes, losses[hull], ranks, relative[hull]))
         longest = max(2, *(len(path[4]) for path in paths))
 
         def padded(values: Floats) -> Floats:
