@@ -38,6 +38,7 @@ from lightning_compress.decompositions.metric import Metric
 from lightning_compress.moments import Statistics
 from lightning_compress.opening import with_opened
 from lightning_compress.progress import Progress, silent
+from lightning_compress.search.end_to_end import NEGLIGIBLE
 from lightning_compress.swap import Replacement
 from lightning_compress.synthesis import WORK
 from lightning_compress.tracing import (
@@ -52,8 +53,6 @@ from lightning_compress.tracing import (
 
 RIDGE = 1e-3
 """Relative ridge of the regression: synthetic inputs leave some directions almost unseen."""
-NEGLIGIBLE = 0.02
-"""Output distance below which there is nothing to repair: real inputs differ more from synthetic ones than that."""
 STEPS = 240
 FEWEST_STEPS = 20
 """Fewer are not worth the time: then there is no distillation."""

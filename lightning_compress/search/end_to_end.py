@@ -11,7 +11,8 @@ and the composite compression loss
 
 is descended on synthetic inputs x̃ with D the normalised distance of the outputs, T annealed towards
 hard gates, and λ the least-squares multipliers (Nocedal and Wright, "Numerical Optimization", equation
-18.21). It starts from the exact optimum of the separable objective. The projection onto whole ranks is
+18.21). It starts from the exact optimum of the separable objective, and ends there if the outputs are nearer than
+`NEGLIGIBLE`: log D would go on trading for what no real input shows. The projection onto whole ranks is
 the exact solver's on the separable objective whose stationary point this is: that with every layer's
 term weighted by w_l = 1 + (∂ log D / ∂ρ_l) / (∂ε_l / ∂ρ_l). The result is kept if its own L is below
 that of the start.
@@ -75,6 +76,8 @@ LARGEST_LOGIT = 10.0
 WINDOW = 8
 WEIGHTS = (0.2, 5.0)
 """Bounds of w_l."""
+NEGLIGIBLE = 0.02
+"""Output distance below which there is nothing to gain: real inputs differ more from synthetic ones than that."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ class Outputs:
 
 
 def search_outputs(problem: Problem, outputs: Outputs, start: Ints, progress: Callable[[float], None]) -> Ints:
-    """Returns the choice that the composite loss leads to, or the start if that is better.
+    """Returns the choice that the composite loss leads to, or the start if that is better or loses next to nothing.
 
     Args:
         problem: The separable problem.
@@ -176,6 +179,8 @@ def search_outputs(problem: Problem, outputs: Outputs, start: Ints, progress: Ca
     Raises:
         RuntimeError: If the model cannot be differentiated.
     """
+    if output_distance(outputs, problem, start) < NEGLIGIBLE:
+        return start
     with torch.inference_mode(mode=False), torch.enable_grad():  # whatever the caller is in
         paths = _Paths.of(problem, outputs, start)
         log_sizes, weights = _descend(paths, outputs, progress)
