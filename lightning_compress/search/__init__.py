@@ -59,7 +59,7 @@ STRATEGIES: dict[str, Strategy] = {
 ON_WEIGHTS = ("alds", "paper")
 """Published methods whose criterion is on the weights: objective "auto" is "weight" for them."""
 
-ACTIVATION_WEIGHT = 0.02
+ACTIVATION_WEIGHT = 0.01
 """The signal loss that is accepted to write as many numbers less as all the dense layers write together."""
 
 CERTIFICATE_GAP = 1e-3
