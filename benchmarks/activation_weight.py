@@ -15,13 +15,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.utils.data import DataLoader
 
-from benchmarks.common import IMAGE, NETWORKS, publish, reference
+from benchmarks.common import IMAGE, NETWORKS, fashion_mnist, publish, reference
 from benchmarks.zero_shot import accuracy
 from lightning_compress import Budget, apply_plan_, search, search_ranks
 from lightning_compress.costs import measure_latency
-from lightning_compress.demo.data import FashionMNISTDataModule
 from lightning_compress.moments import gather_statistics
 
 BATCHES = (1, 16)
@@ -30,9 +28,7 @@ BATCHES = (1, 16)
 def main(networks: list[str], keeps: list[float], weights: list[float]) -> None:
     """Prints one row per network, budget and weight."""
     torch.set_num_threads(1)
-    data = FashionMNISTDataModule()
-    data.setup("test")
-    test = DataLoader(data.test_dataloader().dataset, 500)
+    test, _ = fashion_mnist()
     rows: list[dict[str, Any]] = []
     for name in networks:
         net = reference(name)

@@ -14,7 +14,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
+from lightning_compress.demo.data import FashionMNISTDataModule
 from lightning_compress.demo.models import VGG, ResNet20
 from lightning_compress.export import load_weights_
 
@@ -30,6 +32,13 @@ def reference(name: str) -> nn.Module:
     net = NETWORKS[name]()
     load_weights_(net, WEIGHTS / f"{name}_fashion_mnist.safetensors")
     return net.eval()
+
+
+def fashion_mnist() -> tuple[DataLoader[Any], Dataset[Any]]:
+    """Returns the 10,000 test images in batches of 500, and the training set."""
+    data = FashionMNISTDataModule()
+    data.setup("test")
+    return DataLoader(data.test_dataloader().dataset, 500), data.train_dataloader().dataset
 
 
 def machine() -> dict[str, Any]:

@@ -14,11 +14,8 @@ import contextlib
 import statistics
 from typing import Any
 
-from torch.utils.data import DataLoader
-
-from benchmarks.common import IMAGE, NETWORKS, earlier_rows, publish, reference
+from benchmarks.common import IMAGE, NETWORKS, earlier_rows, fashion_mnist, publish, reference
 from benchmarks.zero_shot import KEEP, compressed
-from lightning_compress.demo.data import FashionMNISTDataModule
 from lightning_compress.errors import InfeasibleBudgetError
 from lightning_compress.moments import gather_statistics
 
@@ -30,9 +27,7 @@ def main(networks: list[str], keeps: list[float], kinds: list[str], seeds: int, 
 
     They are None where a kind cannot keep the budget.
     """
-    data = FashionMNISTDataModule()
-    data.setup("test")
-    test = DataLoader(data.test_dataloader().dataset, 500)
+    test, _ = fashion_mnist()
     name, title = ("kinds_healed", "after healing") if heal else ("kinds", "no healing")
     rows = {(row["network"], row["keep"], row["kind"]): row for row in earlier_rows(name)}
     for network in networks:

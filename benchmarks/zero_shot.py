@@ -22,9 +22,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
-from benchmarks.common import IMAGE, NETWORKS, RESULTS, earlier_rows, publish, reference
+from benchmarks.common import IMAGE, NETWORKS, RESULTS, earlier_rows, fashion_mnist, publish, reference
 from lightning_compress import Budget, apply_plan_, search_ranks
-from lightning_compress.demo.data import FashionMNISTDataModule
 from lightning_compress.heal import heal_
 from lightning_compress.moments import Statistics, gather_statistics
 
@@ -48,10 +47,8 @@ HEALED = "end_to_end"
 
 def main(networks: list[str], seeds: int, keeps: list[float], methods: list[str]) -> None:
     """Prints one row per budget and method for each network: mean and spread (max − min) over the seeds."""
-    data = FashionMNISTDataModule()
-    data.setup("test")
-    test = DataLoader(data.test_dataloader().dataset, 500)
-    train = next(iter(DataLoader(data.train_dataloader().dataset, REAL_IMAGES)))[0]
+    test, train_images = fashion_mnist()
+    train = next(iter(DataLoader(train_images, REAL_IMAGES)))[0]
     for name in networks:
         net = reference(name)
         rows = {(row["keep"], row["method"]): row for row in earlier_rows(f"zero_shot_{name}")}

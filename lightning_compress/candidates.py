@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from lightning_compress.config import RESOURCES
 from lightning_compress.decompositions import DECOMPOSITIONS, profile_in, weighted_energy
-from lightning_compress.decompositions.base import Floats, Ints, RankProfile, spectral_errors, threads_for
+from lightning_compress.decompositions.base import Floats, Ints, LayerCall, RankProfile, spectral_errors, threads_for
 from lightning_compress.decompositions.metric import Metric
 from lightning_compress.decompositions.shared import shared_errors
 from lightning_compress.errors import ConfigurationError
@@ -257,10 +257,7 @@ def dense_macs(layer: Layer) -> int:
 
 def _activations(layer: Layer, kind: str, ranks: Ints) -> Floats:
     """Returns what a factorised layer writes beyond the dense one over its traced calls, shape (n,)."""
-    decomposition, operator = DECOMPOSITIONS[kind], layer.operator
-    written = np.zeros(len(ranks))
-    for call in layer.calls or ():
-        written += decomposition.activations(operator.shape, ranks, call) * operator.groups
+    written = _over_calls(layer, DECOMPOSITIONS[kind].activations, ranks).astype(np.float64)
     return written - _dense_activations(layer)
 
 
@@ -273,7 +270,13 @@ def _dense_activations(layer: Layer) -> float:
 def _costs(layer: Layer, kind: str, ranks: Ints) -> Floats:
     decomposition, operator = DECOMPOSITIONS[kind], layer.operator
     params = decomposition.parameters(operator.shape, ranks) * operator.groups
-    macs = np.zeros(len(ranks), dtype=np.int64)
-    for call in layer.calls or ():
-        macs += decomposition.macs(operator.shape, ranks, call) * operator.groups
+    macs = _over_calls(layer, decomposition.macs, ranks)
     return np.column_stack([params, macs, params * layer.weight.element_size()]).astype(np.float64)
+
+
+def _over_calls(layer: Layer, measure: Callable[[tuple[int, ...], Ints, LayerCall], Ints], ranks: Ints) -> Ints:
+    """Returns what a kind measures for one call and group, summed over the traced calls and groups, shape (n,)."""
+    total = np.zeros(len(ranks), dtype=np.int64)
+    for call in layer.calls or ():
+        total += measure(layer.operator.shape, ranks, call) * layer.operator.groups
+    return total

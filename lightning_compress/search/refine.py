@@ -42,24 +42,23 @@ def refined(problem: Problem, outputs: Outputs, progress: Callable[[float], None
         for kind in dict.fromkeys(table.kinds)
         if kind != DENSE and DECOMPOSITIONS[kind].fits_roughly
     ]
-    choice = solve(problem).choice if rough else None
-    if choice is None:
-        return problem
-    progress(0.0)
-    rows = [(index, kind, _nearest(problem.layers[index], kind, int(choice[index]))) for index, kind in rough]
-    known: set[tuple[int, int]] = set()
-    for done in range(1, PASSES + 1):
-        problem = _corrected(problem, outputs, rows)
-        known.update((index, row) for index, _, row in rows)
-        progress(done / PASSES)
-        choice = solve(problem).choice
-        found = [
-            (i, problem.layers[i].kinds[row], int(row)) for i, row in enumerate(choice if choice is not None else ())
-        ]
-        rows = [(i, kind, row) for i, kind, row in found if (i, kind) in rough and (i, row) not in known]
+    fitted: set[tuple[int, int]] = set()
+    for done in range(PASSES):
+        choice = solve(problem).choice if rough else None
+        if choice is None:
+            break
+        if fitted:
+            chosen = [(i, problem.layers[i].kinds[row], int(row)) for i, row in enumerate(choice)]
+            rows = [(i, kind, row) for i, kind, row in chosen if (i, kind) in rough and (i, row) not in fitted]
+        else:
+            rows = [(i, kind, _nearest(problem.layers[i], kind, int(choice[i]))) for i, kind in rough]
         if not rows:
             break
-    progress(1.0)
+        progress(done / PASSES)
+        problem = _corrected(problem, outputs, rows)
+        fitted.update((index, row) for index, _, row in rows)
+    if fitted:
+        progress(1.0)
     return problem
 
 
