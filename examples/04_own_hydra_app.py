@@ -23,9 +23,10 @@ ConfigStore.instance().store("own_app", {"defaults": [{"compression": "params_20
 @hydra.main(version_base="1.3", config_path=None, config_name="own_app")
 def main(cfg: DictConfig) -> float:
     """Returns the loss of signal that the search predicts."""
-    callback = instantiate(cfg.compression)  # give it to your Trainer; here only its budget is used
+    callback = instantiate(cfg.compression)  # give it to your Trainer; here only its budget and kinds are used
     torch.manual_seed(cfg.seed)
-    plan = search_ranks(VGG(), callback.budget, example_input=(1, 1, 28, 28), kinds=callback.kinds)
+    settings = {"kinds": callback.kinds, "objective": "weight"}  # untrained weights: nothing else to go by
+    plan = search_ranks(VGG(), callback.budget, example_input=(1, 1, 28, 28), **settings)
     print(plan.summary())
     return plan.signal_loss
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 
 import torch
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -114,13 +115,26 @@ def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> lis
         with torch.no_grad():  # a thread has a mode of its own
             return function(item)
 
+    with one_thread(), ThreadPoolExecutor(count) as pool:
+        return list(pool.map(alone, items))
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for what torch, numpy and scipy work out, whatever the process is set to."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with threadpool_limits(limits=1), ThreadPoolExecutor(count) as pool:
-            return list(pool.map(alone, items))
+        with _libraries().limit(limits=1):
+            yield
     finally:
         torch.set_num_threads(threads)
+
+
+@functools.cache
+def _libraries() -> ThreadpoolController:
+    """Returns the libraries that have threads: looking for them takes longer than a small decomposition."""
+    return ThreadpoolController()
 
 
 def _one_by_one(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

@@ -10,21 +10,25 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress import Budget, Compress
+from lightning_compress import Budget, Compress, heal, synthesis
+from lightning_compress.search import end_to_end
 
 WEIGHTS_ALONE = {"objective": "weight", "heal": False}
 """No synthetic inputs: fast, and the factors are those of the weights, for tests of everything else."""
 DEFAULTS = {"objective": "auto", "heal": True}
+CLOSED_FORM = ("svd", "spatial_svd", "tucker2")
+"""Kinds that need no iterative fit: of a tiny net CP takes longer than all else, and only its own tests need it."""
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_a_fixed_seed() -> None:
+def _one_thread_and_a_fixed_seed(monkeypatch) -> None:
     torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of what a test starts: two workers share the cores
     torch.manual_seed(0)
 
 
 def compress(params: float = 0.4, **settings) -> Compress:
-    return Compress(Budget(params=params), **{"search": "exact", **WEIGHTS_ALONE, **settings})
+    return Compress(Budget(params=params), **{"search": "exact", "kinds": CLOSED_FORM, **WEIGHTS_ALONE, **settings})
 
 
 class TinyNet(nn.Module):
@@ -137,6 +141,13 @@ def block_imports(monkeypatch, name):
         return real(module, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", fails)
+
+
+@pytest.fixture
+def less_work(monkeypatch) -> None:
+    """Fewer synthetic inputs and steps, as for a model that is too large for more."""
+    for module in (synthesis, end_to_end, heal):
+        monkeypatch.setattr(module, "WORK", 10**10)
 
 
 @pytest.fixture

@@ -120,7 +120,9 @@ def plain():
 def defaults():
     # Each rank makes a module of its own; DDP gives all the first one's weights.
     return fit(
-        task_of(seed=int(os.environ.get("LOCAL_RANK", "0"))), compress(search="continuous", **DEFAULTS), epochs=1
+        task_of(seed=int(os.environ.get("LOCAL_RANK", "0"))),
+        compress(search="continuous", kinds="auto", **DEFAULTS),
+        epochs=1,
     )
 
 
@@ -242,7 +244,7 @@ def shared():
 
     search.tabulate, synthesis._match = counted_tabulate, counted_match
     try:
-        return {**fit(task_of(), compress(search="continuous", **DEFAULTS), epochs=1), **done}
+        return {**fit(task_of(), compress(search="continuous", kinds="auto", **DEFAULTS), epochs=1), **done}
     finally:
         search.tabulate, synthesis._match = tabulate, match
 

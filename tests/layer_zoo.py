@@ -18,6 +18,9 @@ from lightning_compress.decompositions import DECOMPOSITIONS
 from lightning_compress.decompositions.layer_types import operator_of
 from lightning_compress.plan import LayerPlan, Plan
 
+SAMPLE_OR_ALL = pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+"""Of all geometries every fifth, or all: five divides the number of no setting."""
+
 
 class Conv1D(nn.Module):
     """Like the layer of that name in transformers: a linear layer with the weight (inputs, outputs)."""

@@ -353,6 +353,7 @@ def test_brackets_in_the_folder_are_printed_as_they_are(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("less_work")
 @pytest.mark.parametrize("model", ["mlp", "vgg", "resnet20", "small_cnn"])
 @pytest.mark.parametrize("compression", ["params_50", "edge"])
 def test_every_model_goes_through(tmp_path, model, compression):

@@ -34,7 +34,7 @@ from lightning_compress.errors import (
     OrphanParameterError,
     UnsupportedError,
 )
-from tests.conftest import DEFAULTS, WEIGHTS_ALONE, TinyTask, compress
+from tests.conftest import CLOSED_FORM, DEFAULTS, WEIGHTS_ALONE, TinyTask, compress
 
 # TinyTask has a validation_step; most fits here need no validation data.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no .val_dataloader.")
@@ -185,7 +185,7 @@ def test_defaults_are_compress_and_then_a_plain_fit(make_trainer, loader):
 
 
 def test_defaults_work_in_half_precision(make_trainer, loader):
-    task, callback = TinyTask(), compress(**DEFAULTS)
+    task, callback = TinyTask(), compress(kinds="auto", **DEFAULTS)
     plain = copy.deepcopy(task)
     make_trainer(callback, precision="bf16-true").fit(task, loader)
     example = torch.zeros(1, 3, 8, 8, dtype=torch.bfloat16)
@@ -751,6 +751,7 @@ def test_dataclass_arguments_equal_their_mappings(make_trainer, loader):
         overrides={"net.fc1": {"max_rank": 3}},
         schedule={"warmup_steps": 3},
         distill={"weight": 0.2},
+        kinds=CLOSED_FORM,
         **WEIGHTS_ALONE,
     )
     make_trainer(ours).fit(first, loader)

@@ -104,7 +104,7 @@ def test_defaults_give_all_ranks_the_plan_of_one_process_for_the_first_ranks_mod
     assert not same(first["start"], second["start"])  # each rank had made a module of its own
     task = TinyTask()
     task.load_state_dict(first["start"])
-    callback = compress(search="continuous", **DEFAULTS)
+    callback = compress(search="continuous", kinds="auto", **DEFAULTS)
     done = compress_model_(task, callback.budget, example_input=torch.zeros(1, 3, 8, 8), method="continuous")
     assert first["layers"] == second["layers"] == done.plan.layers
     assert first["healing"]

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from lightning_compress import heal, synthesis
-from lightning_compress.search import end_to_end
-
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -40,11 +37,9 @@ def test_callback_example_keeps_the_accuracy(capsys):
     assert 19 < float(kept[1]) <= 20
 
 
-@pytest.mark.parametrize("work", [10**10, pytest.param(None, marks=pytest.mark.slow)])
-def test_example_without_trainer_loads_what_it_saved(capsys, monkeypatch, work):
-    if work is not None:  # fewer synthetic inputs and steps, as for a model that is too large for more
-        for module in (synthesis, end_to_end, heal):
-            monkeypatch.setattr(module, "WORK", work)
+@pytest.mark.slow
+@pytest.mark.usefixtures("less_work")
+def test_example_without_trainer_loads_what_it_saved(capsys):
     net = load("02_without_trainer").main()
     assert "loaded model gives the same output: True" in capsys.readouterr().out
     assert sum(p.numel() for p in net.parameters()) <= 0.3 * 420_778
@@ -52,6 +47,7 @@ def test_example_without_trainer_loads_what_it_saved(capsys, monkeypatch, work):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+@pytest.mark.usefixtures("less_work")
 def test_fashion_mnist_example_halves_the_macs(capsys):
     dense, compressed = load("03_fashion_mnist_macs").main(["--epochs", "1", "--limit", "2000"])
     assert dense > 0.9

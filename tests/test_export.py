@@ -20,7 +20,7 @@ from lightning_compress.errors import (
 )
 from lightning_compress.export import PLAN_FILE, WEIGHTS_FILE, load_weights_, read_plan
 from lightning_compress.swap import plan_of
-from tests.conftest import WEIGHTS_ALONE, TinyNet
+from tests.conftest import CLOSED_FORM, WEIGHTS_ALONE, TinyNet
 
 BUDGET = Budget(params=0.5)
 
@@ -28,7 +28,7 @@ BUDGET = Budget(params=0.5)
 @pytest.fixture
 def compressed(net, images):
     net(images)  # running statistics that differ from the initial ones
-    compress_(net, BUDGET, method="exact", **WEIGHTS_ALONE)
+    compress_(net, BUDGET, method="exact", kinds=CLOSED_FORM, **WEIGHTS_ALONE)
     return net.eval()
 
 
@@ -89,7 +89,7 @@ def test_loading_into_the_same_compressed_model_again(compressed, folder):
 )
 def test_round_trip_of_other_dtypes_and_memory_formats(change, tmp_path):
     net = change(TinyNet())
-    compress_(net, BUDGET, method="exact", **WEIGHTS_ALONE)
+    compress_(net, BUDGET, method="exact", kinds=CLOSED_FORM, **WEIGHTS_ALONE)
     save_compressed(net, tmp_path)
     fresh = change(TinyNet())
     load_compressed(fresh, tmp_path)
@@ -137,7 +137,7 @@ def test_dense_model_can_be_saved_too(net, images, tmp_path):
 
 def test_saving_again_replaces_the_files(folder, net):
     second = TinyNet()
-    compress_(second, Budget(params=0.7), method="exact", **WEIGHTS_ALONE)
+    compress_(second, Budget(params=0.7), method="exact", kinds=CLOSED_FORM, **WEIGHTS_ALONE)
     save_compressed(second, folder)
     fresh = TinyNet()
     assert load_compressed(fresh, folder) == plan_of(second)

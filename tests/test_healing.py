@@ -24,7 +24,7 @@ from lightning_compress.heal import (
     shared_state,
 )
 from lightning_compress.moments import Statistics, gather_statistics, input_moments, output_moments
-from tests.conftest import TinyNet, Unchanged
+from tests.conftest import CLOSED_FORM, TinyNet, Unchanged
 from tests.test_statistics import SHAPE
 
 FEW = 40
@@ -59,7 +59,7 @@ def image_model() -> TinyNet:
 class Case:
     """A dense model, its compressed copy, what was replaced, and the statistics."""
 
-    def __init__(self, dense: nn.Module, statistics: Statistics, keep: float = 0.6, kinds="auto") -> None:
+    def __init__(self, dense: nn.Module, statistics: Statistics, keep: float = 0.6, kinds=CLOSED_FORM) -> None:
         self.dense, self.statistics = dense, statistics
         self.model = copy.deepcopy(dense)
         plan = search_ranks(
@@ -76,7 +76,7 @@ class Case:
         return output_distance(self.dense, self.model, batches or self.judging)
 
 
-def image_case(keep: float = 0.6, kinds="auto") -> Case:
+def image_case(keep: float = 0.6, kinds=CLOSED_FORM) -> Case:
     dense = image_model()
     return Case(dense, statistics_on(dense, images_like(4)), keep, kinds)
 

@@ -10,14 +10,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
-from lightning_compress import Budget, Compress, FactorisedLayer, Phase, Plateau, Schedule, compress_, merge_
+from lightning_compress import Budget, Compress, FactorisedLayer, Phase, Plateau, Schedule, merge_
 from lightning_compress.compression import compress_model_
 from lightning_compress.config import Distill
 from lightning_compress.errors import BudgetError, ConfigurationError, InfeasibleBudgetError
 from lightning_compress.finetune.optimizers import exchange_parameters_
 from lightning_compress.finetune.schedule import Course
 from lightning_compress.rounds import compress_again_, reconcile_
-from tests.conftest import TinyNet, TinyTask, TwoManual, compress
+from tests.conftest import CLOSED_FORM, WEIGHTS_ALONE, TinyNet, TinyTask, TwoManual, compress
 from tests.test_resume import factorised, groups, lbfgs, momentum, named, one_cycle, require_identical_resume
 
 pytestmark = [
@@ -39,7 +39,7 @@ IN_STEPS = {
 
 
 def smaller(net, params=0.5, example_input=None):
-    settings = {"method": "exact", "objective": "weight", "heal": False}
+    settings = {"method": "exact", "kinds": CLOSED_FORM, **WEIGHTS_ALONE}
     return compress_model_(net, Budget(params=params), example_input=example_input, **settings)
 
 
@@ -102,7 +102,7 @@ def test_a_round_starts_from_the_trained_weights_and_gives_the_model_of_the_merg
             p.add_(0.05 * torch.randn_like(p))
     expected = copy.deepcopy(net)
     merge_(expected)
-    compress_(expected, Budget(params=0.5), method="exact", objective="weight", heal=False)
+    smaller(expected)
     again = compress_again_(net, smaller)
     assert factorised(net) == factorised(expected)
     assert all(torch.equal(v, expected.state_dict()[n]) for n, v in net.state_dict().items())

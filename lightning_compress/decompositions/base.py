@@ -11,8 +11,9 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
+
+from lightning_compress.sharing import one_thread
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -123,16 +124,8 @@ def threads_for(weight: Tensor) -> Iterator[None]:
     Below about 2000 x 2000 a second thread gains nothing, and where other processes hold the
     cores, threads that wait for each other have been seen to take ten times as long.
     """
-    if weight.numel() > SMALL_WEIGHT:
+    with one_thread() if weight.numel() <= SMALL_WEIGHT else contextlib.nullcontext():
         yield
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(limits=1):
-            yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Decomposition(ABC):
