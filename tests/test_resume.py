@@ -151,6 +151,11 @@ def test_resumed_run_is_identical(make_trainer, loader, tmp_path, configure, aft
     require_identical_resume(make_trainer, loader, tmp_path, TinyTask(configure), {}, after)
 
 
+@pytest.mark.parametrize("kinds", ["auto", ("svd", "cp"), ("svd", "tt")])
+def test_resumed_run_is_identical_with_other_kinds(make_trainer, loader, tmp_path, kinds):
+    require_identical_resume(make_trainer, loader, tmp_path, TinyTask(momentum), {"kinds": kinds}, 1)
+
+
 @pytest.mark.parametrize("task_class", [Prebuilt, ReadsTheWeight, TwoManual])
 def test_resumed_run_is_identical_for_other_ways_to_build_optimizers(make_trainer, loader, tmp_path, task_class):
     require_identical_resume(make_trainer, loader, tmp_path, task_class(), {}, 1)

@@ -4,13 +4,14 @@ The profile of such a kind (`Decomposition.fits_roughly`) is that of a few sweep
 networks up to twice the error that its fitted factors have. The search would spend too much on its
 layers and turn to kinds whose errors are exact. So every layer is fitted at the ranks that are the
 optimum of the rough errors, or at those that cost the same, and all errors of that kind are scaled by
-the ratio of the two. Where the optimum moves, the layers it chose such a kind for are fitted there and
-scaled again: these fits are needed anyway.
+the ratio of the two. Where the optimum moves, the layers it chose such a kind for are fitted there too,
+and the ratio is interpolated between the ranks that were fitted, until the optimum has been fitted
+throughout: these fits are needed anyway.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +25,7 @@ from lightning_compress.sharing import in_threads
 
 LEAST_ERROR = 1e-12
 """A smaller predicted error is not corrected."""
-PASSES = 3
+PASSES = 8
 """Corrections at most; each after the first is at the optimum that the one before moved to."""
 
 
@@ -42,39 +43,46 @@ def refined(problem: Problem, outputs: Outputs, progress: Callable[[float], None
         for kind in dict.fromkeys(table.kinds)
         if kind != DENSE and DECOMPOSITIONS[kind].fits_roughly
     ]
-    fitted: set[tuple[int, int]] = set()
+    predicted, ratios = problem, {key: dict[int, float]() for key in rough}
     for done in range(PASSES):
         choice = solve(problem).choice if rough else None
         if choice is None:
             break
-        if fitted:
+        if done:
             chosen = [(i, problem.layers[i].kinds[row], int(row)) for i, row in enumerate(choice)]
-            rows = [(i, kind, row) for i, kind, row in chosen if (i, kind) in rough and (i, row) not in fitted]
+            rows = [(i, kind, row) for i, kind, row in chosen if row not in ratios.get((i, kind), {row: 1.0})]
         else:
             rows = [(i, kind, _nearest(problem.layers[i], kind, int(choice[i]))) for i, kind in rough]
         if not rows:
             break
         progress(done / PASSES)
-        problem = _corrected(problem, outputs, rows)
-        fitted.update((index, row) for index, _, row in rows)
-    if fitted:
+        for (i, kind, row), ratio in zip(
+            rows, in_threads(lambda item: _ratio(predicted, outputs, item), rows), strict=True
+        ):
+            ratios[i, kind][row] = ratio
+        problem = _scaled(predicted, ratios)
+    if rough:
         progress(1.0)
     return problem
 
 
-def _corrected(problem: Problem, outputs: Outputs, rows: Sequence[tuple[int, str, int]]) -> Problem:
-    """Returns the problem with the errors of each layer and kind scaled to what the fit of one row loses."""
+def _ratio(problem: Problem, outputs: Outputs, item: tuple[int, str, int]) -> float:
+    """Returns what the fit of a row loses, relative to what is predicted."""
+    index, kind, row = item
+    table = problem.layers[index]
+    predicted = table.energy * max(float(table.errors[row]), LEAST_ERROR)
+    return outputs.lost_energy(index, kind, table.ranks[row]) / max(predicted, np.finfo(float).tiny)
 
-    def ratio(item: tuple[int, str, int]) -> float:
-        index, kind, row = item
-        table = problem.layers[index]
-        predicted = table.energy * max(float(table.errors[row]), LEAST_ERROR)
-        return outputs.lost_energy(index, kind, table.ranks[row]) / max(predicted, np.finfo(float).tiny)
 
+def _scaled(problem: Problem, ratios: Mapping[tuple[int, str], Mapping[int, float]]) -> Problem:
+    """Returns the problem with errors times the ratios, which are interpolated over the logarithm of the parameters."""
     layers = list(problem.layers)
-    for (index, kind, _), value in zip(rows, in_threads(ratio, rows), strict=True):
-        own, errors = layers[index].rows_of(kind), layers[index].errors.copy()
-        errors[own] = np.clip(errors[own] * value, 0.0, 1.0)
+    for (index, kind), fitted in ratios.items():
+        own, sizes = layers[index].rows_of(kind), np.log(layers[index].costs[:, 0])
+        rows = sorted(fitted, key=lambda row: sizes[row])
+        scale = np.interp(sizes[own], sizes[rows], [fitted[row] for row in rows])
+        errors = layers[index].errors.copy()
+        errors[own] = np.clip(errors[own] * scale, 0.0, 1.0)
         layers[index] = replace(layers[index], errors=errors)
     return replace(problem, layers=tuple(layers))
 
