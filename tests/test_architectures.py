@@ -471,7 +471,7 @@ def test_a_lazy_network_says_that_it_has_no_shapes_yet_and_works_once_it_has():
 
 
 LARGE = [
-    ("torchvision", "resnet18", "classification"),
+    ("torchvision", "squeezenet1_1", "classification"),
     ("torchvision", "mobilenet_v3_small", "classification"),
     ("torchvision", "lraspp_mobilenet_v3_large", "segmentation"),
     ("torchvision", "ssdlite320_mobilenet_v3_large", "detection"),
