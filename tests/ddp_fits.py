@@ -127,7 +127,7 @@ def defaults():
 
 
 def freezing():
-    return fit(task_of(), compress(schedule={"freeze_epochs": 1}))
+    return fit(task_of(), compress(kinds="auto", schedule={"freeze_epochs": 1}))  # leaves a layer dense
 
 
 def distillation():
