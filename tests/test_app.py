@@ -354,8 +354,14 @@ def test_brackets_in_the_folder_are_printed_as_they_are(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("less_work")
-@pytest.mark.parametrize("model", ["mlp", "vgg", "resnet20", "small_cnn"])
-@pytest.mark.parametrize("compression", ["params_50", "edge"])
+@pytest.mark.parametrize(
+    ("model", "compression"),
+    [
+        *((model, "params_50") for model in ("mlp", "vgg", "resnet20", "small_cnn")),
+        *((model, "edge") for model in ("mlp", "vgg")),
+        *(pytest.param(model, "edge", marks=pytest.mark.sweep) for model in ("resnet20", "small_cnn")),
+    ],
+)
 def test_every_model_goes_through(tmp_path, model, compression):
     budget = {"params_50": {"params": 0.5}, "edge": {"params": 0.25, "macs": 0.3, "bytes": 0.3}}[compression]
     overrides = [o for o in QUICK if not o.startswith(("compression.search", "dense", "finetune"))]
