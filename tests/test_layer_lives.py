@@ -191,10 +191,10 @@ def test_autocast_computes_in_low_precision(name, kind):
     assert all(bool(factor.grad.any()) for factor in layer.factors().values())
 
 
-def check_low_precision(layer, name, kind, small):
+def check_low_precision(layer, name, kind, dtype, small):
     dense, arguments = single(name, kind)
-    expected, dtype = dense(*arguments), layer.weight.dtype
-    assert {p.dtype for p in layer.parameters()} == {dtype}
+    expected = dense(*arguments)
+    assert {p.dtype for p in layer.parameters()} == {layer.weight.dtype} == {dtype}
     got = layer(*low_precision(name, kind, dtype)[1])
     assert got.dtype == dtype
     assert relative_error(got, expected) < (0.05 if dtype == torch.bfloat16 else small)
@@ -203,7 +203,7 @@ def check_low_precision(layer, name, kind, small):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @EVERY
 def test_low_precision_weights_give_nearly_the_same(name, kind, dtype):
-    check_low_precision(low_precision(name, kind, dtype)[0], name, kind, 0.01)
+    check_low_precision(low_precision(name, kind, dtype)[0], name, kind, dtype, 0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -211,7 +211,7 @@ def test_low_precision_weights_give_nearly_the_same(name, kind, dtype):
 def test_low_precision_of_the_dense_layer_is_inherited(name, kind, dtype):
     layer = factorised(LAYERS[name].layer().to(dtype), kind)
     # a rounded weight may lead the sweeps of CP to another fit of the same error
-    check_low_precision(layer, name, kind, 0.02 if kind in ("cp", "cp3") else 0.01)
+    check_low_precision(layer, name, kind, dtype, 0.02 if kind in ("cp", "cp3") else 0.01)
 
 
 # --- copies and files

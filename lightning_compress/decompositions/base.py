@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -117,15 +117,13 @@ class RankProfile:
     spectral: Floats | None = None
 
 
-@contextlib.contextmanager
-def threads_for(weight: Tensor) -> Iterator[None]:
+def threads_for(weight: Tensor) -> AbstractContextManager[None]:
     """One thread for the linear algebra of small weights, whatever the process is set to.
 
     Below about 2000 x 2000 a second thread gains nothing, and where other processes hold the
     cores, threads that wait for each other have been seen to take ten times as long.
     """
-    with one_thread() if weight.numel() <= SMALL_WEIGHT else contextlib.nullcontext():
-        yield
+    return one_thread() if weight.numel() <= SMALL_WEIGHT else nullcontext()
 
 
 class Decomposition(ABC):

@@ -37,31 +37,30 @@ def refined(problem: Problem, outputs: Outputs, progress: Callable[[float], None
         outputs: Where the fitted factors are kept.
         progress: Called with the fraction done.
     """
-    rough = [
-        (index, kind)
+    predicted = problem
+    ratios: dict[tuple[int, str], dict[int, float]] = {
+        (index, kind): {}
         for index, table in enumerate(problem.layers)
         for kind in dict.fromkeys(table.kinds)
         if kind != DENSE and DECOMPOSITIONS[kind].fits_roughly
-    ]
-    predicted, ratios = problem, {key: dict[int, float]() for key in rough}
-    for done in range(PASSES):
-        choice = solve(problem).choice if rough else None
+    }
+    for done in range(PASSES if ratios else 0):
+        choice = solve(problem).choice
         if choice is None:
             break
         if done:
             chosen = [(i, problem.layers[i].kinds[row], int(row)) for i, row in enumerate(choice)]
-            rows = [(i, kind, row) for i, kind, row in chosen if row not in ratios.get((i, kind), {row: 1.0})]
+            rows = [(i, kind, row) for i, kind, row in chosen if (i, kind) in ratios and row not in ratios[i, kind]]
         else:
-            rows = [(i, kind, _nearest(problem.layers[i], kind, int(choice[i]))) for i, kind in rough]
+            rows = [(i, kind, _nearest(problem.layers[i], kind, int(choice[i]))) for i, kind in ratios]
         if not rows:
             break
         progress(done / PASSES)
-        for (i, kind, row), ratio in zip(
-            rows, in_threads(lambda item: _ratio(predicted, outputs, item), rows), strict=True
-        ):
+        found = in_threads(lambda row: _ratio(predicted, outputs, row), rows)
+        for (i, kind, row), ratio in zip(rows, found, strict=True):
             ratios[i, kind][row] = ratio
         problem = _scaled(predicted, ratios)
-    if rough:
+    if ratios:
         progress(1.0)
     return problem
 
