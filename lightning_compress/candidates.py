@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from lightning_compress.config import RESOURCES
 from lightning_compress.decompositions import DECOMPOSITIONS, profile_in, weighted_energy
 from lightning_compress.decompositions.base import Floats, Ints, LayerCall, RankProfile, spectral_errors, threads_for
 from lightning_compress.decompositions.metric import Metric
 from lightning_compress.decompositions.shared import shared_errors
+from lightning_compress.decompositions.shrinkage import UnseenErrors
 from lightning_compress.errors import ConfigurationError
 from lightning_compress.inventory import Layer
 
@@ -36,7 +38,7 @@ class Candidates:
         name: The layer's name.
         kinds: Kind of each row, length n.
         ranks: Ranks of each row, length n.
-        errors: Relative errors in [0, 1], shape (n,).
+        errors: Relative errors in [0, 1] on the inputs that the moments are made from, shape (n,).
         spectral: σ_{r+1} / σ_1, shape (n,): the largest singular value left out of the kind's unfolding
             relative to its largest (split kinds: the largest left out of any split, relative to that of
             the whole unfolding); 0 for dense, infinite for kinds of several ranks, which have no one
@@ -47,6 +49,7 @@ class Candidates:
         activations: How many numbers the layer's stages write beyond those of the dense layer, shape (n,); 0
             where unknown.
         dense_activations: How many the dense layer writes; 0 where unknown.
+        unseen: How the errors grow on other inputs, None if unknown.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Candidates:
     costs: Floats
     activations: Floats
     dense_activations: float
+    unseen: UnseenErrors | None = None
 
     @classmethod
     def of_dense(cls, name: str) -> Candidates:
@@ -68,7 +72,12 @@ class Candidates:
     @property
     def losses(self) -> Floats:
         """What each row adds to the separable objective, shape (n,)."""
-        return signal_loss(self.errors)
+        return signal_loss(self.unseen_errors)
+
+    @property
+    def unseen_errors(self) -> Floats:
+        """Relative errors to expect on inputs that the moments are not made from, shape (n,)."""
+        return self.errors if self.unseen is None else self.unseen.at(self.errors)
 
     def __len__(self) -> int:
         return len(self.kinds)
@@ -141,6 +150,7 @@ def tabulate(
         costs=np.concatenate([*(costs for *_, costs in found), dense[None]]),
         activations=np.concatenate([*(_activations(layer, kind, ranks) for kind, ranks, *_ in found), np.zeros(1)]),
         dense_activations=_dense_activations(layer),
+        unseen=metric.unseen(groups) if metric is not None else None,
     )
 
 
@@ -174,7 +184,7 @@ def tabulate_shared(
     weights = [member.double_weight() for member in layer.members]
     columns = [RESOURCES.index(name) for name in budgeted]
     with threads_for(weights[0]):
-        errors = shared_errors(weights, metrics)
+        errors = unseen_shared_errors(weights, metrics)
     ranks = np.arange(1, len(errors) + 1)[:, None]
     rows = np.flatnonzero(_allowed(layer, ranks, rank_multiple))
     rows = rows[_thinned(ranks[rows])]
@@ -197,6 +207,13 @@ def tabulate_shared(
         activations=np.append(len(weights) * ranks[rows[kept], 0] * positions, 0.0).astype(np.float64),
         dense_activations=_dense_activations(layer),
     )
+
+
+def unseen_shared_errors(weights: Sequence[Tensor], metrics: Sequence[Metric | None]) -> Floats:
+    """Returns `shared_errors` as they are to be expected on inputs that the moments are not made from."""
+    errors = shared_errors(weights, metrics)
+    unseen = [metric.unseen() if metric is not None else None for metric in metrics]
+    return np.stack([own.at(e) if own is not None else e for e, own in zip(errors.T, unseen, strict=True)], axis=1)
 
 
 def _largest(layer: Layer) -> str:
@@ -271,7 +288,8 @@ def _costs(layer: Layer, kind: str, ranks: Ints) -> Floats:
     decomposition, operator = DECOMPOSITIONS[kind], layer.operator
     params = decomposition.parameters(operator.shape, ranks) * operator.groups
     macs = _over_calls(layer, decomposition.macs, ranks)
-    return np.column_stack([params, macs, params * layer.weight.element_size()]).astype(np.float64)
+    size = params * layer.weight.element_size() + decomposition.buffer_bytes(operator.shape) * operator.groups
+    return np.column_stack([params, macs, size]).astype(np.float64)
 
 
 def _over_calls(layer: Layer, measure: Callable[[tuple[int, ...], Ints, LayerCall], Ints], ranks: Ints) -> Ints:

@@ -9,8 +9,7 @@ Three steps, each kept only if it brings the outputs nearer to the dense model's
    means (the asymmetric reconstruction of Zhang et al. 2015, "Accelerating Very Deep Convolutional
    Networks", section 3.3, with the data replaced by synthetic inputs and in the metric G of the
    model's outputs, see `Moments`).
-2. *Norm statistics.* The running statistics of batch norms are taken anew on the compressed
-   network, where only its activations' spread has changed.
+2. *Norm statistics.* The running statistics of batch norms are moved by what the factors changed in them.
 3. *Distillation.* Factors, their biases and the norms' scales descend the distance of the outputs
    plus that of every factorised layer's output (hints: Romero et al. 2015, "FitNets"); the state
    that is best on the held-out inputs is kept.
@@ -19,7 +18,6 @@ Three steps, each kept only if it brings the outputs nearer to the dense model's
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -57,6 +55,13 @@ STEPS = 240
 FEWEST_STEPS = 20
 """Fewer are not worth the time: then there is no distillation."""
 LEARNING_RATE = 1e-3
+LARGEST_FACTOR = 4.0
+"""By which a norm's running variance is changed at most."""
+ORDINARY = 0.1
+"""Root mean square of an ordinary parameter; the rate of those of smaller values is as much smaller."""
+LEAST_SCALE = 0.05
+WARM_UP = 20
+"""Steps over which the rate rises."""
 SHIFT = 0.08
 """Largest shift of an image, as a fraction of its sides."""
 EVERY = 20
@@ -110,6 +115,7 @@ def heal_(
     batches = statistics.batches
     held_out = max(1, len(batches) // 4)
     fitting, judging = batches[:-held_out] or batches, batches[-held_out:]
+    pool = (*statistics.drawn, *fitting)
     start = time.perf_counter()
     before = output_distance(dense, model, judging)
     if before < NEGLIGIBLE:
@@ -118,22 +124,25 @@ def heal_(
     states = _States(model, before)
     skipped: str | None
     try:
+        _renormalise(dense, model, pool)
+        states.judge(output_distance(dense, model, judging))
+        states.restore()
         ordered = _in_forward_order(model, replacements, fitting[0])
         replacements = [replacement for replacement, _ in ordered]
-        for index, (replacement, calls) in enumerate(ordered):
+        for index, (replacement, calls) in enumerate(ordered if not statistics.drawn else ()):
             progress("healing: regression", index / len(ordered))
             if calls and not _shares_factors(replacement, replacements):
                 metric = statistics.metric(replacement.aliases[0])
                 _refit(dense, model, replacement, fitting, metric=metric, calls=calls)
         states.judge(output_distance(dense, model, judging))
-        _renormalise(model, fitting)
+        _renormalise(dense, model, fitting)
         states.judge(output_distance(dense, model, judging))
         states.restore()
         regressed, middle = states.best, time.perf_counter()
-        steps, skipped = _affordable(dense, model, replacements, fitting, steps)
+        steps, skipped = _affordable(dense, model, replacements, pool, steps)
         if skipped is None:
             progress("healing: distillation", 0.0)
-            for step in _distil(dense, model, replacements, fitting, steps, seed):
+            for step in _distil(dense, model, replacements, pool, steps, seed):
                 progress("healing: distillation", step / steps)
                 states.judge(output_distance(dense, model, judging))
         states.restore()
@@ -301,24 +310,66 @@ def _trace(matrices: Tensor) -> Tensor:
     return matrices.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
 
 
-def _renormalise(model: nn.Module, batches: Sequence[Arguments]) -> None:
-    """Takes the running statistics of all batch norms anew."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    momenta, counts = [n.momentum for n in norms], [copy.deepcopy(n.num_batches_tracked) for n in norms]
-    with inference(model):
-        try:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.train()
-                norm.momentum = None  # a plain average over the batches
-            for args, kwargs in batches:
-                if min(sample_counts((args, kwargs)), default=1) > 1:  # the variance of one sample is none
+def _renormalise(dense: nn.Module, model: nn.Module, batches: Sequence[Arguments]) -> None:
+    """Moves the running statistics of batch norms by what the factors changed in what enters them.
+
+    The mean by the difference to the dense model's on the same inputs, the variance by the ratio: what synthetic inputs
+    themselves differ by from real ones cancels. Norms that take their turn later see the earlier ones corrected.
+    """
+    pairs = [
+        (norm, cast(_BatchNorm, dense.get_submodule(name)))
+        for name, norm in model.named_modules()
+        if isinstance(norm, _BatchNorm) and norm.running_mean is not None
+    ]
+    first = [(cast(Tensor, n.running_mean).clone(), cast(Tensor, n.running_var).clone()) for n, _ in pairs]
+    means, factors = ([torch.zeros_like(mean) for mean, _ in first] for _ in range(2))
+    counts = [0] * len(pairs)
+    expected: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def note(index: int, inputs: Tensor) -> None:
+        expected[index] = _channel_moments(inputs)
+
+    def correct(index: int, norm: _BatchNorm, inputs: Tensor) -> None:
+        if index not in expected:
+            return
+        (mean, variance), (dense_mean, dense_variance) = _channel_moments(inputs), expected[index]
+        shift = mean - dense_mean
+        factor = ((variance + norm.eps) / (dense_variance + norm.eps)).clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR)
+        cast(Tensor, norm.running_mean).copy_(first[index][0] + shift)
+        cast(Tensor, norm.running_var).copy_(first[index][1] * factor)
+        means[index] += shift
+        factors[index] += factor
+        counts[index] += 1
+
+    hooks = (
+        handle
+        for index, (norm, other) in enumerate(pairs)
+        for handle in (
+            other.register_forward_pre_hook(
+                lambda _m, args, kwargs, index=index: note(index, input_of(args, kwargs)), with_kwargs=True
+            ),
+            norm.register_forward_pre_hook(
+                lambda m, args, kwargs, index=index: correct(index, m, input_of(args, kwargs)), with_kwargs=True
+            ),
+        )
+    )
+    with hooked(hooks):
+        for args, kwargs in batches:
+            if min(sample_counts((args, kwargs)), default=1) > 1:  # the variance of one sample is none
+                expected.clear()
+                with inference(dense):
+                    dense(*args, **kwargs)
+                with inference(model):
                     model(*args, **kwargs)
-        finally:
-            for norm, momentum, count in zip(norms, momenta, counts, strict=True):
-                norm.momentum = momentum
-                if norm.num_batches_tracked is not None and count is not None:
-                    norm.num_batches_tracked.copy_(count)
+    for (norm, _), (mean, variance), shift, factor, count in zip(pairs, first, means, factors, counts, strict=True):
+        cast(Tensor, norm.running_mean).copy_(mean + shift / max(1, count))
+        cast(Tensor, norm.running_var).copy_(variance * (factor / count if count else 1.0))
+
+
+def _channel_moments(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns mean and variance of every channel, (C,) each, of (B, C, …)."""
+    flat = inputs.transpose(0, 1).flatten(1)
+    return flat.mean(dim=1), flat.var(dim=1, unbiased=False)
 
 
 def _affordable(
@@ -368,9 +419,12 @@ def _distil(  # noqa: PLR0917
     trained = _trained(model, replacements)
     with torch.inference_mode(mode=False):
         free = [parameter.detach() for parameter in trained]  # the same memory, without the parameters' own gradients
-        optimizer = torch.optim.Adam(free, lr=LEARNING_RATE)
+        scales = [min(1.0, max(LEAST_SCALE, float(p.square().mean().sqrt()) / ORDINARY)) for p in free]
+        optimizer = torch.optim.Adam([{"params": [p]} for p in free])
         for step in range(1, steps + 1):
-            optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * step / steps)) / 2
+            rate = LEARNING_RATE * min(1.0, step / WARM_UP)
+            for group, scale in zip(optimizer.param_groups, scales, strict=True):
+                group["lr"] = scale * rate * (1 + math.cos(math.pi * step / steps)) / 2
             arguments = _shuffled(batches, generator)
             gradients = _gradients(dense, model, replacements, trained, arguments)
             for parameter, gradient in zip(free, gradients, strict=True):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_compress.analytic import ChannelMoments, analytic_moments
-from lightning_compress.decompositions.layer_types import family_of, operator_of
+from lightning_compress.decompositions.layer_types import canonical, family_of, operator_of
 from lightning_compress.decompositions.metric import Metric
+from lightning_compress.decompositions.shrinkage import Folds, SampleSums
 from lightning_compress.errors import ExampleInputError
 from lightning_compress.inventory import list_layers
 from lightning_compress.opening import with_opened
@@ -28,6 +31,7 @@ from lightning_compress.tracing import (
     is_shape,
     output_tensors,
     run,
+    sample_counts,
     whole_arguments,
 )
 
@@ -51,17 +55,24 @@ class Moments:
         source: Where they come from: "batch norm" (synthetic inputs matched to running
             statistics), "tokens" or "noise" (synthetic inputs of that kind), "analytic" (the norm
             layers alone), or "real".
+        samples: How many independent inputs they are made from, positions of one not counted; None if from none.
+        shrinkage: Share of the covariance that was put in the place of what so few samples do not show, see
+            `shrinkage`; the largest of the groups.
+        folds: What says how the error of every rank grows on unseen inputs; None if unknown.
     """
 
     second: Tensor | None
     mean: Tensor | None
     outputs: Tensor | None = None
     source: str = "real"
+    samples: int | None = None
+    shrinkage: float = 0.0
+    folds: Folds | None = field(default=None, repr=False)
 
     @functools.cached_property
     def metric(self) -> Metric:
         """The metric in which the layer's errors are measured."""
-        return Metric(self.second, self.outputs)
+        return Metric(self.second, self.outputs, self.folds)
 
 
 @dataclass(frozen=True)
@@ -73,12 +84,16 @@ class Statistics:
         source: As in `Moments`, of the inputs.
         moments: Per layer; a layer of which nothing is known is missing.
         seconds: How long it took, by part: "synthetic inputs" and "moments".
+        judging: Synthetic inputs of another kind, on which plans are compared; none beside real ones.
+        drawn: More inputs to repair factors on, see `SyntheticInputs`.
     """
 
     batches: tuple[Arguments, ...]
     source: str
     moments: Mapping[str, Moments]
     seconds: Mapping[str, float] = field(default_factory=dict)
+    judging: tuple[Arguments, ...] = ()
+    drawn: tuple[Arguments, ...] = ()
 
     @property
     def data_free(self) -> bool:
@@ -89,6 +104,11 @@ class Statistics:
         """Returns the metric of a layer's errors, None if nothing is known."""
         moments = self.moments.get(name)
         return moments.metric if moments is not None else None
+
+    def samples_of(self, name: str) -> int | None:
+        """Returns how many independent inputs a layer's moments are made from, None if from none."""
+        moments = self.moments.get(name)
+        return moments.samples if moments is not None else None
 
     def source_of(self, name: str) -> str | None:
         """Returns where a layer's moments come from, None if nothing is known."""
@@ -123,11 +143,14 @@ def gather_statistics(
             message names the layer.
     """
     start = time.perf_counter()
+    drawn: tuple[Arguments, ...] = ()
+    judging: tuple[Arguments, ...] = ()
     if calibration is not None:
         batches, source = _real(model, calibration), "real"
     elif example_input is not None:
         synthetic = synthesise(model, example_input, seed=seed, progress=progress)
-        batches, source = synthetic.batches, synthetic.source
+        batches, source, drawn = synthetic.batches, synthetic.source, synthetic.drawn
+        judging = synthetic.judging
     else:
         batches, source = (), "analytic"
     made = time.perf_counter()
@@ -135,7 +158,8 @@ def gather_statistics(
     layers = {layer.name: layer.module for layer in chosen}
     partners = {aliases[0]: layer.name for layer in chosen for aliases, _ in layer.partners}
     progress("moments", 0.0)
-    found = dict(input_moments(model, batches, (*layers, *partners), source=source))
+    with batch_statistics(model) if drawn else contextlib.nullcontext():
+        found = dict(input_moments(model, drawn or batches, (*layers, *partners), source=source))
     gradients = output_moments(model, batches, found, seed=seed)
     found = {name: replace(moments, outputs=gradients.get(name)) for name, moments in found.items()}
     for partner, name in partners.items():
@@ -147,7 +171,21 @@ def gather_statistics(
                 found[name] = _spread(layers[name], channels)
     progress("moments", 1.0)
     seconds = {"synthetic inputs": made - start, "moments": time.perf_counter() - made}
-    return Statistics(batches, source, found, seconds)
+    return Statistics(batches, source, found, seconds, judging, drawn)
+
+
+@contextlib.contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Lets batch norms take the statistics of each batch, in eval mode too; their own stay as they are."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    kept = [(norm.running_mean, norm.running_var) for norm in norms]
+    try:
+        for norm in norms:
+            norm.running_mean = norm.running_var = None
+        yield
+    finally:
+        for norm, (mean, variance) in zip(norms, kept, strict=True):
+            norm.running_mean, norm.running_var = mean, variance
 
 
 def _with_partner(own: Moments | None, layer: nn.Module, partner: Moments) -> Moments:
@@ -216,9 +254,9 @@ def input_moments(
     Raises:
         ExampleInputError: If the model fails on a batch, or the inputs of a layer are not finite.
     """
-    sums: dict[str, tuple[Tensor, Tensor, int]] = {}
+    sums: dict[str, SampleSums] = {}
     lookups: set[str] = set()
-    finite = True
+    finite, running = True, 1
     layers = {name: model.get_submodule(name) for name in names}
 
     def gather(name: str, layer: nn.Module, inputs: Tensor) -> None:
@@ -226,9 +264,9 @@ def input_moments(
         if rows is None:
             lookups.add(name)
             return
-        rows = rows[:, :: max(1, rows.shape[1] // POSITIONS)].double()  # with few S is singular, in float32 even less
-        second, mean, count = sums.get(name, (0, 0, 0))
-        sums[name] = (second + rows.mT @ rows, mean + rows.sum(dim=1), count + rows.shape[1])
+        if name not in sums:
+            sums[name] = SampleSums(_grouped_weight(layer))
+        sums[name].add(_by_sample(rows, running, POSITIONS))
 
     with (
         hooked(
@@ -241,10 +279,12 @@ def input_moments(
         inference(model),
     ):
         for arguments in batches:
+            running = _samples_in(arguments)
             for output in output_tensors(run(model, arguments, f"{source} inputs")):
                 finite = finite and bool(torch.isfinite(output).all())
-    for name, (second, _, _) in sums.items():
-        if not bool(torch.isfinite(second).all()):
+    estimates = {name: found.estimate() for name, found in sums.items()}
+    for name, estimate in estimates.items():
+        if not bool(torch.isfinite(estimate.second).all()):
             msg = (
                 f"the inputs of layer {name!r} are not finite on {source} inputs: use objective='weight', "
                 "or pass real inputs as calibration."
@@ -254,9 +294,39 @@ def input_moments(
         msg = f"the model's outputs are not finite on {source} inputs: use objective='weight', or calibration."
         raise ExampleInputError(msg)
     return {name: Moments(None, None, source=source) for name in lookups} | {
-        name: Moments(_joined(second / count).cpu(), _joined(mean / count).cpu(), source=source)
-        for name, (second, mean, count) in sums.items()
+        name: Moments(
+            _joined(estimate.second),
+            _joined(estimate.mean),
+            source=source,
+            samples=estimate.samples,
+            shrinkage=estimate.shrinkage,
+            folds=sums[name].folds(),
+        )
+        for name, estimate in estimates.items()
     }
+
+
+def _samples_in(arguments: Arguments) -> int:
+    """Returns how many independent inputs a batch holds, 1 if its tensors differ."""
+    counts = sample_counts(arguments)
+    return counts.pop() if len(counts) == 1 else 1
+
+
+def _grouped_weight(layer: nn.Module) -> Tensor:
+    """Returns the weight of a layer that can be factorised as (groups, out, D)."""
+    operator = operator_of(layer)
+    weight = canonical(layer, cast(Tensor, layer.weight)).detach()
+    return weight.reshape(operator.groups, operator.shape[0], -1)
+
+
+def _by_sample(rows: Tensor, samples: int, most: int) -> Tensor:
+    """Returns rows (groups, n, D) as (groups, samples, positions, D), at most so many in all, evenly spread.
+
+    Rows that cannot be told apart by sample count as one each.
+    """
+    samples = samples if rows.shape[1] % samples == 0 else rows.shape[1]
+    rows = rows.reshape(len(rows), samples, -1, rows.shape[2])
+    return rows[:, :, :: max(1, rows.shape[1] * rows.shape[2] // most)]
 
 
 def output_moments(
@@ -276,7 +346,7 @@ def output_moments(
     """
     generator = torch.Generator().manual_seed(seed)
     layers = {name: model.get_submodule(name) for name in names}
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, SampleSums] = {}
     seen: list[tuple[str, Tensor]] = []
 
     def probe(name: str, output: Tensor) -> Tensor:
@@ -297,12 +367,14 @@ def output_moments(
                         gradients = _gradients(outputs, [probed for _, probed in seen], generator, direction)
                         for (name, _), gradient in zip(seen, gradients, strict=True):
                             if gradient is not None:
-                                sums[name] = sums.get(name, 0) + _second(layers[name], gradient)
+                                rows = _gradient_rows(layers[name], gradient)
+                                sums.setdefault(name, SampleSums(centred=False)).add(
+                                    _by_sample(rows, _samples_in(arguments), POSITIONS)
+                                )
             except (RuntimeError, NotImplementedError):
                 return {}
-    return {
-        name: value.cpu() for name, value in sums.items() if bool(torch.isfinite(value).all()) and bool(value.any())
-    }
+    found = {name: _joined(each.estimate().second) for name, each in sums.items()}
+    return {name: value for name, value in found.items() if bool(torch.isfinite(value).all()) and bool(value.any())}
 
 
 def _gradients(
@@ -317,8 +389,7 @@ def _gradients(
     return torch.autograd.grad(combined, inner, retain_graph=direction < PROBES - 1, allow_unused=True)
 
 
-def _second(layer: nn.Module, gradient: Tensor) -> Tensor:
-    """Returns Σ g gᵀ over samples and positions, (out, out), or that of each group."""
+def _gradient_rows(layer: nn.Module, gradient: Tensor) -> Tensor:
+    """Returns the gradients of all samples and positions, (groups, n, out)."""
     rows = family_of(layer).output_rows(layer, gradient).float()
-    rows = rows.reshape(len(rows), operator_of(layer).groups, -1).transpose(0, 1)
-    return _joined(rows.mT @ rows).double()
+    return rows.reshape(len(rows), operator_of(layer).groups, -1).transpose(0, 1)

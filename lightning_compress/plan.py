@@ -19,6 +19,7 @@ from lightning_compress.config import Budget
 from lightning_compress.costs import Costs
 from lightning_compress.errors import LightningCompressError, PlanFormatError
 
+BETTER_ELSEWHERE = "the search keeps it dense: the budget is better spent here"
 FORMAT = "lightning_compress/plan"
 SCHEMA = 1
 
@@ -33,7 +34,8 @@ class LayerPlan:
         kind: Kind of decomposition, "dense" if the layer is left alone.
         ranks: Ranks of the decomposition, () for dense.
         weight_shape: Shape of the dense weight, () for a module that cannot be factorised.
-        error: Predicted ‖(W − Ŵ) S^½‖²_F / ‖W S^½‖²_F in [0, 1], 0 for dense.
+        error: Predicted ‖(W − Ŵ) S^½‖²_F / ‖W S^½‖²_F in [0, 1], 0 for dense; with statistics, on inputs that the
+            factors are not fitted to.
         params_before: Parameters of the dense layer, bias included.
         params_after: Parameters afterwards, bias included.
         macs_before: MACs of the dense layer, None if unknown.
@@ -43,6 +45,8 @@ class LayerPlan:
             for a module that cannot be factorised.
         shares: The first of the layers that share their first factor with this one, itself included;
             None if it has factors of its own. `params_after` of the first alone holds that factor.
+        samples: Number of independent inputs the error is estimated from, None if from none.
+        error_spread: Standard error of `error` over parts of these inputs, None if unknown.
     """
 
     name: str
@@ -58,6 +62,8 @@ class LayerPlan:
     reason: str | None = None
     source: str | None = None
     shares: str | None = None
+    samples: int | None = None
+    error_spread: float | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -174,8 +180,8 @@ class Plan:
                 layer.type,
                 layer.kind,
                 ", ".join(map(str, layer.ranks)),
-                "" if layer.is_dense else f"{layer.error:.4f}",
-                "" if layer.is_dense else layer.source or "",
+                "" if layer.is_dense else _error_text(layer),
+                "" if layer.is_dense else _source_text(layer),
                 f"{layer.params_before:,} → {layer.params_after:,}"
                 if not layer.is_dense
                 else f"{layer.params_before:,}",
@@ -199,6 +205,14 @@ class Plan:
         found += [f"{self.seconds:.2f} s"] if self.seconds is not None else []
         lines.append("; ".join(found))
         return "\n".join(lines)
+
+
+def _error_text(layer: LayerPlan) -> str:
+    return f"{layer.error:.4f}" + (f" ± {layer.error_spread:.4f}" if layer.error_spread is not None else "")
+
+
+def _source_text(layer: LayerPlan) -> str:
+    return (f"{layer.samples:,} " if layer.samples is not None else "") + (layer.source or "")
 
 
 def percent(fraction: float | None) -> str:
@@ -243,6 +257,8 @@ def _layer_from_dict(data: Mapping[str, Any]) -> LayerPlan:
         reason=_typed(data, "reason", str, optional=True),
         source=_typed({"source": None, **data}, "source", str, optional=True),
         shares=_typed({"shares": None, **data}, "shares", str, optional=True),
+        samples=_typed({"samples": None, **data}, "samples", int, optional=True),
+        error_spread=_typed({"error_spread": None, **data}, "error_spread", float, optional=True),
     )
 
 

@@ -22,7 +22,7 @@ from lightning_compress.decompositions.factorised import (
     FactorisedTransposed,
     channels_last_format,
 )
-from lightning_compress.decompositions.layer_types import TransposedLinear, children_of, operator_of, own_layout
+from lightning_compress.decompositions.layer_types import TransposedLinear, children_of, operator_of, stored_factor
 from lightning_compress.decompositions.metric import Metric
 from lightning_compress.decompositions.shared import shared_factors
 from lightning_compress.decompositions.tensorised import TtEmbedding
@@ -184,7 +184,7 @@ def plan_of(model: nn.Module, example_input: ExampleInput | None = None) -> Plan
             torch.Size(module.weight_shape).numel() - sum(f.numel() for f in factors) + sum(f.numel() for f in again)
         )
         saved_params += saved
-        saved_bytes += saved * factors[0].element_size()
+        saved_bytes += saved * factors[0].element_size() - sum(b.numel() * b.element_size() for b in module.buffers())
         before, after = None, None
         if traced is not None:
             twins = [twin for twin in listed if owners.get(twin.name) == layer.name]
@@ -362,8 +362,9 @@ def _build(layer: Layer, planned: LayerPlan, metric: Metric | None, *, decompose
     padding = getattr(dense, "padding_idx", None)
     for name, child in children.items():
         shape = cast(Tensor, child.weight).shape
-        value = own_layout(child, factors[name]).reshape(shape) if decompose else torch.zeros(shape)
+        value = stored_factor(child, factors[name]).reshape(shape) if decompose else torch.zeros(shape)
         child.weight = nn.Parameter(_like(value, weight), requires_grad=weight.requires_grad)
+        child._buffers = {key: buffer.to(weight.device) for key, buffer in child._buffers.items() if buffer is not None}
         table = isinstance(child, (nn.Embedding, nn.EmbeddingBag))
         if decompose and table and padding is not None and not bool(weight[padding].any()):  # to the last bit
             child.weight.detach()[padding] = 0

@@ -1,30 +1,31 @@
 """Inputs made from a model's own statistics, without a single real sample.
 
-Images start half as noise on several scales, half as overlapping random shapes ("dead leaves": Lee,
-Mumford and Huang 2001, "Occlusion Models for Natural Images"; as training images: Baradad et al. 2021,
-"Learning to See by Looking at Noise"), other dense inputs as noise. All are optimised until the batch
+Images start as drawings (see `drawing`), other dense inputs as noise. All are optimised until the batch
 statistics at every batch norm match the running ones (as in Yin et al. 2020, "Dreaming to
 Distill: Data-free Knowledge Transfer via DeepInversion", equation 4; without labels). A model with
 one output (B, C) is taken for a classifier: a small term asks for confident predictions that differ
 over the batch, as real inputs give them. Where a model keeps no running statistics the inputs stay as
 they were drawn; token inputs are drawn at random.
+
+Where so many full-sized images cannot be afforded and the model takes smaller ones as well, they are smaller: the
+statistics of a layer need many independent inputs more than they need large ones.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from typing_extensions import override
 
+from lightning_compress.drawing import leaves, noise, textured
 from lightning_compress.progress import Progress, silent
 from lightning_compress.sharing import shared_map
 from lightning_compress.tracing import (
@@ -49,10 +50,14 @@ CONFIDENCE = 0.02
 """Weight of the mean entropy of the predictions, against the mismatch at the norms."""
 VARIETY = 0.1
 """Weight of the entropy of the mean prediction, which is to be large."""
-SHAPES = 12
-"""Most shapes in one image."""
+DRAWN = 1024
+"""Images that are drawn for the moments alone, at most."""
+JUDGING = 64
+"""Inputs of another kind, to judge plans."""
 LEAST_COUNT = 16
 LEAST_STEPS = 10
+LEAST_SIDE = 96
+"""Images whose sides would get shorter than this are not halved to afford more of them."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +70,18 @@ class SyntheticInputs:
             vocabulary, "noise" otherwise.
         mismatch: Mean squared deviation of the batch statistics from the running ones, in units of
             the running deviations; None without batch norms.
+        drawn: More batches, as they were drawn: norms that take the statistics of the batch itself make their
+            activations what the model knows of real ones at no cost but a forward pass. None where as many
+            full-sized inputs as wanted were affordable, or none are matched to batch norms.
+        judging: A batch of another kind than all these, for comparisons: images of shapes and of noise on several
+            scales as they were drawn, other values of rising and falling size.
     """
 
     batches: tuple[Arguments, ...]
     source: str
     mismatch: float | None = None
+    drawn: tuple[Arguments, ...] = ()
+    judging: tuple[Arguments, ...] = ()
 
 
 def synthesise(
@@ -98,14 +110,18 @@ def synthesise(
     generator = torch.Generator().manual_seed(seed)
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if norms:
-        count, steps = affordable(trace(model, example_input).macs, count, steps)
+        macs = trace(model, example_input).macs
+        scarce = affordable(macs, count, steps)[0] < count
+        example, macs = _affordable_example(model, example, macs, count, steps)
+        count, steps = affordable(macs, count, steps)
     sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
-    drawn = [_draw(model, example, size, generator) for size in sizes]
-    batches, tokens = [arguments for arguments, _ in drawn], drawn[-1][1]
+    made = [_draw(model, example, size, generator) for size in sizes]
+    batches, tokens = [arguments for arguments, _ in made], made[-1][1]
     source = "tokens" if tokens else "noise"
     mismatches: list[float] = []
     if norms and not tokens:
-        batches = [_channels_last(a) for a in batches] if _runs_channels_last(model, example) else batches
+        channels_last = _runs_channels_last(model, example)
+        batches = [_channels_last(a) for a in batches] if channels_last else batches
 
         def match(index: int) -> tuple[Arguments, float]:
             report = functools.partial(_report, progress, index, len(batches))
@@ -118,8 +134,33 @@ def synthesise(
         mismatches = [mismatch for _, mismatch in matched if math.isfinite(mismatch)]
         if math.isfinite(matched[-1][1]):  # else no norm was called, or its inputs are not finite
             source = "batch norm"
+    drawn: list[Arguments] = []
+    if source == "batch norm" and scarce:
+        more = min(DRAWN, WORK // (10 * max(1, macs))) // BATCH
+        drawn = [_draw(model, example, BATCH, generator)[0] for _ in range(more)]
+        drawn = [_channels_last(a) for a in drawn] if channels_last else drawn
     progress("synthetic inputs", 1.0)
-    return SyntheticInputs(tuple(batches), source, sum(mismatches) / len(mismatches) if mismatches else None)
+    mismatch = sum(mismatches) / len(mismatches) if mismatches else None
+    judging = _judging(model, example, generator)
+    if norms and not tokens and channels_last:
+        judging = _channels_last(judging)
+    return SyntheticInputs(tuple(batches), source, mismatch, tuple(drawn), (judging,))
+
+
+def _judging(model: nn.Module, example: Arguments, generator: torch.Generator) -> Arguments:
+    """Returns a batch of inputs of another kind than those drawn first."""
+
+    def other(leaf: Any) -> Any:
+        if not (isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim):
+            return leaf
+        if _is_image(leaf.shape):
+            half = (len(leaf) // 2, *leaf.shape[1:])
+            return torch.cat([leaves(half, generator), noise(half, generator)]).to(leaf)
+        scales = torch.logspace(-0.5, 0.5, len(leaf)).reshape(-1, *(1 for _ in leaf.shape[1:]))
+        return leaf * scales.to(leaf)
+
+    drawn, _ = _draw(model, example, JUDGING, generator)
+    return cast(Arguments, tree_map(other, drawn))
 
 
 def _runs_channels_last(model: nn.Module, example: Arguments) -> bool:
@@ -181,47 +222,49 @@ def _draw(model: nn.Module, example: Arguments, size: int, generator: torch.Gene
 
 
 def _values(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Returns values of mean 0 and deviation 1; for images (B, C, H, W) half of them noise, half shapes."""
-    if len(shape) != 4 or min(shape[2:]) < 4:  # noqa: PLR2004
+    """Returns values of mean 0 and deviation 1; images (B, C, H, W) are drawn."""
+    if not _is_image(shape):
         return torch.randn(shape, generator=generator)
+    if min(shape[2:]) >= LEAST_SIDE:  # large enough for textures to show
+        return textured(shape, generator)
     half = shape[0] // 2
-    images = [_noise((shape[0] - half, *shape[1:]), generator)]
+    images = [noise((shape[0] - half, *shape[1:]), generator)]
     if half:
-        images.append(_leaves((half, *shape[1:]), generator))
+        images.append(leaves((half, *shape[1:]), generator))
     return torch.cat(images)[torch.randperm(shape[0], generator=generator)]
 
 
-def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Returns normal noise summed over scales, (B, C, H, W)."""
-    noise = torch.randn(shape, generator=generator)
-    side = 1
-    while side < max(shape[2:]):
-        coarse = torch.randn((*shape[:2], min(side, shape[2]), min(side, shape[3])), generator=generator)
-        noise = noise + F.interpolate(coarse, size=shape[2:], mode="bilinear", align_corners=False)
-        side *= 2
-    return noise / noise.std()
+def _is_image(shape: Sequence[int]) -> bool:
+    return len(shape) == 4 and min(shape[2:]) >= 4  # noqa: PLR2004
 
 
-def _leaves(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Returns overlapping ellipses and rectangles of random place, size, turn and colour, (B, C, H, W)."""
-    count, channels, height, width = shape
+def _affordable_example(
+    model: nn.Module, example: Arguments, macs: int, count: int, steps: int
+) -> tuple[Arguments, int]:
+    """Returns the example, with images halved until so many are affordable, and the MACs of a forward pass.
 
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand((count, 1, 1), generator=generator)
+    Only as long as the model takes them and its outputs keep their shapes.
+    """
+    while affordable(macs, count, steps)[0] < count:
+        smaller = tree_map(_halved, example)
+        if all(a is b for a, b in zip(tree_flatten(smaller)[0], tree_flatten(example)[0], strict=True)):
+            break
+        try:
+            with inference(model):
+                shapes = [[t.shape for t in output_tensors(model(*a[0], **a[1]))] for a in (example, smaller)]
+        except Exception:  # whatever a model raises on inputs of another size
+            break
+        if shapes[0] != shapes[1]:
+            break
+        example, macs = smaller, macs // 4
+    return example, macs
 
-    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-    images = torch.randn((count, channels, 1, 1), generator=generator).expand(shape)
-    shapes = torch.randint(2, SHAPES + 1, (count, 1, 1), generator=generator)
-    for index in range(SHAPES):
-        turn, right, down = uniform(0, math.pi), x - uniform(-0.9, 0.9), y - uniform(-0.9, 0.9)
-        along, across = right * turn.cos() + down * turn.sin(), down * turn.cos() - right * turn.sin()
-        long, short = 0.9 * uniform(0, 1) ** 1.5 + 0.08, 0.9 * uniform(0, 1) ** 1.5 + 0.08
-        power = torch.where(uniform(-1, 1) < 0, 2.0, 8.0)  # an ellipse, or nearly a rectangle
-        inside = ((along / long).abs() ** power + (across / short).abs() ** power < 1) & (index < shapes)
-        colour = torch.randn((count, channels, 1, 1), generator=generator)
-        images = torch.where(inside[:, None], colour, images)
-    images = images + 0.1 * torch.randn(shape, generator=generator)
-    return (images - images.mean()) / images.std()
+
+def _halved(leaf: Any) -> Any:
+    """Returns an image of half the sides, everything else and small images as they are."""
+    if not (isinstance(leaf, Tensor) and leaf.is_floating_point() and _is_image(leaf.shape)):
+        return leaf
+    return leaf[:, :, ::2, ::2] if min(leaf.shape[2:]) >= 2 * LEAST_SIDE else leaf
 
 
 def _match(

@@ -4,6 +4,7 @@ import builtins
 import copy
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -129,6 +130,13 @@ def error_in(metric, weight, new) -> float:
         outputs = 0.95 * metric.outputs * len(weight) / metric.outputs.trace() + 0.05 * outputs
     kept, whole = (torch.einsum("ij,ik,kl,jl->", m, outputs, m, inputs) for m in (lost, weight))
     return float(kept / whole)
+
+
+def planned_error(metric, weight, new) -> float:
+    """Returns what a plan says of a layer of one group: what unseen inputs show where the fit loses `error_in`."""
+    error = error_in(metric, weight, new)
+    unseen = metric.unseen() if metric is not None else None
+    return error if unseen is None else float(unseen.at(np.array([error]))[0])
 
 
 def block_imports(monkeypatch, name):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from sklearn.covariance import ledoit_wolf
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -144,7 +146,8 @@ def test_budgets_hold_and_the_composite_loss_is_never_above_that_of_the_separabl
     assert sum(p.numel() for p in compressed.parameters()) == plan.compressed.params
 
 
-def test_search_finds_a_layer_that_the_separable_objective_does_not_know_to_be_idle():
+@pytest.mark.parametrize(("objective", "method"), [("end_to_end", "continuous"), ("moments", "exact")])
+def test_search_finds_a_layer_that_its_own_error_does_not_know_to_be_idle(objective, method):
     """The output of one branch is multiplied by nearly zero after a norm: only the outputs show it."""
 
     class Branches(nn.Module):
@@ -162,8 +165,8 @@ def test_search_finds_a_layer_that_the_separable_objective_does_not_know_to_be_i
     model = Branches().eval()
     statistics = gather_statistics(model, VECTOR)
     settings = {"example_input": VECTOR, "statistics": statistics}
-    plan = search_ranks(model, Budget(params=0.5), objective="end_to_end", **settings)
-    exact = search_ranks(model, Budget(params=0.5), objective="moments", method="exact", **settings)
+    plan = search_ranks(model, Budget(params=0.5), objective=objective, method=method, **settings)
+    plain = search_ranks(model, Budget(params=0.5), objective="weight", **settings)
 
     def share(of: Plan) -> float:
         kept = {
@@ -171,8 +174,8 @@ def test_search_finds_a_layer_that_the_separable_objective_does_not_know_to_be_i
         }
         return kept["fir"] / sum(kept.values())
 
-    assert share(plan) > share(exact)
-    assert plan.output_distance < 0.5 * exact.output_distance
+    assert share(plan) > share(plain)
+    assert plan.output_distance < 0.5 * distance_after(model, plain, replace(statistics, moments={}))
 
 
 @pytest.mark.parametrize("objective", ["end_to_end", "moments"])
@@ -188,7 +191,8 @@ def test_errors_of_iterative_fits_in_the_plan_are_those_of_the_fitted_factors(kn
         weight, metric = layers[planned.name].double_weight(), statistics.metric(planned.name)
         factors = factorise_in("cp3", weight, planned.ranks, metric)
         lost = weight - DECOMPOSITIONS["cp3"].dense_weight(factors, tuple(weight.shape))
-        fitted = weighted_energy(lost, metric) / weighted_energy(weight, metric)
+        expected = weighted_energy(lost, metric) / weighted_energy(weight, metric)
+        fitted = float(metric.unseen().at(np.array([expected]))[0])
         assert planned.error == pytest.approx(fitted, rel=1e-6 if objective == "moments" else 0.1)
 
 
@@ -663,19 +667,19 @@ def test_output_moments_of_linear_layers_are_those_by_hand():
     batches = [torch.randn(7, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)]
     found = output_moments(net, [((b,), {}) for b in batches], ["0", "1"], seed=3)
     generator = torch.Generator().manual_seed(3)
-    expected = torch.zeros(3, 3, dtype=torch.float64)
+    gradients = []
     for batch in batches:
         scale = net(batch).detach().std()
-        for _ in range(PROBES):
-            gradient = torch.randn(len(batch), 3, generator=generator).double() / scale
-            expected += gradient.T @ gradient
-    weight = net[1].weight.detach()
-    torch.testing.assert_close(found["1"], expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found["0"], weight.T @ expected @ weight, rtol=1e-5, atol=1e-6)
+        gradients += [torch.randn(len(batch), 3, generator=generator).double() / scale for _ in range(PROBES)]
+    rows = torch.cat(gradients)
+    for name, own in (("1", rows), ("0", rows @ net[1].weight.detach())):
+        shrunk = torch.from_numpy(ledoit_wolf(own.numpy(), assume_centered=True)[0])
+        torch.testing.assert_close(found[name], shrunk, rtol=1e-5, atol=1e-6)
 
 
-def test_output_moments_of_convolutions_sum_over_the_positions(net, images):
+def test_output_moments_of_convolutions_sum_over_the_positions(net):
     net.eval()
+    images = torch.randn(400, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     found = output_moments(net, [((images,), {})], ["conv2", "fc1"], seed=1)
     weights = torch.Generator().manual_seed(1)
     expected = torch.zeros(16, 16, dtype=torch.float64)
@@ -686,7 +690,10 @@ def test_output_moments_of_convolutions_sum_over_the_positions(net, images):
         (gradient,) = torch.autograd.grad((output * direction / output.detach().std()).sum(), inner)
         rows = gradient.permute(0, 2, 3, 1).reshape(-1, 16).double()
         expected += rows.T @ rows
-    torch.testing.assert_close(found["conv2"], expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
+    outside = ~torch.eye(16, dtype=torch.bool)  # the shrunk part is a multiple of the identity
+    ratios = found["conv2"][outside] / expected[outside]
+    torch.testing.assert_close(ratios, torch.full_like(ratios, float(ratios.median())), rtol=1e-2, atol=0)
+    assert float(found["conv2"].trace() / ratios.median()) > float(expected.trace())
     assert all(p.grad is None for p in net.parameters())
 
 

@@ -111,7 +111,7 @@ def test_every_parameterised_module_is_listed_in_order(net):
     assert [layer.parameters for layer in layers.values()] == [224, 16, 1152, 272, 544, 132]
     assert layers["conv1"].kinds == ("channel_svd", "spatial_svd", "tucker2", "tt", "cp3", "cp")
     assert layers["conv2"].kinds == ("channel_svd", "spatial_svd", "tucker2", "tt", "cp3")
-    assert layers["point"].kinds == layers["fc1"].kinds == ("svd",)
+    assert layers["point"].kinds == layers["fc1"].kinds == ("svd", "interpolative")
     assert layers["norm"].kinds == ()
     assert layers["norm"].reason == "no kind factorises BatchNorm2d"
     assert layers["conv2"].weight_shape == (16, 8, 3, 3)

@@ -12,7 +12,7 @@ from lightning_compress.decompositions.layer_types import family_of
 from lightning_compress.errors import ExampleInputError
 from lightning_compress.moments import gather_statistics, input_moments
 from lightning_compress.synthesis import LEAST_COUNT, LEAST_STEPS, WORK, affordable, synthesise
-from tests.conftest import TinyNet, Unchanged, error_in
+from tests.conftest import TinyNet, Unchanged, planned_error
 
 SHAPE = (1, 3, 8, 8)
 BOUNDED = {"tucker2", "tt", "cp", "cp3"}
@@ -148,15 +148,20 @@ def test_moments_are_those_of_the_rows_that_enter_the_layer(net, images):
         rows = family_of(net.conv2).rows(net.conv2, x)[0].double()
         pooled = F.relu(net.point(F.relu(net.conv2(x)))).mean(dim=(2, 3)).double()
     for name, expected in (("conv2", rows), ("fc1", pooled)):
-        torch.testing.assert_close(found[name].second, expected.T @ expected / len(expected), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(found[name].mean, expected.mean(dim=0), rtol=1e-5, atol=1e-6)
+        mean, alpha = expected.mean(dim=0), found[name].shrinkage
+        covariance = (expected - mean).T @ (expected - mean) / len(expected)
+        shrunk = (1 - alpha) * covariance + alpha * covariance.trace() / len(mean) * torch.eye(len(mean))
+        torch.testing.assert_close(found[name].second, shrunk + mean[:, None] * mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[name].mean, mean, rtol=1e-5, atol=1e-6)
+        assert 0 < alpha <= 1
+        assert found[name].samples == len(images)
 
 
 def test_calibration_takes_real_batches_and_says_so(net, images):
     statistics = gather_statistics(net, SHAPE, calibration=[images[:3], images[3:]])
     assert (statistics.source, statistics.data_free) == ("real", False)
-    expected = input_moments(net, [((images,), {})], ["fc2"])["fc2"].second
-    torch.testing.assert_close(statistics.metric("fc2").inputs, expected, rtol=1e-5, atol=1e-7)
+    batches = [((images[:3],), {}), ((images[3:],), {})]
+    assert torch.equal(statistics.metric("fc2").inputs, input_moments(net, batches, ["fc2"])["fc2"].second)
     plan = search_ranks(net, Budget(params=0.5), statistics=statistics)
     assert (plan.objective, plan.source, plan.data_free) == ("end_to_end", "real", False)
     assert {layer.source for layer in plan.factorised} == {"real"}
@@ -175,7 +180,7 @@ def test_fewer_rows_of_inputs_than_there_are_inputs_are_no_obstacle(kind):
     statistics = gather_statistics(net, calibration=batches)
     dense = net[2].weight.detach().clone()
     apply_plan_(net, plan, statistics=statistics)
-    error = error_in(statistics.metric("2"), dense, net[2].weight)
+    error = planned_error(statistics.metric("2"), dense, net[2].weight)
     assert error == pytest.approx(plan.layers[1].error, rel=1e-2, abs=1e-4)
 
 
@@ -199,7 +204,7 @@ def test_errors_of_a_plan_are_those_of_the_outputs():
     apply_plan_(net, plan, statistics=statistics)
     assert (plan.objective, plan.source) == ("end_to_end", "batch norm")
     for layer in plan.factorised:
-        error = error_in(statistics.metric(layer.name), dense[layer.name], net.get_submodule(layer.name).weight)
+        error = planned_error(statistics.metric(layer.name), dense[layer.name], net.get_submodule(layer.name).weight)
         if layer.kind in BOUNDED:
             assert error <= layer.error * 1.05 + 1e-5
         else:
@@ -223,7 +228,7 @@ def test_search_by_moments_without_any_input_takes_those_of_the_norm_layers(net,
     apply_plan_(net, plan, statistics=statistics)
     assert "conv2" in dense
     for layer in plan.factorised:
-        error = error_in(statistics.metric(layer.name), dense[layer.name], net.get_submodule(layer.name).weight)
+        error = planned_error(statistics.metric(layer.name), dense[layer.name], net.get_submodule(layer.name).weight)
         if layer.kind in BOUNDED:
             assert error <= layer.error * 1.05 + 1e-5
         else:

@@ -30,7 +30,7 @@ from lightning_compress.search.paper import (
     _window,
 )
 from lightning_compress.search.problem import Problem
-from tests.conftest import TinyNet, error_in
+from tests.conftest import TinyNet, planned_error
 
 SHAPE = (1, 3, 8, 8)
 
@@ -252,7 +252,7 @@ def test_published_methods_keep_several_budgets_in_the_real_model(method, object
     assert all(plan.kept[name] <= limit for name, limit in budget.limits().items())
     for planned in plan.factorised:
         metric = statistics.metric(planned.name) if statistics else None
-        measured = error_in(metric, weights[planned.name], net.get_submodule(planned.name).weight)
+        measured = planned_error(metric, weights[planned.name], net.get_submodule(planned.name).weight)
         if objective == "weight" or not planned.kind.startswith("split"):
             assert measured == pytest.approx(planned.error, abs=1e-5)
         else:

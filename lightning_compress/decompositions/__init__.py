@@ -13,6 +13,7 @@ from lightning_compress.config import did_you_mean
 from lightning_compress.decompositions.base import Decomposition, LayerCall, Operator, RankProfile
 from lightning_compress.decompositions.cp import Cp, Cp3
 from lightning_compress.decompositions.factorised import FactorisedLayer, by_group, multiplied_out
+from lightning_compress.decompositions.interpolative import Interpolative
 from lightning_compress.decompositions.metric import Metric, energy
 from lightning_compress.decompositions.split_svd import SplitSvd
 from lightning_compress.decompositions.svd import ChannelSvd, SpatialSvd, Svd
@@ -24,14 +25,14 @@ from lightning_compress.errors import ConfigurationError
 DECOMPOSITIONS: dict[str, Decomposition] = {
     d.kind: d
     for d in (
-        *(Svd(), ChannelSvd(), SpatialSvd(), Tucker2(), SplitSvd(2), SplitSvd(4)),
+        *(Svd(), Interpolative(), ChannelSvd(), SpatialSvd(), Tucker2(), SplitSvd(2), SplitSvd(4)),
         *(TensorTrain(), Cp(), Cp3(), TtLinear(), TuckerLinear(), TtEmbedding()),
     )
 }
 """Kind to decomposition."""
 
 AUTOMATIC = (
-    *("svd", "channel_svd", "spatial_svd", "tucker2", "tt", "cp3", "cp"),
+    *("svd", "interpolative", "channel_svd", "spatial_svd", "tucker2", "tt", "cp3", "cp"),
     *("tt_linear", "tucker_linear", "tt_embedding"),
 )
 """The kinds that "auto" chooses from, where they say so (`Decomposition.automatic`)."""
@@ -135,10 +136,12 @@ def factorise_in(
     metric = _usable(decomposition, metric)
     fit = decomposition.draft if draft else decomposition.factorise
     if metric is None:
-        return fit(weight, ranks)
-    factors = fit(metric.weigh(weight), ranks, metric.inputs)
-    last = list(factors)[-1]
-    return {**factors, last: metric.unweigh(factors[last])}
+        factors = fit(weight, ranks)
+    else:
+        factors = fit(metric.weigh(weight), ranks, metric.inputs)
+        last = list(factors)[-1]
+        factors = {**factors, last: metric.unweigh(factors[last])}
+    return factors if draft else decomposition.finished(factors)  # gates need components in their order
 
 
 def gated_weight(

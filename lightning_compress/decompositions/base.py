@@ -227,6 +227,14 @@ class Decomposition(ABC):
         first = next(iter(factors))
         return {**factors, first: along(factors[first], gates(0, len(factors[first])))}
 
+    def buffer_bytes(self, shape: tuple[int, ...]) -> int:  # noqa: ARG002
+        """Returns the bytes of what a factorised layer stores besides its weights."""
+        return 0
+
+    def finished(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the factors of one group in the form that is stored; they stand for the same weight."""
+        return dict(factors)
+
     def own_children(self, operator: Operator, ranks: tuple[int, ...]) -> dict[str, nn.Module] | None:  # noqa: ARG002
         """Returns the child layers of a kind that are not plain torch layers, else None."""
         return None

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_compress.decompositions.base import Decomposition
-from lightning_compress.decompositions.layer_types import canonical_factors, operator_of, own_layout, template_of
+from lightning_compress.decompositions.layer_types import (
+    canonical_factors,
+    operator_of,
+    own_layout,
+    stored_factor,
+    template_of,
+)
 from lightning_compress.errors import UnsupportedError
 
 _SHAPE_ATTRIBUTES = (
@@ -88,7 +94,7 @@ class FactorisedLayer(nn.Sequential):
         """Copies factors, as `factorise_in` returns them, into the child layers."""
         for name, child in self.named_children():
             weight = cast(Tensor, child.weight)
-            weight.copy_(own_layout(child, factors[name]).reshape(weight.shape))
+            weight.copy_(stored_factor(child, factors[name]).reshape(weight.shape))
 
     def canonical_weight(self, precision: torch.dtype | None = None) -> Tensor:
         """Returns the equivalent dense weight as (groups · out, in, *kernel), differentiable.

@@ -24,6 +24,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import override
 
 from lightning_compress.decompositions.base import Decomposition, LayerCall, Operator, Stage
+from lightning_compress.decompositions.interpolative import Interpolation, Interpolative
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -325,7 +326,7 @@ def children_of(decomposition: Decomposition, layer: nn.Module, ranks: tuple[int
     own = decomposition.own_children(operator, ranks)
     if own is not None:
         return own
-    children = {}
+    children: dict[str, nn.Module] = {}
     for index, stage in enumerate(decomposition.stages(operator.shape, np.array([ranks]))):
         one = Stage(
             stage.name,
@@ -334,7 +335,10 @@ def children_of(decomposition: Decomposition, layer: nn.Module, ranks: tuple[int
             stage.axes,
             int(np.squeeze(stage.groups)) * operator.groups,
         )
-        children[stage.name] = family.child(layer, one, first=index == 0)
+        if index and isinstance(decomposition, Interpolative):
+            children[stage.name] = Interpolation(one.outputs, one.inputs, len(operator.kernel))
+        else:
+            children[stage.name] = family.child(layer, one, first=index == 0)
     return children
 
 
@@ -355,7 +359,17 @@ def template_of(layer: nn.Module) -> nn.Module:
 
 def canonical_factors(children: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Returns the weights of child layers in canonical form, by name."""
-    return {name: canonical(child, cast(Tensor, child.weight)) for name, child in children.items()}
+    return {
+        name: child.expanded(child.weight)
+        if isinstance(child, Interpolation)
+        else canonical(child, cast(Tensor, child.weight))
+        for name, child in children.items()
+    }
+
+
+def stored_factor(child: nn.Module, factor: Tensor) -> Tensor:
+    """Returns a canonical factor as a child layer's weight; an `Interpolation` takes over what it does not store."""
+    return child.arrange(factor) if isinstance(child, Interpolation) else own_layout(child, factor)
 
 
 def _full_name(layer: nn.Module) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.decompositions.base import Floats
+from lightning_compress.decompositions.shrinkage import Folds, UnseenErrors
 
 RIDGE = 1e-6
 """Added to the diagonal of a second moment, relative to its mean: inputs that never vary stay defined."""
@@ -33,18 +34,26 @@ class Metric:
     Attributes:
         inputs: S, (D, D); None for the identity.
         outputs: G, (out, out); None for the identity. Only its shape matters, not its scale.
+        folds: What says how errors grow on inputs that S was not made from; None for not at all.
+
     Those of several groups have a leading dimension of that size, see `group`.
     """
 
     inputs: Tensor | None
     outputs: Tensor | None = None
+    folds: Folds | None = None
 
     @functools.cached_property
     def _groups(self) -> tuple[Metric, ...]:
         known = self.inputs if self.inputs is not None else self.outputs
         count = len(known) if known is not None else 0
+
+        def part(of: Tensor | None, index: int) -> Tensor | None:
+            return of[index] if of is not None else None
+
         return tuple(
-            Metric(*(None if of is None else of[i] for of in (self.inputs, self.outputs))) for i in range(count)
+            Metric(part(self.inputs, i), part(self.outputs, i), self.folds.group(i) if self.folds else None)
+            for i in range(count)
         )
 
     def group(self, index: int) -> Metric:
@@ -64,6 +73,19 @@ class Metric:
         values, vectors = torch.linalg.eigh((floored + floored.T) / 2)
         root = values.clamp_min(OUTPUT_FLOOR / 2).sqrt()
         return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+
+    def unseen(self, groups: int = 1) -> UnseenErrors | None:
+        """Returns how errors grow on inputs that S was not made from, None if unknown.
+
+        Args:
+            groups: Of the layer.
+        """
+        if self.folds is None:
+            return None
+        metrics = [self.group(i) for i in range(groups)] if groups > 1 else [self]
+        return UnseenErrors.mean(
+            [m.folds.errors(m._roots[0] if m._roots is not None else None) for m in metrics if m.folds is not None]
+        )
 
     def weigh(self, weight: Tensor) -> Tensor:
         """Returns G^½ W, in the shape of the weight (out, …)."""

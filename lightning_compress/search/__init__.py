@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 from warnings import warn
 
 import numpy as np
 from torch import nn
 
-from lightning_compress.candidates import DENSE, Candidates, dense_macs, tabulate, tabulate_shared
+from lightning_compress.candidates import DENSE, Candidates, dense_macs, tabulate, tabulate_shared, unseen_shared_errors
 from lightning_compress.config import RESOURCES, Budget, did_you_mean, require_count
 from lightning_compress.costs import Costs, measure_costs
 from lightning_compress.decompositions import is_automatic
 from lightning_compress.decompositions.base import Floats, Ints
-from lightning_compress.decompositions.shared import shared_errors
 from lightning_compress.errors import (
     CompressionWarning,
     ConfigurationError,
@@ -26,7 +25,7 @@ from lightning_compress.errors import (
 from lightning_compress.inventory import Layer, Patterns, require_usable_weights, sharing_groups, take_inventory
 from lightning_compress.moments import Statistics, gather_statistics
 from lightning_compress.opening import with_opened
-from lightning_compress.plan import LayerPlan, Plan
+from lightning_compress.plan import BETTER_ELSEWHERE, LayerPlan, Plan
 from lightning_compress.progress import Progress, silent
 from lightning_compress.search.alds import ALDS_KINDS, search_alds
 from lightning_compress.search.continuous import search_continuous
@@ -42,6 +41,8 @@ from lightning_compress.search.exact import search_exact, smallest, solve
 from lightning_compress.search.paper import search_paper
 from lightning_compress.search.problem import Problem, Strategy
 from lightning_compress.search.refine import refined
+from lightning_compress.search.safeguards import gives_up_most, spend_what_is_left, weights_alone
+from lightning_compress.search.sensitivity import nearer, weighted
 from lightning_compress.search.uniform import search_uniform
 from lightning_compress.sharing import current_share, from_first, shared_map
 from lightning_compress.tracing import ExampleInput, Trace, trace
@@ -68,7 +69,6 @@ CERTIFICATE_GAP = 1e-3
 OBJECTIVES = ("auto", "weight", "moments", "end_to_end")
 AUTOMATIC_METHODS = ("continuous", "exact")
 """Methods for which objective "auto" makes synthetic inputs; with others it is "weight" unless statistics are given."""
-BETTER_ELSEWHERE = "the search keeps it dense: the budget is better spent here"
 BISECTIONS = 12
 """Plans tried for a quality target."""
 
@@ -192,9 +192,11 @@ def search_with_statistics(
     layers = take_inventory(model, **selection, trace=traced)
     dense = measure_costs(model, macs=traced.macs if traced else None)
     report = progress or silent
+    automatic = objective == "auto"
     statistics, objective = _statistics(
         model, method, objective, example_input, calibration, statistics, traced, seed, report
     )
+    automatic = automatic and objective != "weight" and statistics is not None and statistics.data_free
     searched = time.perf_counter()
     tables = _tabulate(layers, budget.budgeted, rank_multiple, statistics, report)
     if current_share().rank:  # the first process chooses
@@ -209,21 +211,26 @@ def search_with_statistics(
         outputs = outputs if outputs.exist else None
     if budget.max_error is not None:
         problem, choice = _within_error(tables, dense, budget, method, outputs, report)
-        objective = "moments" if objective == "end_to_end" else objective
+        found = _Found(
+            problem, choice, chosen, "moments" if objective == "end_to_end" else objective, statistics, outputs
+        )
     else:
-        problem = _problem(tables, dense, budget)
-        _require_feasible(problem, dense, budget)
-        if outputs is not None and method in AUTOMATIC_METHODS:
-            problem = refined(problem, outputs, lambda done: report("fitting layers", done))
-        choice, objective = _choose(problem, method, objective, outputs, report)
+        plain = _problem(tables, dense, budget)
+        _require_feasible(plain, dense, budget)
+        nothing = np.zeros(0, dtype=np.int64)
+        found = _search(plain, method, _Found(plain, nothing, chosen, objective, statistics, outputs), report)
+        if automatic:
+            single = [layer for layer in layers if layer.reason is None]
+            found = _never_behind_the_weights(found, plain, single, rank_multiple)
+    problem, choice, statistics, outputs = found.problem, found.choice, found.statistics, found.outputs
     plan = Plan(
-        layers=tuple(_layer_plans(layers, chosen, problem, choice, traced, statistics)),
+        layers=tuple(_layer_plans(layers, found.layers, problem, choice, traced, statistics)),
         dense=dense,
         compressed=_costs_after(problem, choice, dense),
         budget=budget,
         method=method,
-        objective=objective,
-        source="weight" if statistics is None else statistics.source,
+        objective=found.objective,
+        source="weight" if statistics is None or found.objective == "weight" else statistics.source,
         data_free=statistics is None or statistics.data_free,
         optimality_gap=_gap(problem, choice),
         output_distance=output_distance(outputs, problem, choice) if outputs is not None else None,
@@ -231,7 +238,66 @@ def search_with_statistics(
         timings={**(statistics.seconds if statistics is not None else {}), "search": time.perf_counter() - searched},
         seed=seed,
     )
+    if method in AUTOMATIC_METHODS:
+        _warn_of_given_up_layers(plan)
     return from_first("the search", plan), statistics
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A choice and what it is of.
+
+    Attributes:
+        problem: The problem.
+        choice: One row per layer.
+        layers: Those of the problem.
+        objective: What was minimised.
+        statistics: In whose metric the factors are fitted.
+        outputs: Of the model, None if none are known.
+    """
+
+    problem: Problem
+    choice: Ints
+    layers: list[Layer]
+    objective: str
+    statistics: Statistics | None
+    outputs: Outputs | None
+
+
+def _search(problem: Problem, method: str, given: _Found, progress: Progress) -> _Found:
+    """Returns what a method chooses."""
+    if given.outputs is not None and method in AUTOMATIC_METHODS:
+        problem = refined(problem, given.outputs, lambda done: progress("fitting layers", done))
+        problem = nearer(problem, given.outputs, progress)
+    choice, objective = _choose(problem, method, given.objective, given.outputs, progress)
+    if method in AUTOMATIC_METHODS:
+        choice = spend_what_is_left(problem, choice)
+    return replace(given, problem=problem, choice=choice, objective=objective)
+
+
+def _never_behind_the_weights(found: _Found, plain: Problem, layers: list[Layer], rank_multiple: int) -> _Found:
+    """Returns the choice of the weights alone if it is better on inputs of another kind, else what was found."""
+    known, outputs = found.statistics, found.outputs
+    if known is None or outputs is None or not known.judging or found.objective == "weight":
+        return found
+    other = weights_alone(
+        found.problem, found.choice, outputs, layers, known.judging, rank_multiple=rank_multiple, settings=plain
+    )
+    if other is None or other.distance >= other.other:
+        return found
+    bare = replace(known, moments={})  # the factors are fitted to the weights as well
+    outputs = Outputs(outputs.model, tuple(layers), bare, outputs.inputs)
+    return _Found(other.problem, other.choice, layers, "weight", bare, outputs)
+
+
+def _warn_of_given_up_layers(plan: Plan) -> None:
+    for layer in gives_up_most(plan.layers):
+        msg = (
+            f"layer {layer.name!r} loses {100 * layer.error:.0f} % of its energy ({layer.kind}, ranks {layer.ranks}) "
+            "while most of the model stays dense: let more layers be factorised (include, exclude, kinds), raise its "
+            "min_rank by overrides, or raise the budget."
+        )
+        warn(msg, CompressionWarning, stacklevel=4)
 
 
 def _statistics(  # noqa: PLR0917
@@ -319,18 +385,24 @@ def _within_error(  # noqa: PLR0917
     target = cast(float, budget.max_error)
     full = _problem(tables, dense, Budget(params=1.0))
     floor = _smallest_share(full, dense)
+    middle = _problem(tables, dense, Budget(params=floor**0.5))
+    weights = weighted(middle, outputs, lambda _: None).weights if method in AUTOMATIC_METHODS else None
     best, problem, low, high = np.array([len(t) - 1 for t in tables]), full, floor, 1.0
     for step in range(BISECTIONS):
         progress("quality target", step / BISECTIONS)
-        middle = low if step == 0 else (low * high) ** 0.5
-        tried = _problem(tables, dense, Budget(params=min(1.0, middle)))
-        choice = STRATEGIES[method](tried, progress=silent)
-        if output_distance(outputs, tried, choice) <= target:
-            best, problem, high = choice, tried, middle
+        share = low if step == 0 else (low * high) ** 0.5
+        plain = _problem(tables, dense, Budget(params=min(1.0, share)))
+        found = []
+        for tried in (plain, replace(plain, weights=weights))[: 1 if weights is None else 2]:
+            choice = STRATEGIES[method](tried, progress=silent)
+            found.append((output_distance(outputs, tried, choice), tried, choice))
+        distance, tried, choice = min(found, key=lambda each: each[0])
+        if distance <= target:
+            best, problem, high = choice, tried, share
             if step == 0:
                 break
         else:
-            low = middle
+            low = share
     progress("quality target", 1.0)
     return problem, best
 
@@ -486,8 +558,8 @@ def _layer_plans(  # noqa: PLR0917
             plans.append(shared[layer.name])
             continue
         table, row = chosen.get(layer.name, (None, 0))
-        source = statistics.source_of(layer.name) if statistics is not None and table is not None else None
-        plans.append(_layer_plan(layer, table, row, traced, source))
+        known = statistics if table is not None else None
+        plans.append(_layer_plan(layer, table, row, traced, known))
     return plans
 
 
@@ -500,12 +572,10 @@ def _member_plans(
     errors = np.zeros(len(members))
     if table.kinds[row] != DENSE:
         weights = [member.double_weight() for member in members]
-        errors = shared_errors(weights, metrics)[ranks[0] - 1]
+        errors = unseen_shared_errors(weights, metrics)[ranks[0] - 1]
     for index, (member, error) in enumerate(zip(members, errors, strict=True)):
         out, in_ = member.weight_shape
-        source = statistics.source_of(member.name) if statistics is not None else None
-        dense = Candidates.of_dense(member.name)
-        plan = _layer_plan(member, dense, 0, traced, source)
+        plan = _layer_plan(member, Candidates.of_dense(member.name), 0, traced, statistics)
         if table.kinds[row] != DENSE:
             positions = sum(call.positions for call in member.calls or ())
             plan = replace(
@@ -525,9 +595,10 @@ def _member_plans(
 
 
 def _layer_plan(
-    layer: Layer, table: Candidates | None, row: int, traced: Trace | None, source: str | None
+    layer: Layer, table: Candidates | None, row: int, traced: Trace | None, statistics: Statistics | None
 ) -> LayerPlan:
     factorisable = table is not None
+    source = statistics.source_of(layer.name) if statistics is not None else None
     known = traced is not None and factorisable
     if table is None:
         table = Candidates.of_dense(layer.name)
@@ -544,13 +615,15 @@ def _layer_plan(
         kind=table.kinds[row],
         ranks=table.ranks[row],
         weight_shape=layer.weight_shape if factorisable else (),
-        error=float(table.errors[row]),
+        error=float(table.unseen_errors[row]),
         params_before=layer.parameters,
         params_after=layer.parameters - int(saved[0]),
         macs_before=before,
         macs_after=before - int(saved[1]) if before is not None else None,
         reason=reason,
         source=source or ("weight" if factorisable else None),
+        samples=statistics.samples_of(layer.name) if statistics is not None else None,
+        error_spread=table.unseen.spread_at(float(table.errors[row])) if table.unseen is not None else None,
     )
 
 
