@@ -57,9 +57,10 @@ FEWEST_STEPS = 20
 LEARNING_RATE = 1e-3
 LARGEST_FACTOR = 4.0
 """By which a norm's running variance is changed at most."""
-ORDINARY = 0.1
-"""Root mean square of an ordinary parameter; the rate of those of smaller values is as much smaller."""
-LEAST_SCALE = 0.05
+SLOWER = 4.0
+"""By which the rate is divided where it proves too high at the first look, twice at most."""
+TOO_HIGH = 1.2
+"""Distance at the first look, relative to that before the first step, that proves it."""
 WARM_UP = 20
 """Steps over which the rate rises."""
 SHIFT = 0.08
@@ -134,17 +135,25 @@ def heal_(
             if calls and not _shares_factors(replacement, replacements):
                 metric = statistics.metric(replacement.aliases[0])
                 _refit(dense, model, replacement, fitting, metric=metric, calls=calls)
-        states.judge(output_distance(dense, model, judging))
-        _renormalise(dense, model, fitting)
-        states.judge(output_distance(dense, model, judging))
+        if not statistics.drawn:
+            states.judge(output_distance(dense, model, judging))
+            _renormalise(dense, model, fitting)
+            states.judge(output_distance(dense, model, judging))
         states.restore()
         regressed, middle = states.best, time.perf_counter()
         steps, skipped = _affordable(dense, model, replacements, pool, steps)
         if skipped is None:
             progress("healing: distillation", 0.0)
-            for step in _distil(dense, model, replacements, pool, steps, seed):
-                progress("healing: distillation", step / steps)
-                states.judge(output_distance(dense, model, judging))
+            for rate in (LEARNING_RATE, LEARNING_RATE / SLOWER, LEARNING_RATE / SLOWER**2):
+                for step in _distil(dense, model, replacements, pool, steps, seed, rate):
+                    progress("healing: distillation", step / steps)
+                    distance = output_distance(dense, model, judging)
+                    states.judge(distance)
+                    if step <= EVERY and not distance <= TOO_HIGH * regressed:
+                        break
+                else:
+                    break
+                states.restore()
         states.restore()
         progress("healing", 1.0)
     except BaseException:
@@ -410,6 +419,7 @@ def _distil(  # noqa: PLR0917
     batches: Sequence[Arguments],
     steps: int,
     seed: int,
+    rate: float,
 ) -> Iterator[int]:
     """Descends the distances on one batch after the other; yields every now and then, to be judged.
 
@@ -419,12 +429,10 @@ def _distil(  # noqa: PLR0917
     trained = _trained(model, replacements)
     with torch.inference_mode(mode=False):
         free = [parameter.detach() for parameter in trained]  # the same memory, without the parameters' own gradients
-        scales = [min(1.0, max(LEAST_SCALE, float(p.square().mean().sqrt()) / ORDINARY)) for p in free]
-        optimizer = torch.optim.Adam([{"params": [p]} for p in free])
+        optimizer = torch.optim.Adam(free, lr=rate)
         for step in range(1, steps + 1):
-            rate = LEARNING_RATE * min(1.0, step / WARM_UP)
-            for group, scale in zip(optimizer.param_groups, scales, strict=True):
-                group["lr"] = scale * rate * (1 + math.cos(math.pi * step / steps)) / 2
+            risen = rate * min(1.0, step / WARM_UP)
+            optimizer.param_groups[0]["lr"] = risen * (1 + math.cos(math.pi * step / steps)) / 2
             arguments = _shuffled(batches, generator)
             gradients = _gradients(dense, model, replacements, trained, arguments)
             for parameter, gradient in zip(free, gradients, strict=True):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import Budget, Compress, heal, synthesis
+from lightning_compress.decompositions.shrinkage import SampleSums
 from lightning_compress.search import end_to_end
 
 WEIGHTS_ALONE = {"objective": "weight", "heal": False}
@@ -137,6 +138,12 @@ def planned_error(metric, weight, new) -> float:
     error = error_in(metric, weight, new)
     unseen = metric.unseen() if metric is not None else None
     return error if unseen is None else float(unseen.at(np.array([error]))[0])
+
+
+@pytest.fixture
+def unshrunk(monkeypatch):
+    """Second moments as the samples have them."""
+    monkeypatch.setattr(SampleSums, "_shrinkage", lambda self, _: torch.zeros_like(self._squares))
 
 
 def block_imports(monkeypatch, name):

@@ -414,6 +414,7 @@ PHASES = [
     "synthetic inputs",
     "moments",
     "decomposing layers",
+    "measuring layers",
     "end-to-end search",
     "factorising layers",
     "healing: regression",

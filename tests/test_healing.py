@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_compress import Budget, FactorisedLayer, apply_plan_, search_ranks
 from lightning_compress.compression import Compression, compress_model_
 from lightning_compress.heal import (
+    LEARNING_RATE,
     _distil,
     _in_forward_order,
     _refit,
@@ -166,17 +167,23 @@ def test_regression_goes_in_forward_order_whatever_the_order_of_registration():
     assert healed[0].regressed == pytest.approx(healed[1].regressed, rel=1e-3)
 
 
-def test_norm_statistics_are_those_of_the_compressed_network():
+def test_norm_statistics_move_by_what_the_factors_changed():
     case = image_case()
     momentum, count = case.model.norm.momentum, int(case.model.norm.num_batches_tracked)
-    case.model.train()
-    _renormalise(case.model, case.fitting)
+    before = case.dense.norm
     with torch.no_grad():
-        inputs = [case.model.conv1(args[0]) for args, _ in case.fitting]
-    means = torch.stack([x.mean(dim=(0, 2, 3)) for x in inputs]).mean(dim=0)
-    variances = torch.stack([x.var(dim=(0, 2, 3)) for x in inputs]).mean(dim=0)
-    torch.testing.assert_close(case.model.norm.running_mean, means, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(case.model.norm.running_var, variances, rtol=1e-4, atol=1e-5)
+        for parameter in case.model.conv1.parameters():
+            parameter.mul_(1.3)
+    case.model.train()
+    _renormalise(case.dense, case.model, case.fitting)
+    with torch.no_grad():
+        inputs = [(case.model.conv1(args[0]), case.dense.conv1(args[0])) for args, _ in case.fitting]
+    shifts = torch.stack([(x - y).mean(dim=(0, 2, 3)) for x, y in inputs]).mean(dim=0)
+    spreads = [[v.var(dim=(0, 2, 3), unbiased=False) + before.eps for v in pair] for pair in inputs]
+    factors = torch.stack([x / y for x, y in spreads]).mean(dim=0)
+    assert float(shifts.abs().max()) > 1e-3
+    torch.testing.assert_close(case.model.norm.running_mean, before.running_mean + shifts, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(case.model.norm.running_var, before.running_var * factors, rtol=1e-4, atol=1e-5)
     assert (case.model.norm.momentum, int(case.model.norm.num_batches_tracked)) == (momentum, count)
     assert all(m.training for m in case.model.modules())
 
@@ -189,7 +196,7 @@ def test_norm_statistics_come_back_after_an_interruption():
         raise KeyboardInterrupt
 
     with case.model.fc2.register_forward_pre_hook(interrupt), pytest.raises(KeyboardInterrupt):
-        _renormalise(case.model, case.fitting)
+        _renormalise(case.dense, case.model, case.fitting)
     assert (case.model.norm.momentum, int(case.model.norm.num_batches_tracked)) == (momentum, count)
     assert not any(m.training for m in case.model.modules())
 
@@ -197,7 +204,7 @@ def test_norm_statistics_come_back_after_an_interruption():
 def test_distillation_descends_the_distance_of_the_outputs():
     case = image_case(0.4)
     before = case.distance(case.fitting)
-    looks = list(_distil(case.dense, case.model, case.replacements, case.fitting, 50, 0))
+    looks = list(_distil(case.dense, case.model, case.replacements, case.fitting, 50, 0, LEARNING_RATE))
     assert looks == [20, 40, 50]
     assert case.distance(case.fitting) < before
 

@@ -255,6 +255,7 @@ def test_state_dict_is_saved_and_loaded_strictly(name, kind):
     assert torch.equal(model[0](*arguments), layer(*arguments))
     names = [*(f"{child}.weight" for child in layer.factors())]
     names += [f"{list(layer.factors())[-1]}.bias"] if layer.bias is not None else []
+    names += [name for name, _ in layer.named_buffers()]
     assert list(layer.state_dict()) == names
 
 

@@ -112,7 +112,8 @@ def test_plan_of_a_search_on_outputs_says_so_and_comes_back_equal(net):
     assert f"budget output distance <= 0.5; method exact; output distance {plan.output_distance:.4f}; signal" in text
     measured = {line.split("│")[1].strip(): line.split("│")[6].strip() for line in text.splitlines() if "│" in line}
     assert plan.factorised
-    assert all(measured[layer.name] == layer.source == "batch norm" for layer in plan.factorised)
+    assert {layer.source for layer in plan.factorised} == {"batch norm"}
+    assert all(measured[layer.name] == f"{layer.samples} batch norm" for layer in plan.factorised)
 
 
 @pytest.mark.parametrize("field", ["seconds", "optimality_gap", "method", "seed"])
@@ -169,7 +170,8 @@ def test_newer_or_odd_schema_is_an_error(plan, schema):
 
 LATER = {"output_distance": None, "timings": {}}  # fields that plans of schema 1 did not have from the start
 PLAN_FIELDS = [f.name for f in dataclasses.fields(Plan) if f.name not in LATER]
-LAYER_FIELDS = [f.name for f in dataclasses.fields(LayerPlan) if f.name not in ("source", "shares")]
+LATER_OF_A_LAYER = ("source", "shares", "samples", "error_spread")
+LAYER_FIELDS = [f.name for f in dataclasses.fields(LayerPlan) if f.name not in LATER_OF_A_LAYER]
 
 
 def test_plan_written_before_the_later_fields_is_read(plan):
@@ -177,9 +179,10 @@ def test_plan_written_before_the_later_fields_is_read(plan):
         for name in LATER:
             del data[name]
         for layer in data["layers"]:
-            del layer["source"]
+            for name in LATER_OF_A_LAYER:
+                del layer[name]
 
-    layers = tuple(dataclasses.replace(layer, source=None) for layer in plan.layers)
+    layers = tuple(dataclasses.replace(layer, **dict.fromkeys(LATER_OF_A_LAYER)) for layer in plan.layers)
     assert Plan.from_json(changed(plan, older)) == dataclasses.replace(plan, layers=layers, **LATER)
 
 

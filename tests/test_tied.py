@@ -134,6 +134,7 @@ def test_several_embeddings_and_an_output_layer(tokens):
     assert {id(holder.reduce.weight) for holder in model.embeddings} == {id(model.head.expand.weight)}
 
 
+@pytest.mark.usefixtures("unshrunk")
 def test_metric_of_the_weight_takes_both_uses_into_account(model, tokens):
     statistics = gather_statistics(model, tokens)
     assert "head" not in statistics.moments

@@ -77,11 +77,14 @@ class Interpolation(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Returns (…, out) for (…, r), or (B, out, …) for (B, r, …)."""
         axis = -1 - self.dims
-        others = _pointwise(input, self.weight, self.dims)
-        output = torch.cat([input, others], dim=axis).index_select(axis, self.places())
+        joined = torch.cat([input, _pointwise(input, self.weight, self.dims)], dim=axis)
+        if _channels_last(joined):  # to select along the last axis keeps that format
+            output = joined.movedim(1, -1).index_select(-1, self.places()).movedim(-1, 1)
+        else:
+            output = joined.index_select(axis, self.places())
         if self.bias is None:
             return output
-        return output + self.bias.reshape(-1, *(1 for _ in range(self.dims)))
+        return output + self.bias.reshape(-1, *(1 for _ in range(self.dims))).to(output)
 
 
 def _pointwise(values: Tensor, weight: Tensor, dims: int) -> Tensor:
@@ -92,6 +95,11 @@ def _pointwise(values: Tensor, weight: Tensor, dims: int) -> Tensor:
     convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
     found: Tensor = convolve(values, weight)
     return found
+
+
+def _channels_last(values: Tensor) -> bool:
+    known = {4: torch.channels_last, 5: torch.channels_last_3d}.get(values.ndim)
+    return known is not None and not values.is_contiguous() and values.is_contiguous(memory_format=known)
 
 
 def _coded(places: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ from lightning_compress.search.problem import Problem
 from lightning_compress.sharing import in_threads
 from lightning_compress.tracing import Arguments
 
+LEAST_GAIN = 1e-4
+"""Loss of a layer that more ranks must save to be worth what they write."""
 MOST_OF_A_LAYER = 0.5
 """Error of a layer, and share of the model that stays dense, above which both together are worth a warning."""
 
@@ -48,7 +50,7 @@ def spend_what_is_left(problem: Problem, choice: Ints) -> Ints:
 def _larger(table: Candidates, row: int, costs: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Ints:
     """Returns the rows of the same kind that cost no less in any budget and lose less."""
     own = table.rows_of(table.kinds[row]) if table.kinds[row] != DENSE else np.zeros(0, dtype=np.int64)
-    better: Ints = own[(costs[own] >= costs[row]).all(axis=1) & (table.losses[own] < table.losses[row])]
+    better: Ints = own[(costs[own] >= costs[row]).all(axis=1) & (table.losses[own] < table.losses[row] - LEAST_GAIN)]
     return better
 
 
