@@ -136,7 +136,7 @@ def synthesise(
             source = "batch norm"
     drawn: list[Arguments] = []
     if source == "batch norm" and scarce:
-        more = min(DRAWN, WORK // (10 * max(1, macs))) // BATCH
+        more = max(1, min(DRAWN, WORK // (10 * max(1, macs))) // BATCH)
         drawn = [_draw(model, example, BATCH, generator)[0] for _ in range(more)]
         drawn = [_channels_last(a) for a in drawn] if channels_last else drawn
     progress("synthetic inputs", 1.0)

@@ -115,7 +115,7 @@ def search_ranks(
             model fails on synthetic inputs the search falls back, with a `CompressionWarning`. With an
             example input a small term for the numbers that factorised layers write is part of all of them, so
             that where little is lost either way the faster kinds are chosen.
-        kinds: "auto", a kind, or a list of kinds to choose from. "auto" is svd, channel_svd,
+        kinds: "auto", a kind, or a list of kinds to choose from. "auto" is svd, interpolative, channel_svd,
             spatial_svd, tucker2, tt, cp3, cp for large kernels, tt_linear and tucker_linear for very
             large linear layers, tt_embedding for such embeddings; for "alds" svd, channel_svd,
             split2_svd and split4_svd.
