@@ -211,7 +211,7 @@ def test_wheel_says_what_it_is(wheel):
     assert scripts == "[console_scripts]\nlightning-compress = lightning_compress.app:main\n"
     assert (metadata["Version"], metadata["License-Expression"]) == (version, "Apache-2.0")
     assert metadata["Requires-Python"] == ">=3.10"
-    assert set(metadata.get_all("Provides-Extra")) == {"plots", "demo", "vision", "onnx", "sweeps", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"plots", "demo", "vision", "onnx", "pretrained", "sweeps", "dev"}
 
 
 def command(unpacked, cwd, *arguments):
