@@ -212,7 +212,7 @@ def test_distillation_descends_the_distance_of_the_outputs():
 @pytest.mark.slow
 def test_distillation_takes_all_its_steps_though_it_does_not_help_at_first(monkeypatch):
     case, looks = image_case(0.4), []
-    distances = iter([1.0, 0.9, 0.9, *[2.0] * 7, 0.5])
+    distances = iter([1.0, 0.95, 0.9, 0.9, *[1.05] * 7, 0.5])
     monkeypatch.setattr("lightning_compress.heal.output_distance", lambda *_: next(distances))
     healing = case.heal(steps=160, progress=lambda what, done: looks.append(done) if "distil" in what else None)
     assert looks[-1] == 1
