@@ -2,14 +2,16 @@
 
 Three steps, each kept only if it brings the outputs nearer to the dense model's on inputs held out:
 
-1. *Regression.* Layer by layer, in forward order, the factors are refitted in closed form so that
+1. *Norm statistics.* The running statistics of batch norms are moved by what the factors changed in what
+   enters them; again after the regression.
+2. *Regression.* Layer by layer, in forward order, the factors are refitted in closed form so that
    the compressed network's own activations reproduce the dense layer's outputs: reduced-rank
    regression min ‖G^½ (W X − M X̂)‖ over M of the layer's kind and ranks, where X enters the layer
    in the dense and X̂ in the already repaired compressed network, and the bias takes care of the
    means (the asymmetric reconstruction of Zhang et al. 2015, "Accelerating Very Deep Convolutional
    Networks", section 3.3, with the data replaced by synthetic inputs and in the metric G of the
    model's outputs, see `Moments`).
-2. *Norm statistics.* The running statistics of batch norms are moved by what the factors changed in them.
+   Left out where inputs are drawn, not optimised (`Statistics.drawn`).
 3. *Distillation.* Factors, their biases and the norms' scales descend the distance of the outputs
    plus that of every factorised layer's output (hints: Romero et al. 2015, "FitNets"); the state
    that is best on the held-out inputs is kept.
@@ -18,9 +20,10 @@ Three steps, each kept only if it brings the outputs nearer to the dense model's
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -38,7 +41,7 @@ from lightning_compress.opening import with_opened
 from lightning_compress.progress import Progress, silent
 from lightning_compress.search.end_to_end import NEGLIGIBLE
 from lightning_compress.swap import Replacement
-from lightning_compress.synthesis import WORK
+from lightning_compress.synthesis import WORK, channel_moments, running_norms
 from lightning_compress.tracing import (
     Arguments,
     flop_counter,
@@ -124,6 +127,13 @@ def heal_(
         return Healing(before, before, before, seconds, f"the output distance is below {NEGLIGIBLE:g}")
     states = _States(model, before)
     skipped: str | None
+
+    def look(done: float) -> float:
+        progress("healing: distillation", done)
+        distance = output_distance(dense, model, judging)
+        states.judge(distance)
+        return distance
+
     try:
         _renormalise(dense, model, pool)
         states.judge(output_distance(dense, model, judging))
@@ -144,16 +154,8 @@ def heal_(
         steps, skipped = _affordable(dense, model, replacements, pool, steps)
         if skipped is None:
             progress("healing: distillation", 0.0)
-            for rate in (LEARNING_RATE, LEARNING_RATE / SLOWER, LEARNING_RATE / SLOWER**2):
-                for step in _distil(dense, model, replacements, pool, steps, seed, rate):
-                    progress("healing: distillation", step / steps)
-                    distance = output_distance(dense, model, judging)
-                    states.judge(distance)
-                    if step <= EVERY and not distance <= TOO_HIGH * regressed:
-                        break
-                else:
-                    break
-                states.restore()
+            distil = functools.partial(_distil, dense, model, replacements, pool, steps, seed)
+            _descend(distil, states, lambda step: look(step / steps))
         states.restore()
         progress("healing", 1.0)
     except BaseException:
@@ -325,23 +327,20 @@ def _renormalise(dense: nn.Module, model: nn.Module, batches: Sequence[Arguments
     The mean by the difference to the dense model's on the same inputs, the variance by the ratio: what synthetic inputs
     themselves differ by from real ones cancels. Norms that take their turn later see the earlier ones corrected.
     """
-    pairs = [
-        (norm, cast(_BatchNorm, dense.get_submodule(name)))
-        for name, norm in model.named_modules()
-        if isinstance(norm, _BatchNorm) and norm.running_mean is not None
-    ]
+    names = {id(norm): name for name, norm in model.named_modules()}
+    pairs = [(norm, cast(_BatchNorm, dense.get_submodule(names[id(norm)]))) for norm in running_norms(model)]
     first = [(cast(Tensor, n.running_mean).clone(), cast(Tensor, n.running_var).clone()) for n, _ in pairs]
-    means, factors = ([torch.zeros_like(mean) for mean, _ in first] for _ in range(2))
+    means, factors = ([torch.zeros_like(mean, dtype=torch.float32) for mean, _ in first] for _ in range(2))
     counts = [0] * len(pairs)
-    expected: dict[int, tuple[Tensor, Tensor]] = {}
+    expected: list[list[tuple[Tensor, Tensor]]] = [[] for _ in pairs]  # of the dense model's calls, in their order
 
     def note(index: int, inputs: Tensor) -> None:
-        expected[index] = _channel_moments(inputs)
+        expected[index].append(channel_moments(inputs))
 
     def correct(index: int, norm: _BatchNorm, inputs: Tensor) -> None:
-        if index not in expected:
+        if not expected[index]:
             return
-        (mean, variance), (dense_mean, dense_variance) = _channel_moments(inputs), expected[index]
+        (mean, variance), (dense_mean, dense_variance) = channel_moments(inputs), expected[index].pop(0)
         shift = mean - dense_mean
         factor = ((variance + norm.eps) / (dense_variance + norm.eps)).clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR)
         cast(Tensor, norm.running_mean).copy_(first[index][0] + shift)
@@ -365,7 +364,8 @@ def _renormalise(dense: nn.Module, model: nn.Module, batches: Sequence[Arguments
     with hooked(hooks):
         for args, kwargs in batches:
             if min(sample_counts((args, kwargs)), default=1) > 1:  # the variance of one sample is none
-                expected.clear()
+                for calls in expected:
+                    calls.clear()
                 with inference(dense):
                     dense(*args, **kwargs)
                 with inference(model):
@@ -373,12 +373,6 @@ def _renormalise(dense: nn.Module, model: nn.Module, batches: Sequence[Arguments
     for (norm, _), (mean, variance), shift, factor, count in zip(pairs, first, means, factors, counts, strict=True):
         cast(Tensor, norm.running_mean).copy_(mean + shift / max(1, count))
         cast(Tensor, norm.running_var).copy_(variance * (factor / count if count else 1.0))
-
-
-def _channel_moments(inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns mean and variance of every channel, (C,) each, of (B, C, …)."""
-    flat = inputs.transpose(0, 1).flatten(1)
-    return flat.mean(dim=1), flat.var(dim=1, unbiased=False)
 
 
 def _affordable(
@@ -410,6 +404,19 @@ def _trained(model: nn.Module, replacements: Sequence[Replacement]) -> list[nn.P
     factors = [p for r in replacements for p in r.factorised.parameters()]
     norms = [p for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters() if p.requires_grad]
     return list({id(parameter): parameter for parameter in [*factors, *norms]}.values())
+
+
+def _descend(distil: Callable[[float], Iterator[int]], states: _States, look: Callable[[int], float]) -> None:
+    """Distils, anew at a smaller rate where the first look at the held-out inputs proves it too high."""
+    start = states.best
+    for slower in range(3):
+        for step in distil(LEARNING_RATE / SLOWER**slower):
+            distance = look(step)
+            if step <= EVERY and not distance <= TOO_HIGH * start:
+                break
+        else:
+            return
+        states.restore()
 
 
 def _distil(  # noqa: PLR0917

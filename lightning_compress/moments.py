@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_compress.analytic import ChannelMoments, analytic_moments
 from lightning_compress.decompositions.layer_types import canonical, family_of, operator_of
@@ -21,7 +20,7 @@ from lightning_compress.errors import ExampleInputError
 from lightning_compress.inventory import list_layers
 from lightning_compress.opening import with_opened
 from lightning_compress.progress import Progress, silent
-from lightning_compress.synthesis import synthesise
+from lightning_compress.synthesis import running_norms, synthesise
 from lightning_compress.tracing import (
     Arguments,
     ExampleInput,
@@ -177,7 +176,7 @@ def gather_statistics(
 @contextlib.contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
     """Lets batch norms take the statistics of each batch, in eval mode too; their own stay as they are."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = running_norms(model)
     kept = [(norm.running_mean, norm.running_var) for norm in norms]
     try:
         for norm in norms:
@@ -256,7 +255,7 @@ def input_moments(
     """
     sums: dict[str, SampleSums] = {}
     lookups: set[str] = set()
-    finite, running = True, 1
+    finite, running, inputs_seen = True, 1, 0
     layers = {name: model.get_submodule(name) for name in names}
 
     def gather(name: str, layer: nn.Module, inputs: Tensor) -> None:
@@ -264,9 +263,10 @@ def input_moments(
         if rows is None:
             lookups.add(name)
             return
+        samples = _by_sample(rows, running, POSITIONS)
         if name not in sums:
-            sums[name] = SampleSums(_grouped_weight(layer))
-        sums[name].add(_by_sample(rows, running, POSITIONS))
+            sums[name] = SampleSums(samples, _grouped_weight(layer))
+        sums[name].add(samples)
 
     with (
         hooked(
@@ -280,6 +280,7 @@ def input_moments(
     ):
         for arguments in batches:
             running = _samples_in(arguments)
+            inputs_seen += running
             for output in output_tensors(run(model, arguments, f"{source} inputs")):
                 finite = finite and bool(torch.isfinite(output).all())
     estimates = {name: found.estimate() for name, found in sums.items()}
@@ -298,9 +299,9 @@ def input_moments(
             _joined(estimate.second),
             _joined(estimate.mean),
             source=source,
-            samples=estimate.samples,
+            samples=min(estimate.samples, inputs_seen),  # a layer may be called more than once
             shrinkage=estimate.shrinkage,
-            folds=sums[name].folds(),
+            folds=estimate.folds,
         )
         for name, estimate in estimates.items()
     }
@@ -368,9 +369,8 @@ def output_moments(
                         for (name, _), gradient in zip(seen, gradients, strict=True):
                             if gradient is not None:
                                 rows = _gradient_rows(layers[name], gradient)
-                                sums.setdefault(name, SampleSums(centred=False)).add(
-                                    _by_sample(rows, _samples_in(arguments), POSITIONS)
-                                )
+                                samples = _by_sample(rows, _samples_in(arguments), POSITIONS)
+                                sums.setdefault(name, SampleSums(samples, centred=False)).add(samples)
             except (RuntimeError, NotImplementedError):
                 return {}
     found = {name: _joined(each.estimate().second) for name, each in sums.items()}

@@ -68,7 +68,7 @@ def apply_plan_(
         model: The model the plan was made for, or one of the same architecture.
         plan: From `search_ranks` or `Plan.from_json`.
         statistics: From `gather_statistics`: the factors are fitted to the layers' outputs on
-            inputs of these moments, else to the weights.
+            inputs of these moments, else to the weights; also where the plan's errors are those of the weights.
         progress: Called with what is being done and the fraction done.
 
     Returns:
@@ -101,7 +101,7 @@ def _replace(
         pairs = _checked(model, plan)
         replacements = []
         for group in _groups(pairs):
-            metrics = [statistics.metric(layer.name) if statistics is not None else None for layer, _ in group]
+            metrics = [_metric_of(layer, planned, statistics) for layer, planned in group]
             with torch.inference_mode(mode=False):
                 made = _build_shared(group, metrics, decompose=decompose)
             replacements += [
@@ -111,8 +111,7 @@ def _replace(
         for index, (layer, planned) in enumerate(pairs):
             progress("factorising layers", index / len(pairs))
             with torch.inference_mode(mode=False):  # parameters made in inference mode could never be trained
-                metric = statistics.metric(layer.name) if statistics is not None else None
-                new = _build(layer, planned, metric, decompose=decompose)
+                new = _build(layer, planned, _metric_of(layer, planned, statistics), decompose=decompose)
             replacements.append(Replacement(layer.aliases, layer.module, new, _opening_of(layer, openings)))
             for aliases, partner in layer.partners:
                 replacements.append(Replacement(aliases, partner, _sharing(partner, new)))
@@ -122,6 +121,11 @@ def _replace(
         raise
     install(model, replacements)
     return tuple(replacements)
+
+
+def _metric_of(layer: Layer, planned: LayerPlan, statistics: Statistics | None) -> Metric | None:
+    """Returns the metric that the error of a planned layer is of: none where the plan is of the weights alone."""
+    return statistics.metric(layer.name) if statistics is not None and planned.source != "weight" else None
 
 
 def _open_for(model: nn.Module, plan: Plan) -> tuple[Opening, ...]:
@@ -364,7 +368,8 @@ def _build(layer: Layer, planned: LayerPlan, metric: Metric | None, *, decompose
         shape = cast(Tensor, child.weight).shape
         value = stored_factor(child, factors[name]).reshape(shape) if decompose else torch.zeros(shape)
         child.weight = nn.Parameter(_like(value, weight), requires_grad=weight.requires_grad)
-        child._buffers = {key: buffer.to(weight.device) for key, buffer in child._buffers.items() if buffer is not None}
+        for key, buffer in child.named_buffers():
+            child.register_buffer(key, buffer.to(weight.device))
         table = isinstance(child, (nn.Embedding, nn.EmbeddingBag))
         if decompose and table and padding is not None and not bool(weight[padding].any()):  # to the last bit
             child.weight.detach()[padding] = 0

@@ -98,7 +98,8 @@ def synthesise(
     Args:
         model: Any module; it is not changed.
         example_input: See `search_ranks`.
-        count: Number of inputs; fewer for models so large that it would cost more than `WORK`.
+        count: Number of inputs; images are smaller and then inputs fewer for models so large that it would cost
+            more than `WORK`.
         steps: Steps of the optimisation, likewise.
         seed: Of everything random.
         progress: Called with what is being done and the fraction done.
@@ -108,7 +109,7 @@ def synthesise(
     """
     example = as_arguments(model, example_input)
     generator = torch.Generator().manual_seed(seed)
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms, macs, scarce = running_norms(model), 0, False
     if norms:
         macs = trace(model, example_input).macs
         scarce = affordable(macs, count, steps)[0] < count
@@ -119,9 +120,15 @@ def synthesise(
     batches, tokens = [arguments for arguments, _ in made], made[-1][1]
     source = "tokens" if tokens else "noise"
     mismatches: list[float] = []
-    if norms and not tokens:
-        channels_last = _runs_channels_last(model, example)
-        batches = [_channels_last(a) for a in batches] if channels_last else batches
+    drawn: list[Arguments] = []
+    optimised = bool(norms) and not tokens
+
+    def laid_out(arguments: Arguments) -> Arguments:
+        return _channels_last(arguments) if channels_last else arguments
+
+    channels_last = optimised and _runs_channels_last(model, example)
+    if optimised:
+        batches = [laid_out(a) for a in batches]
 
         def match(index: int) -> tuple[Arguments, float]:
             report = functools.partial(_report, progress, index, len(batches))
@@ -134,17 +141,18 @@ def synthesise(
         mismatches = [mismatch for _, mismatch in matched if math.isfinite(mismatch)]
         if math.isfinite(matched[-1][1]):  # else no norm was called, or its inputs are not finite
             source = "batch norm"
-    drawn: list[Arguments] = []
     if source == "batch norm" and scarce:
         more = max(1, min(DRAWN, WORK // (10 * max(1, macs))) // BATCH)
-        drawn = [_draw(model, example, BATCH, generator)[0] for _ in range(more)]
-        drawn = [_channels_last(a) for a in drawn] if channels_last else drawn
+        drawn = [laid_out(_draw(model, example, BATCH, generator)[0]) for _ in range(more)]
+    judging = laid_out(_judging(model, example, generator))
     progress("synthetic inputs", 1.0)
     mismatch = sum(mismatches) / len(mismatches) if mismatches else None
-    judging = _judging(model, example, generator)
-    if norms and not tokens and channels_last:
-        judging = _channels_last(judging)
     return SyntheticInputs(tuple(batches), source, mismatch, tuple(drawn), (judging,))
+
+
+def running_norms(model: nn.Module) -> list[_BatchNorm]:
+    """Returns the batch norms that keep running statistics."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
 def _judging(model: nn.Module, example: Arguments, generator: torch.Generator) -> Arguments:
@@ -374,9 +382,14 @@ class _BatchMoments(torch.autograd.Function):
         return torch.addcmul(of_mean - 2 * of_variance * mean, inputs, 2 * of_variance)
 
 
+def channel_moments(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns mean and variance of every channel, (C,) float32 each, of (B, C, …); differentiable."""
+    return cast(tuple[Tensor, Tensor], _BatchMoments.apply(inputs.float()))
+
+
 def _deviation(norm: _BatchNorm, inputs: Tensor) -> Tensor:
     """Returns how far the batch statistics are from the running ones, in running deviations."""
-    mean, variance = cast(tuple[Tensor, Tensor], _BatchMoments.apply(inputs.float()))
+    mean, variance = channel_moments(inputs)
     running_mean, running_variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var) + norm.eps
     by_mean = (mean - running_mean).square() / running_variance
     by_spread = ((variance + norm.eps).sqrt() / running_variance.sqrt() - 1).square()

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import Budget, Compress, heal, synthesis
-from lightning_compress.decompositions.shrinkage import SampleSums
+from lightning_compress.decompositions import shrinkage
 from lightning_compress.search import end_to_end
 
 WEIGHTS_ALONE = {"objective": "weight", "heal": False}
@@ -143,7 +143,7 @@ def planned_error(metric, weight, new) -> float:
 @pytest.fixture
 def unshrunk(monkeypatch):
     """Second moments as the samples have them."""
-    monkeypatch.setattr(SampleSums, "_shrinkage", lambda self, _: torch.zeros_like(self._squares))
+    monkeypatch.setattr(shrinkage, "_shrinkage", lambda spread, *_: torch.zeros_like(spread))
 
 
 def block_imports(monkeypatch, name):

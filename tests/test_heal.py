@@ -38,14 +38,16 @@ def test_output_distance_is_relative_to_the_spread_of_the_outputs():
 
 @pytest.mark.slow
 def test_healing_brings_the_outputs_nearer_on_inputs_it_did_not_see():
-    dense, model, replacements, statistics = compressed()
+    dense = trained_like()
+    model, statistics = copy.deepcopy(dense), gather_statistics(dense, SHAPE)
+    plan = search_ranks(model, Budget(params=0.6), objective="weight")  # factors that leave something to repair
+    replacements = apply_plan_(model, plan)
     fresh = gather_statistics(dense, SHAPE, seed=9).batches
     before = output_distance(dense, model, fresh)
     healing = heal_(dense, model, replacements, statistics)
-    assert healing.after <= healing.regressed <= healing.before
-    assert healing.after < 0.9 * healing.before
+    assert healing.after <= healing.regressed < healing.before
     assert healing.after == pytest.approx(output_distance(dense, model, statistics.batches[-1:]), rel=1e-6)
-    assert output_distance(dense, model, fresh) < 0.9 * before
+    assert output_distance(dense, model, fresh) < 0.8 * before
     assert healing.skipped is None
     assert set(healing.seconds) == {"regression", "distillation"}
 

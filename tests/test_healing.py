@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -13,12 +14,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_compress import Budget, FactorisedLayer, apply_plan_, search_ranks
 from lightning_compress.compression import Compression, compress_model_
 from lightning_compress.heal import (
+    EVERY,
     LEARNING_RATE,
+    SLOWER,
+    _descend,
     _distil,
     _in_forward_order,
     _refit,
     _renormalise,
     _shuffled,
+    _States,
     heal_,
     output_distance,
     restore_,
@@ -188,6 +193,27 @@ def test_norm_statistics_move_by_what_the_factors_changed():
     assert all(m.training for m in case.model.modules())
 
 
+def test_norm_that_is_called_twice_is_moved_by_the_mean_of_its_calls():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.norm = nn.Linear(6, 5), nn.Linear(5, 5), nn.BatchNorm1d(5)
+
+        def forward(self, x):
+            return self.norm(self.second(self.norm(self.first(x))))
+
+    torch.manual_seed(0)
+    dense = Twice().eval()
+    model = copy.deepcopy(dense)
+    with torch.no_grad():
+        model.first.bias.add_(0.5)
+        model.second.bias.add_(2.0)
+    x = torch.randn(64, 6)
+    _renormalise(dense, model, [((x,), {})])  # the first call's shift cancels before the second
+    torch.testing.assert_close(model.norm.running_mean, dense.norm.running_mean + 1.25, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.norm.running_var, dense.norm.running_var, rtol=1e-4, atol=1e-4)
+
+
 def test_norm_statistics_come_back_after_an_interruption():
     case = image_case()
     momentum, count = case.model.norm.momentum, int(case.model.norm.num_batches_tracked)
@@ -207,6 +233,22 @@ def test_distillation_descends_the_distance_of_the_outputs():
     looks = list(_distil(case.dense, case.model, case.replacements, case.fitting, 50, 0, LEARNING_RATE))
     assert looks == [20, 40, 50]
     assert case.distance(case.fitting) < before
+
+
+@pytest.mark.parametrize(("distances", "expected"), [([0.9], 1), ([1.5, 0.9], 2), ([math.inf, math.nan, 0.9], 3)])
+def test_distillation_starts_anew_at_a_smaller_rate_where_the_first_look_proves_it_too_high(distances, expected):
+    model, rates, looks = nn.Linear(2, 2), [], iter(distances)
+    states, start = _States(model, 1.0), model.weight.detach().clone()
+
+    def distil(rate):
+        assert torch.equal(model.weight, start)  # what the attempt before did is undone
+        rates.append(rate)
+        with torch.no_grad():
+            model.weight.add_(1)
+        yield EVERY
+
+    _descend(distil, states, lambda _: next(looks))
+    assert rates == [LEARNING_RATE / SLOWER**i for i in range(expected)]
 
 
 @pytest.mark.slow

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from lightning_compress import Budget, search_ranks
+from lightning_compress import Budget, apply_plan_, search_ranks
 from lightning_compress.candidates import DENSE
 from lightning_compress.costs import measure_costs
 from lightning_compress.drawing import leaves, noise, textured
@@ -22,6 +24,7 @@ from lightning_compress.search.exact import solve
 from lightning_compress.search.safeguards import gives_up_most, spend_what_is_left
 from lightning_compress.search.sensitivity import weighted
 from lightning_compress.synthesis import LEAST_SIDE, synthesise
+from lightning_compress.tracing import trace
 from tests.conftest import CLOSED_FORM, TinyNet, Unchanged
 
 IMAGE = (1, 3, 16, 16)
@@ -104,7 +107,7 @@ def test_layers_are_weighed_by_what_they_do_to_the_outputs():
     dense = measure_costs(net)
     problem = _problem(_tabulate(layers, ("params",), 1, statistics, silent), dense, Budget(params=0.7))
     outputs = Outputs(net, layers, statistics)
-    found = weighted(problem, outputs, lambda _: None)
+    found = weighted(problem, solve(problem).choice, outputs)
     assert found.weights[0] > 50 * found.weights[1]
     choices = [solve(each).choice for each in (problem, found)]
     assert output_distance(outputs, found, choices[1]) < output_distance(outputs, problem, choices[0])
@@ -158,6 +161,37 @@ def test_the_weights_alone_are_taken_where_moments_mislead():
 def layer(name: str, error: float, params: int, *, dense: bool = False, reason: str | None = None) -> LayerPlan:
     kind = "dense" if dense else "svd"
     return LayerPlan(name, "Linear", kind, () if dense else (1,), (2, 2), error, params, params, reason=reason)
+
+
+def test_factors_of_a_plan_of_the_weights_are_fitted_to_the_weights_whatever_statistics_are_passed():
+    net, models = pooled(), []
+    statistics, kinds = misled(net), ["svd", "channel_svd"]
+    plan = search_ranks(net, Budget(params=0.6), example_input=IMAGE, statistics=statistics, kinds=kinds)
+    assert plan.objective == "weight"
+    for known in (statistics, None):
+        models.append(copy.deepcopy(net))
+        apply_plan_(models[-1], plan, statistics=known)
+    for ours, plain in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(ours, plain)
+
+
+def test_layers_of_a_large_model_are_measured_on_few_inputs_or_not_at_all(monkeypatch):
+    net = pooled()
+    statistics = gather_statistics(net, IMAGE)
+    layers = tuple(layer for layer in take_inventory(net, kinds=["svd", "channel_svd"]) if layer.reason is None)
+    outputs = Outputs(net, layers, statistics)
+    problem = _problem(_tabulate(layers, ("params",), 1, statistics, silent), measure_costs(net), Budget(params=0.7))
+    choice, macs = solve(problem).choice, trace(net, IMAGE).macs
+    seen: list[int] = []
+    with net[8].register_forward_pre_hook(lambda _m, args: seen.append(len(args[0]))):
+        for inputs, most in ((10_000, 256), (70, 64), (10, 10)):
+            monkeypatch.setattr("lightning_compress.search.sensitivity.WORK", inputs * macs * len(layers))
+            seen.clear()
+            assert weighted(problem, choice, outputs).weights is not None
+            assert sum(len(args[0]) for args, _ in outputs.within(inputs).statistics.batches) == most
+            assert sum(seen) <= 64 + (1 + len(layers)) * most  # the count of MACs, the dense outputs, each layer
+        monkeypatch.setattr("lightning_compress.search.sensitivity.WORK", 2 * macs * len(layers))
+        assert weighted(problem, choice, outputs) is problem
 
 
 def test_layers_that_give_up_most_are_those_beside_which_the_rest_stays_dense():

@@ -24,7 +24,7 @@ def samples(count: int, size: int = 30, *, seed: int = 0) -> torch.Tensor:
 
 def summed(rows: torch.Tensor, weight: torch.Tensor | None = None, **settings: bool) -> SampleSums:
     """Returns the sums over samples of one position, (n, D)."""
-    sums = SampleSums(weight, **settings)
+    sums = SampleSums(rows[None, :, None, :], weight, **settings)
     sums.add(rows[None, :, None, :])
     return sums
 
@@ -53,8 +53,9 @@ def test_moments_about_zero_are_shrunk_as_scikit_learn_does():
 def test_positions_of_one_sample_do_not_count_as_samples():
     """The same row at every position says nothing more than once."""
     rows = samples(20)
-    repeated = SampleSums()
-    repeated.add(rows[None, :, None, :].expand(1, 20, 7, 30))
+    everywhere = rows[None, :, None, :].expand(1, 20, 7, 30)
+    repeated = SampleSums(everywhere)
+    repeated.add(everywhere)
     once, many = summed(rows).estimate(), repeated.estimate()
     assert (many.samples, many.shrinkage) == (20, pytest.approx(once.shrinkage))
     torch.testing.assert_close(many.second, once.second)
@@ -69,26 +70,23 @@ def test_samples_are_shrunk_the_less_the_more_there_are():
 def test_a_single_sample_says_nothing_of_the_spread():
     found = summed(samples(1)).estimate()
     assert found.shrinkage == 1
-    assert summed(samples(1), torch.ones(1, 2, 30)).folds() is None
+    assert summed(samples(1), torch.ones(1, 2, 30)).estimate().folds is None
 
 
+@pytest.mark.usefixtures("unshrunk")
 def test_batches_and_positions_add_up():
-    """The estimate hardly depends on how the samples come; only the point they are summed about does."""
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(2, 12, 5, 8, generator=generator, dtype=torch.float64) + 3  # groups, samples, positions, inputs
     weight = torch.randn(2, 4, 8, generator=generator, dtype=torch.float64)
-    whole, parts = SampleSums(weight), SampleSums(weight)
+    whole, parts = SampleSums(rows, weight), SampleSums(rows[:, :3], weight)
     whole.add(rows)
     for part in rows.split([3, 1, 8], dim=1):
         parts.add(part)
-    torch.testing.assert_close(parts.estimate().mean, whole.estimate().mean)
-    covariances = [s._centre()[0] for s in (whole, parts)]
-    torch.testing.assert_close(*covariances)
-    flat = rows.flatten(1, 2)
-    centred = flat - flat.mean(dim=1, keepdim=True)
-    torch.testing.assert_close(covariances[0], centred.mT @ centred / 60)
-    folds = [s.folds() for s in (whole, parts)]
-    products = [torch.einsum("f,fgoi->goi", f.weights, f.products) for f in folds]
+    flat, found = rows.flatten(1, 2), [sums.estimate() for sums in (whole, parts)]
+    for estimate in found:
+        torch.testing.assert_close(estimate.mean, flat.mean(dim=1))
+        torch.testing.assert_close(estimate.second, flat.mT @ flat / 60)
+    products = [torch.einsum("f,fgoi->goi", each.folds.weights, each.folds.products) for each in found]
     outputs = flat @ weight.mT
     for product in products:
         torch.testing.assert_close(product, outputs.mT @ outputs / 60)

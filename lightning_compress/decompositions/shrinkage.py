@@ -37,12 +37,14 @@ class Estimate:
         mean: E[x], (groups, D).
         samples: Number of independent ones.
         shrinkage: α, the largest of the groups.
+        folds: What judges the error of every rank, None if unknown.
     """
 
     second: Tensor
     mean: Tensor
     samples: int
     shrinkage: float
+    folds: Folds | None
 
 
 @dataclass(frozen=True)
@@ -144,22 +146,29 @@ def _tails(energies: Floats) -> Floats:
 
 
 class SampleSums:
-    """What is summed over the samples of one layer, of which `estimate` and `folds` are made.
+    """What is summed over the samples of one layer, of which `estimate` is made.
+
+    All is summed about a point near the mean, so that the spread of the samples is that of their covariances.
 
     Args:
+        first: Some samples, (groups, B, P, D), whose mean is that point; they are not added yet.
         weight: (groups, out, D), whose outputs the folds are of; None for none.
+        centred: Whether the covariance is shrunk; else the second moment about 0.
     """
 
-    def __init__(self, weight: Tensor | None = None, *, centred: bool = True) -> None:
-        self._weight = weight
+    def __init__(self, first: Tensor, weight: Tensor | None = None, *, centred: bool = True) -> None:
+        groups, _, _, size = first.shape
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=first.device)
+
         self._centred = centred
-        self._shift: Tensor | None = None
-        self._second: Tensor | None = None
-        self._sums: list[Tensor] = []
-        self._products: list[Tensor] = []
+        self._shift = first.mean(dim=(1, 2)).double() if centred else zeros(groups, size)
+        self._second, self._squares = zeros(groups, size, size), zeros(groups)
+        self._sums = [zeros(groups, size) for _ in range(FOLDS)]
         self._counts = [0] * FOLDS
-        self._squares: Tensor | None = None
-        self.samples = 0
+        self._weight = weight.to(first.device, torch.float64) if weight is not None else None
+        self._products = [zeros(groups, w.shape[1], w.shape[1]) for w in [self._weight] * FOLDS if w is not None]
 
     def add(self, rows: Tensor) -> None:
         """Adds samples.
@@ -168,102 +177,83 @@ class SampleSums:
             rows: (groups, B, P, D): B samples of P positions each.
         """
         rows = rows if rows.shape[-1] >= DOUBLE and rows.dtype == torch.float32 else rows.double()
-        if self._shift is None:
-            self._start(rows)
-        shift, second = self._shift, self._second
-        assert shift is not None
-        assert second is not None
-        rows = rows - shift[:, None, None, :].to(rows)
-        for fold, part in enumerate(_parts(rows, self.samples)):
+        rows = rows - self._shift[:, None, None, :].to(rows)
+        positions = rows.shape[2]
+        for fold, part in enumerate(_parts(rows, sum(self._counts))):
             if part.shape[1] == 0:
                 continue
             flat = part.flatten(1, 2)  # (groups, n, D)
-            own = (flat.mT @ flat).double() / rows.shape[2]
-            second += own
-            self._sums[fold] += flat.sum(dim=1).double() / rows.shape[2]
+            own = (flat.mT @ flat).double() / positions
+            self._second += own
+            self._sums[fold] += flat.sum(dim=1).double() / positions
             self._counts[fold] += part.shape[1]
             if self._weight is not None:
-                self._products[fold] += self._product(flat, own, rows.shape[2])
-        assert self._squares is not None
+                self._products[fold] += _product(self._weight, flat, own, positions)
         self._squares += _squared_norms(rows).double()
-        self.samples += rows.shape[1]
-
-    def _product(self, flat: Tensor, own: Tensor, positions: int) -> Tensor:
-        weight = self._weight
-        assert weight is not None
-        if flat.shape[1] < flat.shape[2]:  # fewer rows than inputs
-            outputs = flat @ weight.to(flat).mT
-            return (outputs.mT @ outputs).double() / positions
-        return weight @ own @ weight.mT
-
-    def _start(self, rows: Tensor) -> None:
-        groups, _, _, size = rows.shape
-        device = rows.device
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
-        # about a point near the mean, so that the spread of the samples is that of their covariances
-        self._shift = rows.mean(dim=(1, 2)).double() if self._centred else zeros(groups, size)
-        self._second, self._squares = zeros(groups, size, size), zeros(groups)
-        self._sums = [zeros(groups, size) for _ in range(FOLDS)]
-        if self._weight is not None:
-            self._weight = self._weight.to(device, torch.float64)
-            out = self._weight.shape[1]
-            self._products = [zeros(groups, out, out) for _ in range(FOLDS)]
 
     def estimate(self) -> Estimate:
-        """Returns the second moment with its covariance shrunk."""
-        covariance, offset, scale = self._centre()
-        alpha = self._shrinkage(self.samples)
-        eye = torch.eye(covariance.shape[-1], dtype=torch.float64, device=covariance.device)
-        shrunk = (1 - alpha)[:, None, None] * covariance + (alpha * scale)[:, None, None] * eye
-        assert self._shift is not None
-        mean = self._shift + offset
-        second = shrunk + mean[:, :, None] * mean[:, None, :] if self._centred else shrunk
-        return Estimate(second.cpu(), mean.cpu(), self.samples, float(alpha.max()))
-
-    def _centre(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns covariance (groups, D, D), mean less the shift (groups, D), and mean variance (groups,)."""
-        assert self._second is not None
-        second = self._second / self.samples
-        offset = torch.stack(self._sums).sum(dim=0) / self.samples
-        if not self._centred:
-            return second, torch.zeros_like(offset), second.diagonal(dim1=1, dim2=2).mean(dim=1)
+        """Returns the second moment with its covariance shrunk, and what judges the error of every rank."""
+        samples = sum(self._counts)
+        second = self._second / samples
+        offset = torch.stack(self._sums).sum(dim=0) / samples if self._centred else torch.zeros_like(self._shift)
         covariance = second - offset[:, :, None] * offset[:, None, :]
-        return covariance, offset, covariance.diagonal(dim1=1, dim2=2).mean(dim=1)
-
-    def _shrinkage(self, samples: int) -> Tensor:
-        """Returns α for so many samples like these, (groups,); 1 for a single one, which says nothing of its spread."""
-        assert self._second is not None
-        assert self._squares is not None
-        covariance, _, scale = self._centre()
+        scale = covariance.diagonal(dim1=1, dim2=2).mean(dim=1)
         size = covariance.shape[-1]
-        if self.samples < 2:  # noqa: PLR2004
-            return torch.ones_like(scale)
-        spread = self._squares / self.samples - (self._second / self.samples).square().sum(dim=(1, 2))
+        spread = (self._squares / samples - second.square().sum(dim=(1, 2))).clamp_min(0)  # of one sample
         known = covariance.square().sum(dim=(1, 2)) - size * scale.square()  # ‖C − m I‖²
-        noise = spread.clamp_min(0) / self.samples
-        true = (known - noise).clamp_min(0)
-        noise = noise * self.samples / max(1, samples)
-        return torch.where(noise > 0, noise / (true + noise).clamp_min(1e-300), torch.zeros_like(noise)).clamp(0, 1)
+        alpha = _shrinkage(spread, known, samples, samples)
+        eye = torch.eye(size, dtype=torch.float64, device=second.device)
+        shrunk = (1 - alpha)[:, None, None] * covariance + (alpha * scale)[:, None, None] * eye
+        mean = self._shift + offset
+        if self._centred:
+            shrunk = shrunk + mean[:, :, None] * mean[:, None, :]
+        alphas = [_shrinkage(spread, known, samples, samples - count) for count in self._counts]
+        folds = self._folds(scale, torch.stack(alphas))
+        return Estimate(shrunk.cpu(), mean.cpu(), samples, float(alpha.max()), folds)
 
-    def folds(self) -> Folds | None:
-        """Returns what judges the error of every rank, None with fewer samples than `FOLDS`."""
-        if self._weight is None or min(self._counts) == 0:
+    def _folds(self, scale: Tensor, alphas: Tensor) -> Folds | None:
+        """Returns what judges the error of every rank, None without a weight or with fewer samples than `FOLDS`.
+
+        Args:
+            scale: Mean variance, (groups,).
+            alphas: Without each part, (parts, groups).
+        """
+        weight = self._weight
+        if weight is None or min(self._counts) == 0:
             return None
-        assert self._shift is not None
-        weight, counts = self._weight, torch.tensor(self._counts, dtype=torch.float64, device=self._shift.device)
+        counts = torch.tensor(self._counts, dtype=torch.float64, device=weight.device)
         about, products = (weight @ self._shift[:, :, None])[..., 0], []  # (groups, out)
         means = torch.stack([(weight @ (s / n)[:, :, None])[..., 0] for s, n in zip(self._sums, counts, strict=True)])
         for product, mean, count in zip(self._products, means, counts, strict=True):
             crossed = mean[:, :, None] * about[:, None, :]
             products.append(product / count + crossed + crossed.mT + about[:, :, None] * about[:, None, :])
-        _, _, scale = self._centre()
-        alphas = torch.stack([self._shrinkage(self.samples - count) for count in self._counts])
         identity = scale[:, None, None] * (weight @ weight.mT)
         parts = torch.stack(products), means + about, counts / counts.sum(), identity, alphas
         return Folds(*(part.cpu() for part in parts))
+
+
+def _product(weight: Tensor, flat: Tensor, second: Tensor, positions: int) -> Tensor:
+    """Returns W (Σ x xᵀ / P) Wᵀ, (groups, out, out), by the shorter way."""
+    if flat.shape[1] >= flat.shape[2]:
+        return weight @ second @ weight.mT
+    outputs = flat @ weight.to(flat).mT  # fewer rows than inputs
+    return (outputs.mT @ outputs).double() / positions
+
+
+def _shrinkage(spread: Tensor, known: Tensor, samples: int, of: int) -> Tensor:
+    """Returns α, (groups,); 1 for a single sample, which says nothing of its spread.
+
+    Args:
+        spread: Mean of ‖C_i − C‖² over the samples, (groups,).
+        known: ‖C − m I‖² of the estimate C, (groups,).
+        samples: Number that C is from.
+        of: Number of samples like these that α is asked for.
+    """
+    if samples < 2:  # noqa: PLR2004
+        return torch.ones_like(known)
+    true = (known - spread / samples).clamp_min(0)
+    noise = spread / max(1, of)
+    return torch.where(noise > 0, noise / (true + noise).clamp_min(1e-300), torch.zeros_like(noise)).clamp(0, 1)
 
 
 def _parts(rows: Tensor, seen: int) -> list[Tensor]:

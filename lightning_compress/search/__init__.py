@@ -217,8 +217,8 @@ def search_with_statistics(
     else:
         plain = _problem(tables, dense, budget)
         _require_feasible(plain, dense, budget)
-        nothing = np.zeros(0, dtype=np.int64)
-        found = _search(plain, method, _Found(plain, nothing, chosen, objective, statistics, outputs), report)
+        problem, choice, objective = _search(plain, method, objective, outputs, report)
+        found = _Found(problem, choice, chosen, objective, statistics, outputs)
         if automatic:
             single = [layer for layer in layers if layer.reason is None]
             found = _never_behind_the_weights(found, plain, single, rank_multiple)
@@ -264,15 +264,17 @@ class _Found:
     outputs: Outputs | None
 
 
-def _search(problem: Problem, method: str, given: _Found, progress: Progress) -> _Found:
-    """Returns what a method chooses."""
-    if given.outputs is not None and method in AUTOMATIC_METHODS:
-        problem = refined(problem, given.outputs, lambda done: progress("fitting layers", done))
-        problem = nearer(problem, given.outputs, progress)
-    choice, objective = _choose(problem, method, given.objective, given.outputs, progress)
+def _search(
+    problem: Problem, method: str, objective: str, outputs: Outputs | None, progress: Progress
+) -> tuple[Problem, Ints, str]:
+    """Returns the problem that a method has solved, its choice, and the objective it is of."""
+    if outputs is not None and method in AUTOMATIC_METHODS:
+        problem = refined(problem, outputs, lambda done: progress("fitting layers", done))
+        problem = nearer(problem, outputs, progress)
+    choice, objective = _choose(problem, method, objective, outputs, progress)
     if method in AUTOMATIC_METHODS:
         choice = spend_what_is_left(problem, choice)
-    return replace(given, problem=problem, choice=choice, objective=objective)
+    return problem, choice, objective
 
 
 def _never_behind_the_weights(found: _Found, plain: Problem, layers: list[Layer], rank_multiple: int) -> _Found:
@@ -386,7 +388,7 @@ def _within_error(  # noqa: PLR0917
     full = _problem(tables, dense, Budget(params=1.0))
     floor = _smallest_share(full, dense)
     middle = _problem(tables, dense, Budget(params=floor**0.5))
-    weights = weighted(middle, outputs, lambda _: None).weights if method in AUTOMATIC_METHODS else None
+    weights = weighted(middle, solve(middle).choice, outputs).weights if method in AUTOMATIC_METHODS else None
     best, problem, low, high = np.array([len(t) - 1 for t in tables]), full, floor, 1.0
     for step in range(BISECTIONS):
         progress("quality target", step / BISECTIONS)

@@ -111,6 +111,19 @@ class Outputs:
         with inference(self.model):
             return bool(output_tensors(self.model(*args, **kwargs)))
 
+    def on(self, batches: Sequence[Arguments]) -> Outputs:
+        """Returns the same on other inputs, with the factors that are fitted already."""
+        return replace(self, statistics=replace(self.statistics, batches=tuple(batches)), measured={}, cached={})
+
+    def within(self, inputs: int) -> Outputs:
+        """Returns the same on at most so many inputs: whole batches, or a part of the first."""
+        batches = self.statistics.batches
+        totals = np.cumsum([min(sample_counts(batch), default=1) for batch in batches])
+        whole = int((totals <= inputs).sum())
+        if whole == len(batches):
+            return self
+        return self.on(batches[:whole] or _groups(batches[0], inputs, inputs)[:1])
+
     def groups(self, step: int) -> list[Arguments]:
         """Returns the inputs of a step in groups."""
         batches = self.statistics.batches

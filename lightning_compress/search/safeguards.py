@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lightning_compress.candidates import DENSE, Candidates, tabulate
+from lightning_compress.candidates import DENSE, tabulate
 from lightning_compress.decompositions import DECOMPOSITIONS
 from lightning_compress.decompositions.base import Ints
 from lightning_compress.inventory import Layer
@@ -35,10 +35,7 @@ def spend_what_is_left(problem: Problem, choice: Ints) -> Ints:
     The term for what layers write favours small ranks where errors are small; of kinds that stay the same, the
     better ranks are worth more than that.
     """
-    rows = [
-        np.append(row, _larger(table, int(row), cost))
-        for table, row, cost in zip(problem.layers, choice, (problem.costs(i) for i in range(len(choice))), strict=True)
-    ]
+    rows = [np.append(row, _larger(problem, layer, int(row))) for layer, row in enumerate(choice)]
     if all(len(own) == 1 for own in rows):
         return choice
     better = solve(replace(problem.restricted(rows), activation_weight=0.0)).choice
@@ -47,8 +44,9 @@ def spend_what_is_left(problem: Problem, choice: Ints) -> Ints:
     return np.array([own[row] for own, row in zip(rows, better, strict=True)])
 
 
-def _larger(table: Candidates, row: int, costs: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Ints:
-    """Returns the rows of the same kind that cost no less in any budget and lose less."""
+def _larger(problem: Problem, layer: int, row: int) -> Ints:
+    """Returns the rows of a layer of the same kind that cost no less in any budget and lose less."""
+    table, costs = problem.layers[layer], problem.costs(layer)
     own = table.rows_of(table.kinds[row]) if table.kinds[row] != DENSE else np.zeros(0, dtype=np.int64)
     better: Ints = own[(costs[own] >= costs[row]).all(axis=1) & (table.losses[own] < table.losses[row] - LEAST_GAIN)]
     return better
@@ -102,9 +100,8 @@ def weights_alone(
     if found is None:
         return None
     found = spend_what_is_left(alone, found)
-    known = replace(outputs.statistics, batches=judging)
-    own = replace(outputs, statistics=known, measured={}, cached={})
-    bare = Outputs(outputs.model, tuple(plain), replace(known, moments={}), outputs.inputs)
+    own = outputs.on(judging)
+    bare = Outputs(outputs.model, tuple(plain), replace(own.statistics, moments={}), outputs.inputs)
     return Alternative(alone, found, output_distance(bare, alone, found), output_distance(own, problem, choice))
 
 

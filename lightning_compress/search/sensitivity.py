@@ -1,9 +1,9 @@
 """What a layer's error does to the model's outputs, measured.
 
-The relative error of a layer says nothing of how much the layer matters: on a pretrained EfficientNet-Lite an error
-of 0.2 moves the outputs by 2 % in a block with a shortcut, and by 25 % in one without. So every layer is
-factorised alone, at the ranks of the separable optimum, and the distance of the outputs is measured on the
-synthetic inputs. The weight of its term is the ratio of the two,
+The relative error of a layer says nothing of how much the layer matters: the same error moves the outputs far less in
+a block with a shortcut than in one without. So every layer is factorised alone, at the ranks of the separable
+optimum, and the distance of the outputs is measured on as many of the inputs as `WORK` allows. The weight of its
+term is the ratio of the two,
 
     w_l ∝ log(1 + D_l) / ε_l,
 
@@ -19,11 +19,14 @@ from dataclasses import replace
 import numpy as np
 
 from lightning_compress.candidates import DENSE, Candidates
+from lightning_compress.decompositions.base import Ints
 from lightning_compress.progress import Progress
-from lightning_compress.search.end_to_end import Outputs, output_distance
+from lightning_compress.search.end_to_end import LEAST_INPUTS, Outputs, output_distance
 from lightning_compress.search.exact import solve
 from lightning_compress.search.problem import Problem
 from lightning_compress.search.refine import refined
+from lightning_compress.synthesis import WORK
+from lightning_compress.tracing import flop_counter, inference, sample_counts
 
 LEAST_LOSS = 1e-6
 """Smaller losses and distances count as this much: a layer is never free."""
@@ -41,25 +44,33 @@ def nearer(problem: Problem, outputs: Outputs, progress: Progress) -> Problem:
         outputs: Of the model.
         progress: Called with what is being done and the fraction done.
     """
-    measured = weighted(problem, outputs, lambda done: progress("measuring layers", done))
+    before = solve(problem).choice
+    measured = weighted(problem, before, outputs, lambda done: progress("measuring layers", done))
+    if before is None or measured is problem:
+        return problem
     measured = refined(measured, outputs, lambda done: progress("fitting layers", done))
-    before, after = solve(problem).choice, solve(measured).choice
-    if before is None or after is None:
+    after = solve(measured).choice
+    if after is None:
         return problem
     closer = output_distance(outputs, measured, after) < output_distance(outputs, problem, before)
     return measured if closer else problem
 
 
-def weighted(problem: Problem, outputs: Outputs, progress: Callable[[float], None]) -> Problem:
-    """Returns the problem with each layer's term weighed by what it does to the outputs; as it is if nothing fits.
+def weighted(
+    problem: Problem, choice: Ints | None, outputs: Outputs, progress: Callable[[float], None] = lambda _: None
+) -> Problem:
+    """Returns the problem with each layer's term weighed by what it does to the outputs.
+
+    As it is if nothing fits, or if the model is so large that too few inputs could be afforded.
 
     Args:
         problem: The separable problem, without weights.
+        choice: Its optimum, at whose ranks layers are measured; None if nothing fits.
         outputs: Of the model.
         progress: Called with the fraction done.
     """
-    choice = solve(problem).choice
-    if choice is None:
+    affordable = _affordable(outputs) if choice is not None else None
+    if choice is None or affordable is None:
         return problem
     dense = np.array([len(table) - 1 for table in problem.layers])
     losses, distances = (np.full(len(choice), np.nan) for _ in range(2))
@@ -71,19 +82,29 @@ def weighted(problem: Problem, outputs: Outputs, progress: Callable[[float], Non
         alone = dense.copy()
         alone[index] = row
         losses[index] = max(table.losses[row], LEAST_LOSS)
-        distances[index] = max(np.log1p(output_distance(outputs, problem, alone)), LEAST_LOSS)
+        distances[index] = max(np.log1p(output_distance(affordable, problem, alone)), LEAST_LOSS)
+    progress(1.0)
     known = np.isfinite(losses) & np.isfinite(distances)
     if not known.any():
         return problem
-    weights = np.where(known, distances / np.where(known, losses, 1.0), 1.0)
+    weights = distances / losses
     middle = float(np.median(weights[known]))
     weights = np.clip(weights, middle / RANGE, middle * RANGE)
     chosen = known & (choice != dense)
     chosen = chosen if chosen.any() else known
     weights = weights * losses[chosen].sum() / (weights[chosen] * losses[chosen]).sum()
     weights[~known] = 1.0
-    progress(1.0)
     return replace(problem, weights=tuple(weights.tolist()))
+
+
+def _affordable(outputs: Outputs) -> Outputs | None:
+    """Returns the outputs on as many inputs as each layer can be measured on within `WORK`, None if on too few."""
+    args, kwargs = outputs.statistics.batches[0]
+    with flop_counter() as flops, inference(outputs.model):
+        outputs.model(*args, **kwargs)
+    each = flops.get_total_flops() // 2 // min(sample_counts((args, kwargs)), default=1)
+    inputs = WORK // max(1, each * len(outputs.layers))
+    return outputs.within(inputs) if inputs >= LEAST_INPUTS else None
 
 
 def _middle(table: Candidates) -> int | None:
