@@ -86,7 +86,7 @@ def measured(method: str, keeps: list[float], seed: int) -> list[dict[str, float
     expected, settings = logits(dense, images), dict(METHODS[method])
     known, start = None, time.perf_counter()
     if "real" in method:
-        known = gather_statistics(dense, calibration=list(torch.split(crops(REAL_CROPS, seed=2_000 + seed), 64)))
+        known = gather_statistics(dense, calibration=list(torch.split(crops(REAL_CROPS, seed=2_000 + seed), 16)))
     elif settings.get("objective") != "weight":
         known = gather_statistics(dense, IMAGE, seed=seed)
     shared = time.perf_counter() - start

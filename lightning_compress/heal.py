@@ -11,10 +11,12 @@ Three steps, each kept only if it brings the outputs nearer to the dense model's
    means (the asymmetric reconstruction of Zhang et al. 2015, "Accelerating Very Deep Convolutional
    Networks", section 3.3, with the data replaced by synthetic inputs and in the metric G of the
    model's outputs, see `Moments`).
-   Left out where inputs are drawn, not optimised (`Statistics.drawn`).
 3. *Distillation.* Factors, their biases and the norms' scales descend the distance of the outputs
    plus that of every factorised layer's output (hints: Romero et al. 2015, "FitNets"); the state
    that is best on the held-out inputs is kept.
+
+None of them where inputs are scarce (`Statistics.scarce`): what brings the outputs nearer on those few, or on drawn
+ones, does not on photographs.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from lightning_compress.decompositions import factorise_in
 from lightning_compress.decompositions.base import threads_for
 from lightning_compress.decompositions.layer_types import canonical, family_of
 from lightning_compress.decompositions.metric import Metric
+from lightning_compress.memory import freed_memory_kept
 from lightning_compress.moments import Statistics
 from lightning_compress.opening import with_opened
 from lightning_compress.progress import Progress, silent
@@ -93,6 +96,7 @@ class Healing:
     skipped: str | None = None
 
 
+@freed_memory_kept()
 @with_opened  # the dense model, which is to have the layers that are compared
 def heal_(
     dense: nn.Module,
@@ -119,14 +123,15 @@ def heal_(
     batches = statistics.batches
     held_out = max(1, len(batches) // 4)
     fitting, judging = batches[:-held_out] or batches, batches[-held_out:]
-    pool = (*statistics.drawn, *fitting)
     start = time.perf_counter()
     before = output_distance(dense, model, judging)
-    if before < NEGLIGIBLE:
+    skipped = f"the output distance is below {NEGLIGIBLE:g}" if before < NEGLIGIBLE else None
+    if statistics.scarce:
+        skipped = "inputs are too few, and drawn ones too unlike real ones"
+    if skipped is not None:
         seconds = {"regression": time.perf_counter() - start, "distillation": 0.0}
-        return Healing(before, before, before, seconds, f"the output distance is below {NEGLIGIBLE:g}")
+        return Healing(before, before, before, seconds, skipped)
     states = _States(model, before)
-    skipped: str | None
 
     def look(done: float) -> float:
         progress("healing: distillation", done)
@@ -135,26 +140,25 @@ def heal_(
         return distance
 
     try:
-        _renormalise(dense, model, pool)
+        _renormalise(dense, model, fitting)
         states.judge(output_distance(dense, model, judging))
         states.restore()
         ordered = _in_forward_order(model, replacements, fitting[0])
         replacements = [replacement for replacement, _ in ordered]
-        for index, (replacement, calls) in enumerate(ordered if not statistics.drawn else ()):
+        for index, (replacement, calls) in enumerate(ordered):
             progress("healing: regression", index / len(ordered))
             if calls and not _shares_factors(replacement, replacements):
                 metric = statistics.metric(replacement.aliases[0])
                 _refit(dense, model, replacement, fitting, metric=metric, calls=calls)
-        if not statistics.drawn:
-            states.judge(output_distance(dense, model, judging))
-            _renormalise(dense, model, fitting)
-            states.judge(output_distance(dense, model, judging))
+        states.judge(output_distance(dense, model, judging))
+        _renormalise(dense, model, fitting)
+        states.judge(output_distance(dense, model, judging))
         states.restore()
         regressed, middle = states.best, time.perf_counter()
-        steps, skipped = _affordable(dense, model, replacements, pool, steps)
+        steps, skipped = _affordable(dense, model, replacements, fitting, steps)
         if skipped is None:
             progress("healing: distillation", 0.0)
-            distil = functools.partial(_distil, dense, model, replacements, pool, steps, seed)
+            distil = functools.partial(_distil, dense, model, replacements, fitting, steps, seed)
             _descend(distil, states, lambda step: look(step / steps))
         states.restore()
         progress("healing", 1.0)

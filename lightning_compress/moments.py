@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from lightning_compress.analytic import ChannelMoments, analytic_moments
 from lightning_compress.decompositions.layer_types import canonical, family_of, operator_of
 from lightning_compress.decompositions.metric import Metric
-from lightning_compress.decompositions.shrinkage import Folds, SampleSums
+from lightning_compress.decompositions.shrinkage import Folds, SampleSums, shrunk
 from lightning_compress.errors import ExampleInputError
 from lightning_compress.inventory import list_layers
+from lightning_compress.memory import freed_memory_kept
 from lightning_compress.opening import with_opened
 from lightning_compress.progress import Progress, silent
 from lightning_compress.synthesis import running_norms, synthesise
@@ -36,6 +37,8 @@ from lightning_compress.tracing import (
 
 POSITIONS = 2**14
 """Rows of an unfolded input that are taken at most per layer and batch, evenly spread."""
+OTHER_KIND = 0.2
+"""Share of the covariance of drawn inputs that is put in the place of what real ones may not have."""
 PROBES = 2
 """Random combinations of the outputs whose gradients are taken per batch."""
 
@@ -84,7 +87,8 @@ class Statistics:
         moments: Per layer; a layer of which nothing is known is missing.
         seconds: How long it took, by part: "synthetic inputs" and "moments".
         judging: Synthetic inputs of another kind, on which plans are compared; none beside real ones.
-        drawn: More inputs to repair factors on, see `SyntheticInputs`.
+        scarce: Whether so few inputs could be optimised that the moments are of drawn ones, which are too unlike
+            real ones to repair factors on.
     """
 
     batches: tuple[Arguments, ...]
@@ -92,7 +96,7 @@ class Statistics:
     moments: Mapping[str, Moments]
     seconds: Mapping[str, float] = field(default_factory=dict)
     judging: tuple[Arguments, ...] = ()
-    drawn: tuple[Arguments, ...] = ()
+    scarce: bool = False
 
     @property
     def data_free(self) -> bool:
@@ -116,6 +120,7 @@ class Statistics:
 
 
 @with_opened
+@freed_memory_kept()
 def gather_statistics(
     model: nn.Module,
     example_input: ExampleInput | None = None,
@@ -157,8 +162,11 @@ def gather_statistics(
     layers = {layer.name: layer.module for layer in chosen}
     partners = {aliases[0]: layer.name for layer in chosen for aliases, _ in layer.partners}
     progress("moments", 0.0)
-    with batch_statistics(model) if drawn else contextlib.nullcontext():
-        found = dict(input_moments(model, drawn or batches, (*layers, *partners), source=source))
+    names = (*layers, *partners)
+    found = dict(input_moments(model, drawn or batches, names, source=source))
+    if drawn:
+        with batch_statistics(model):
+            found = _of_both_kinds(input_moments(model, drawn, names, source=source), found)
     gradients = output_moments(model, batches, found, seed=seed)
     found = {name: replace(moments, outputs=gradients.get(name)) for name, moments in found.items()}
     for partner, name in partners.items():
@@ -170,7 +178,7 @@ def gather_statistics(
                 found[name] = _spread(layers[name], channels)
     progress("moments", 1.0)
     seconds = {"synthetic inputs": made - start, "moments": time.perf_counter() - made}
-    return Statistics(batches, source, found, seconds, judging, drawn)
+    return Statistics(batches, source, found, seconds, judging, scarce=bool(drawn))
 
 
 @contextlib.contextmanager
@@ -185,6 +193,28 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for norm, (mean, variance) in zip(norms, kept, strict=True):
             norm.running_mean, norm.running_var = mean, variance
+
+
+def _of_both_kinds(normed: Mapping[str, Moments], plain: Mapping[str, Moments]) -> dict[str, Moments]:
+    """Returns the mean of each layer's moments over drawn inputs in two ways, shrunk further by `OTHER_KIND`.
+
+    What both have in common is likelier to be true of real inputs as well.
+
+    Args:
+        normed: Where norms take the batch's statistics; what says how errors grow is of these.
+        plain: Where they take their own.
+    """
+    pooled = {}
+    for name, first in normed.items():
+        other = plain[name]
+        if first.second is None or first.mean is None or other.second is None or other.mean is None:
+            pooled[name] = first
+            continue
+        second, mean = (first.second + other.second) / 2, (first.mean + other.mean) / 2
+        outer = mean[..., :, None] * mean[..., None, :]
+        kept = (1 - OTHER_KIND) * (1 - (first.shrinkage + other.shrinkage) / 2)
+        pooled[name] = replace(first, second=shrunk(second - outer, OTHER_KIND) + outer, mean=mean, shrinkage=1 - kept)
+    return pooled
 
 
 def _with_partner(own: Moments | None, layer: nn.Module, partner: Moments) -> Moments:

@@ -135,7 +135,6 @@ def synthesise(
             return _match(model, start[index], norms, steps, report)
 
         start = batches
-        _keep_freed_memory()
         matched = shared_map("synthetic inputs", match, range(len(batches)))
         batches = [arguments for arguments, _ in matched]
         mismatches = [mismatch for _, mismatch in matched if math.isfinite(mismatch)]
@@ -324,15 +323,6 @@ def _match(
             optimizer.step()
             progress((step + 1) / steps)
     return tree_unflatten(_with_free(leaves, best), spec), mismatch
-
-
-def _keep_freed_memory() -> None:
-    """Lets the C library reuse the activations' memory in the place of giving it back after every layer.
-
-    glibc gives back, and lets the kernel clear again, what exceeds twice the largest block freed so far (mallopt(3),
-    M_MMAP_THRESHOLD); blocks above 32 MiB do not count. A tenth of the optimisation's time; elsewhere it does nothing.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def _indecision(outputs: Any) -> Tensor:

@@ -14,8 +14,16 @@ from lightning_compress.candidates import DENSE
 from lightning_compress.costs import measure_costs
 from lightning_compress.drawing import leaves, noise, textured
 from lightning_compress.errors import CompressionWarning
+from lightning_compress.heal import heal_
 from lightning_compress.inventory import take_inventory
-from lightning_compress.moments import Moments, batch_statistics, gather_statistics
+from lightning_compress.moments import (
+    OTHER_KIND,
+    Moments,
+    Statistics,
+    batch_statistics,
+    gather_statistics,
+    input_moments,
+)
 from lightning_compress.plan import BETTER_ELSEWHERE, LayerPlan
 from lightning_compress.progress import silent
 from lightning_compress.search import _problem, _tabulate
@@ -87,6 +95,44 @@ def test_images_are_smaller_where_as_many_large_ones_are_too_dear(monkeypatch):
     flat = Flat(nn.Conv2d(3, 2, 3, stride=8), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2 * 24 * 24, 4)).eval()
     whole = synthesise(flat, shape, count=64, steps=2)
     assert whole.batches[0][0][0].shape[2:] == shape[2:]
+
+
+@pytest.fixture
+def scarce(monkeypatch) -> tuple[nn.Module, Statistics]:
+    """A network and what is known of it where few inputs can be afforded."""
+    monkeypatch.setattr("lightning_compress.synthesis.WORK", 10**8)
+    net = pooled()
+    return net, gather_statistics(net, (1, 3, 2 * LEAST_SIDE, 2 * LEAST_SIDE))
+
+
+def test_moments_of_drawn_inputs_are_the_mean_of_two_kinds_shrunk(scarce):
+    net, statistics = scarce
+    assert statistics.scarce
+    drawn = synthesise(net, (1, 3, 2 * LEAST_SIDE, 2 * LEAST_SIDE)).drawn
+    plain = input_moments(net, drawn, ["3", "8"])
+    with batch_statistics(net):
+        normed = input_moments(net, drawn, ["3", "8"])
+    for name in ("3", "8"):
+        found, first, second = statistics.moments[name], normed[name], plain[name]
+        torch.testing.assert_close(found.mean, (first.mean + second.mean) / 2)
+        own = (first.second + second.second) / 2 - torch.outer(found.mean, found.mean)
+        covariance = found.second - torch.outer(found.mean, found.mean)
+        torch.testing.assert_close(covariance.trace(), own.trace())
+        off = ~torch.eye(len(own), dtype=torch.bool)
+        torch.testing.assert_close(covariance[off], (1 - OTHER_KIND) * own[off])
+        assert found.shrinkage >= OTHER_KIND
+
+
+def test_factors_are_not_repaired_on_scarce_inputs(scarce):
+    net, statistics = scarce
+    model = copy.deepcopy(net)
+    plan = search_ranks(net, Budget(params=0.6), statistics=statistics)
+    replacements = apply_plan_(model, plan, statistics=statistics)
+    before = Unchanged(model)
+    healing = heal_(net, model, replacements, statistics)
+    assert "too few" in healing.skipped
+    assert healing.after == healing.before > 0
+    before.check()
 
 
 def test_layers_are_weighed_by_what_they_do_to_the_outputs():

@@ -202,14 +202,12 @@ class SampleSums:
         spread = (self._squares / samples - second.square().sum(dim=(1, 2))).clamp_min(0)  # of one sample
         known = covariance.square().sum(dim=(1, 2)) - size * scale.square()  # ‖C − m I‖²
         alpha = _shrinkage(spread, known, samples, samples)
-        eye = torch.eye(size, dtype=torch.float64, device=second.device)
-        shrunk = (1 - alpha)[:, None, None] * covariance + (alpha * scale)[:, None, None] * eye
-        mean = self._shift + offset
+        estimate, mean = shrunk(covariance, alpha[:, None, None]), self._shift + offset
         if self._centred:
-            shrunk = shrunk + mean[:, :, None] * mean[:, None, :]
+            estimate = estimate + mean[:, :, None] * mean[:, None, :]
         alphas = [_shrinkage(spread, known, samples, samples - count) for count in self._counts]
         folds = self._folds(scale, torch.stack(alphas))
-        return Estimate(shrunk.cpu(), mean.cpu(), samples, float(alpha.max()), folds)
+        return Estimate(estimate.cpu(), mean.cpu(), samples, float(alpha.max()), folds)
 
     def _folds(self, scale: Tensor, alphas: Tensor) -> Folds | None:
         """Returns what judges the error of every rank, None without a weight or with fewer samples than `FOLDS`.
@@ -230,6 +228,13 @@ class SampleSums:
         identity = scale[:, None, None] * (weight @ weight.mT)
         parts = torch.stack(products), means + about, counts / counts.sum(), identity, alphas
         return Folds(*(part.cpu() for part in parts))
+
+
+def shrunk(covariance: Tensor, share: Tensor | float) -> Tensor:
+    """Returns (1 − α) C + α m I with m the mean variance, of covariances C (…, D, D) and shares α."""
+    variances = covariance.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
+    eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    return (1 - share) * covariance + share * variances * eye
 
 
 def _product(weight: Tensor, flat: Tensor, second: Tensor, positions: int) -> Tensor:

@@ -23,6 +23,7 @@ from lightning_compress.errors import (
     InfeasibleBudgetError,
 )
 from lightning_compress.inventory import Layer, Patterns, require_usable_weights, sharing_groups, take_inventory
+from lightning_compress.memory import freed_memory_kept
 from lightning_compress.moments import Statistics, gather_statistics
 from lightning_compress.opening import with_opened
 from lightning_compress.plan import BETTER_ELSEWHERE, LayerPlan, Plan
@@ -159,6 +160,7 @@ def search_ranks(
 
 
 @with_opened
+@freed_memory_kept()
 def search_with_statistics(
     model: nn.Module,
     budget: Budget | Mapping[str, Any],
