@@ -72,7 +72,7 @@ class Compress(RestoringCallback):
         search: Strategy: "continuous", "exact", "uniform", "energy", "alds" or "paper".
         objective: "weight", "moments", "end_to_end" or "auto", the best that applies; see
             `search_ranks`. All but "weight" use synthetic inputs made from the module's own statistics.
-        heal: Whether to repair the factors on synthetic inputs before fine-tuning.
+        heal: Whether to repair the factors on synthetic inputs before fine-tuning, see `compress_`.
         calibration: Batches of real inputs, in the place of synthetic ones; the plan then says that it
             is not data-free.
         schedule: Warm-up, freezing, or phases and rounds, a `Schedule` or a mapping; None for neither.

@@ -42,7 +42,8 @@ def compress_(
         example_input: See `search_ranks`.
         objective: See `search_ranks`.
         heal: Whether to repair the factors on synthetic inputs (see `heal`); without an example input
-            and calibration there are none, and a `CompressionWarning` says so.
+            and calibration there are none, and for models of large images they are too few to repair on;
+            a `CompressionWarning` says so.
         calibration: Batches of real inputs, in the place of synthetic ones; the plan then says that it
             is not data-free.
         seed: Of everything random.
@@ -150,7 +151,7 @@ def _inputs_for_healing(  # noqa: PLR0917
 ) -> Statistics | None:
     """Returns statistics with inputs, None and a warning if there can be none."""
     if known is not None and known.batches:
-        return known
+        return _unless_scarce(known)
     if example_input is None and calibration is None:
         msg = (
             "without an example_input there are no synthetic inputs: the search sees the weights alone and "
@@ -159,7 +160,21 @@ def _inputs_for_healing(  # noqa: PLR0917
         warn(msg, CompressionWarning, stacklevel=4)
         return None
     try:
-        return gather_statistics(model, example_input, calibration=calibration, seed=seed, progress=progress)
+        found = gather_statistics(model, example_input, calibration=calibration, seed=seed, progress=progress)
     except ExampleInputError as error:
         warn(f"the factors are not healed: {error}", CompressionWarning, stacklevel=4)
         return None
+    return _unless_scarce(found)
+
+
+def _unless_scarce(statistics: Statistics) -> Statistics | None:
+    """Returns the statistics, None and a warning if their inputs are no good to repair factors on."""
+    if not statistics.scarce:
+        return statistics
+    msg = (
+        "the factors are not healed: inputs of this model are so large that only few could be synthesised, and what "
+        "brings the outputs nearer on those does not on real ones. Pass batches of real inputs as calibration, "
+        "fine-tune, or pass heal=False."
+    )
+    warn(msg, CompressionWarning, stacklevel=5)
+    return None

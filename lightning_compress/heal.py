@@ -14,9 +14,6 @@ Three steps, each kept only if it brings the outputs nearer to the dense model's
 3. *Distillation.* Factors, their biases and the norms' scales descend the distance of the outputs
    plus that of every factorised layer's output (hints: Romero et al. 2015, "FitNets"); the state
    that is best on the held-out inputs is kept.
-
-None of them where inputs are scarce (`Statistics.scarce`): what brings the outputs nearer on those few, or on drawn
-ones, does not on photographs.
 """
 
 from __future__ import annotations
@@ -125,13 +122,11 @@ def heal_(
     fitting, judging = batches[:-held_out] or batches, batches[-held_out:]
     start = time.perf_counter()
     before = output_distance(dense, model, judging)
-    skipped = f"the output distance is below {NEGLIGIBLE:g}" if before < NEGLIGIBLE else None
-    if statistics.scarce:
-        skipped = "inputs are too few, and drawn ones too unlike real ones"
-    if skipped is not None:
+    if before < NEGLIGIBLE:
         seconds = {"regression": time.perf_counter() - start, "distillation": 0.0}
-        return Healing(before, before, before, seconds, skipped)
+        return Healing(before, before, before, seconds, f"the output distance is below {NEGLIGIBLE:g}")
     states = _States(model, before)
+    skipped: str | None
 
     def look(done: float) -> float:
         progress("healing: distillation", done)

@@ -11,10 +11,10 @@ from torch import nn
 
 from lightning_compress import Budget, apply_plan_, search_ranks
 from lightning_compress.candidates import DENSE
+from lightning_compress.compression import compress_model_
 from lightning_compress.costs import measure_costs
 from lightning_compress.drawing import leaves, noise, textured
 from lightning_compress.errors import CompressionWarning
-from lightning_compress.heal import heal_
 from lightning_compress.inventory import take_inventory
 from lightning_compress.moments import (
     OTHER_KIND,
@@ -123,16 +123,18 @@ def test_moments_of_drawn_inputs_are_the_mean_of_two_kinds_shrunk(scarce):
         assert found.shrinkage >= OTHER_KIND
 
 
-def test_factors_are_not_repaired_on_scarce_inputs(scarce):
+@pytest.mark.parametrize("objective", ["auto", "weight"])
+def test_factors_are_not_repaired_on_scarce_inputs_and_a_warning_says_so(scarce, objective):
     net, statistics = scarce
-    model = copy.deepcopy(net)
-    plan = search_ranks(net, Budget(params=0.6), statistics=statistics)
-    replacements = apply_plan_(model, plan, statistics=statistics)
-    before = Unchanged(model)
-    healing = heal_(net, model, replacements, statistics)
-    assert "too few" in healing.skipped
-    assert healing.after == healing.before > 0
-    before.check()
+    settings = {"statistics": statistics} if objective == "auto" else {"objective": objective}
+    example = torch.empty(1, 3, 2 * LEAST_SIDE, 2 * LEAST_SIDE)
+    healed, plain = copy.deepcopy(net), copy.deepcopy(net)
+    with pytest.warns(CompressionWarning, match="not healed.*calibration"):
+        done = compress_model_(healed, Budget(params=0.6), example_input=example, **settings)
+    assert done.healing is None
+    compress_model_(plain, Budget(params=0.6), example_input=example, heal=False, **settings)
+    for own, other in zip(healed.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.equal(own, other)
 
 
 def test_layers_are_weighed_by_what_they_do_to_the_outputs():
