@@ -72,7 +72,7 @@ class SyntheticInputs:
             the running deviations; None without batch norms.
         drawn: More batches, as they were drawn: norms that take the statistics of the batch itself make their
             activations what the model knows of real ones at no cost but a forward pass. None where as many
-            full-sized inputs as wanted were affordable, or none are matched to batch norms.
+            full-sized inputs as wanted were affordable, images are small, or none are matched to batch norms.
         judging: A batch of another kind than all these, for comparisons: images of shapes and of noise on several
             scales as they were drawn, other values of rising and falling size.
     """
@@ -140,7 +140,7 @@ def synthesise(
         mismatches = [mismatch for _, mismatch in matched if math.isfinite(mismatch)]
         if math.isfinite(matched[-1][1]):  # else no norm was called, or its inputs are not finite
             source = "batch norm"
-    if source == "batch norm" and scarce:
+    if source == "batch norm" and scarce and _shows_textures(example):
         more = max(1, min(DRAWN, WORK // (10 * max(1, macs))) // BATCH)
         drawn = [laid_out(_draw(model, example, BATCH, generator)[0]) for _ in range(more)]
     judging = laid_out(_judging(model, example, generator))
@@ -232,13 +232,19 @@ def _values(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Returns values of mean 0 and deviation 1; images (B, C, H, W) are drawn."""
     if not _is_image(shape):
         return torch.randn(shape, generator=generator)
-    if min(shape[2:]) >= LEAST_SIDE:  # large enough for textures to show
+    if min(shape[2:]) >= LEAST_SIDE:
         return textured(shape, generator)
     half = shape[0] // 2
     images = [noise((shape[0] - half, *shape[1:]), generator)]
     if half:
         images.append(leaves((half, *shape[1:]), generator))
     return torch.cat(images)[torch.randperm(shape[0], generator=generator)]
+
+
+def _shows_textures(example: Arguments) -> bool:
+    """Returns whether some images of the arguments are large enough to be drawn with textures."""
+    shapes = [leaf.shape for leaf in tree_flatten(example)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return any(_is_image(shape) and min(shape[2:]) >= LEAST_SIDE for shape in shapes)
 
 
 def _is_image(shape: Sequence[int]) -> bool:
