@@ -204,11 +204,10 @@ def _of_both_kinds(normed: Mapping[str, Moments], plain: Mapping[str, Moments]) 
         normed: Where norms take the batch's statistics; what says how errors grow is of these.
         plain: Where they take their own.
     """
-    pooled = {}
-    for name, first in normed.items():
-        other = plain[name]
+    pooled = {**plain, **normed}  # a layer that one of the two never reaches has the other's
+    for name in plain.keys() & normed.keys():
+        first, other = normed[name], plain[name]
         if first.second is None or first.mean is None or other.second is None or other.mean is None:
-            pooled[name] = first
             continue
         second, mean = (first.second + other.second) / 2, (first.mean + other.mean) / 2
         outer = mean[..., :, None] * mean[..., None, :]

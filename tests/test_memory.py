@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from lightning_compress import memory
@@ -48,6 +50,8 @@ def test_memory_is_given_back_after_an_error(library):
 @pytest.mark.parametrize("name", ["GLIBC_TUNABLES", "MALLOC_ARENA_MAX"])
 def test_an_allocator_set_by_the_environment_is_left_alone(monkeypatch, name):
     monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
+    for other in [own for own in os.environ if own == "GLIBC_TUNABLES" or own.startswith("MALLOC_")]:
+        monkeypatch.delenv(other)
     assert memory._library() is not None
     monkeypatch.setenv(name, "1")
     assert memory._library() is None

@@ -31,7 +31,7 @@ from lightning_compress.search.end_to_end import Outputs, output_distance
 from lightning_compress.search.exact import solve
 from lightning_compress.search.safeguards import gives_up_most, spend_what_is_left
 from lightning_compress.search.sensitivity import weighted
-from lightning_compress.synthesis import LEAST_SIDE, synthesise
+from lightning_compress.synthesis import COUNT, LEAST_SIDE, synthesise
 from lightning_compress.tracing import trace
 from tests.conftest import CLOSED_FORM, TinyNet, Unchanged
 
@@ -121,6 +121,17 @@ def test_moments_of_drawn_inputs_are_the_mean_of_two_kinds_shrunk(scarce):
         off = ~torch.eye(len(own), dtype=torch.bool)
         torch.testing.assert_close(covariance[off], (1 - OTHER_KIND) * own[off])
         assert found.shrinkage >= OTHER_KIND
+
+
+def test_small_images_are_not_drawn_and_their_factors_are_repaired(monkeypatch):
+    monkeypatch.setattr("lightning_compress.synthesis.WORK", 10**8)
+    net = pooled()
+    made = synthesise(net, IMAGE)
+    assert made.source == "batch norm"
+    assert sum(len(batch[0][0]) for batch in made.batches) < COUNT
+    assert made.drawn == ()
+    done = compress_model_(net, Budget(params=0.6), example_input=IMAGE)
+    assert done.healing is not None
 
 
 @pytest.mark.parametrize("objective", ["auto", "weight"])
