@@ -150,7 +150,7 @@ def _inputs_for_healing(  # noqa: PLR0917
     progress: Progress,
 ) -> Statistics | None:
     """Returns statistics with inputs, None and a warning if there can be none."""
-    if known is not None and known.batches:
+    if known is not None:
         return _unless_scarce(known)
     if example_input is None and calibration is None:
         msg = (

@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.analytic import ChannelMoments, analytic_moments
 from lightning_compress.decompositions.layer_types import canonical, family_of, operator_of
 from lightning_compress.decompositions.metric import Metric
 from lightning_compress.decompositions.shrinkage import Folds, SampleSums, shrunk
@@ -55,8 +54,7 @@ class Moments:
             matters; g the gradient of a random combination of the model's outputs by those of the
             layer at one position; None if unknown.
         source: Where they come from: "batch norm" (synthetic inputs matched to running
-            statistics), "tokens" or "noise" (synthetic inputs of that kind), "analytic" (the norm
-            layers alone), or "real".
+            statistics), "tokens" or "noise" (synthetic inputs of that kind), or "real".
         samples: How many independent inputs they are made from, positions of one not counted; None if from none.
         shrinkage: Share of the covariance that was put in the place of what so few samples do not show, see
             `shrinkage`; the largest of the groups.
@@ -82,7 +80,7 @@ class Statistics:
     """What is known of a model's activations, and from where.
 
     Attributes:
-        batches: The inputs it was worked out on; none if it is analytic.
+        batches: The inputs it was worked out on.
         source: As in `Moments`, of the inputs.
         moments: Per layer; a layer of which nothing is known is missing.
         seconds: How long it took, by part: "synthetic inputs" and "moments".
@@ -129,22 +127,19 @@ def gather_statistics(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Statistics:
-    """Returns moments of every layer that can be factorised; the model is not changed.
-
-    Layers that the inputs never reach get analytic moments where the norm layers give any; so do all
-    layers if there is neither an example input nor calibration.
+    """Returns moments of every layer that can be factorised and that the inputs reach; the model is not changed.
 
     Args:
         model: Any module, dense.
-        example_input: See `search_ranks`; None for analytic moments alone.
+        example_input: See `search_ranks`; not needed beside calibration.
         calibration: Batches of real inputs, each a tensor, or a tuple or dict of the arguments of
             `forward`; then no inputs are made up and the result is not data-free.
         seed: Of the synthetic inputs and the gradients' directions.
         progress: Called with what is being done and the fraction done.
 
     Raises:
-        ExampleInputError: If the model fails on an input, or its activations are not finite; the
-            message names the layer.
+        ExampleInputError: If there is neither an example input nor calibration, or the model fails on an input, or
+            its activations are not finite; the message names the layer.
     """
     start = time.perf_counter()
     drawn: tuple[Arguments, ...] = ()
@@ -156,7 +151,8 @@ def gather_statistics(
         batches, source, drawn = synthetic.batches, synthetic.source, synthetic.drawn
         judging = synthetic.judging
     else:
-        batches, source = (), "analytic"
+        msg = "there are no moments without inputs: pass an example_input to make synthetic ones with, or calibration."
+        raise ExampleInputError(msg)
     made = time.perf_counter()
     chosen = [layer for layer in list_layers(model) if layer.reason is None]
     layers = {layer.name: layer.module for layer in chosen}
@@ -172,10 +168,6 @@ def gather_statistics(
     for partner, name in partners.items():
         if (moments := found.pop(partner, None)) is not None:
             found[name] = _with_partner(found.get(name), layers[name], moments)
-    if len(found) < len(layers):
-        for name, channels in analytic_moments(model).items():
-            if name in layers and name not in found:
-                found[name] = _spread(layers[name], channels)
     progress("moments", 1.0)
     seconds = {"synthetic inputs": made - start, "moments": time.perf_counter() - made}
     return Statistics(batches, source, found, seconds, judging, scarce=bool(drawn))
@@ -250,17 +242,6 @@ def _batch(batch: Any) -> Any:
         "arguments of forward; of batches [inputs, labels] pass the inputs alone."
     )
     raise ExampleInputError(msg)
-
-
-def _spread(layer: nn.Module, channels: ChannelMoments) -> Moments:
-    """Returns the moments of the unfolded input from those per channel, taken as independent."""
-    operator = operator_of(layer)
-    kernel = torch.Size(operator.kernel).numel()
-    mean, variance = (
-        values.repeat_interleave(kernel).reshape(operator.groups, -1) for values in (channels.mean, channels.variance)
-    )
-    second = mean[:, :, None] * mean[:, None, :] + torch.diag_embed(variance)
-    return Moments(_joined(second), _joined(mean), source="analytic")
 
 
 def _joined(values: Tensor) -> Tensor:

@@ -84,8 +84,7 @@ class Plan:
         objective: What the search minimised: "weight" or "moments", `signal_loss` over the errors of the
             weights or of what they do to the outputs, or "end_to_end", that plus log `output_distance`.
         source: Where the metric of the errors comes from: "weight" for none, "batch norm", "tokens",
-            "noise" for synthetic inputs of that kind, "analytic" for the norm layers alone, "real" for
-            real inputs.
+            "noise" for synthetic inputs of that kind, "real" for real inputs.
         data_free: Whether no real data was used.
         optimality_gap: (objective − lower bound) / lower bound, 0.01 = at most 1 % above the
             best plan possible on the separable objective; None for a plan read off a model.

@@ -44,7 +44,6 @@ SHAPE = (1, 3, 8, 8)
         ("moments", SHAPE, "batch norm"),
         ("weight", SHAPE, None),
         ("auto", None, None),
-        ("moments", None, "analytic"),
     ],
 )
 def test_compress_without_healing_is_search_and_swap(net, images, objective, example, source):

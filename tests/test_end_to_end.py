@@ -324,7 +324,6 @@ def test_split_kinds_can_be_searched_by_the_outputs(known):
         ("continuous", "example_input", "end_to_end"),
         ("continuous", "statistics", "end_to_end"),
         ("continuous", "calibration", "end_to_end"),
-        ("continuous", "analytic", "moments"),
         ("continuous", None, "weight"),
         ("exact", "example_input", "moments"),
         ("exact", "statistics", "moments"),
@@ -346,12 +345,11 @@ def test_automatic_objective_is_the_best_that_applies(small, method, given, obje
         "example_input": {"example_input": VECTOR},
         "statistics": {"statistics": statistics},
         "calibration": {"calibration": [inputs]},
-        "analytic": {"statistics": gather_statistics(net)},
         None: {},
     }[given]
     plan = search_ranks(net, Budget(params=0.8), method=method, **arguments)
     assert plan.objective == objective
-    assert (plan.output_distance is None) == (objective == "weight" or given == "analytic")
+    assert (plan.output_distance is None) == (objective == "weight")
     assert plan.data_free == (given != "calibration")
 
 

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress import Budget, FactorisedLayer, apply_plan_, compress_, search_ranks
-from lightning_compress.analytic import ChannelMoments
 from lightning_compress.costs import measure_costs
 from lightning_compress.decompositions import DECOMPOSITIONS, factorise_in, multiplied_out, profile_in, weighted_energy
 from lightning_compress.decompositions.layer_types import (
@@ -27,7 +26,7 @@ from lightning_compress.decompositions.layer_types import (
 from lightning_compress.decompositions.metric import OUTPUT_FLOOR, Metric
 from lightning_compress.errors import UnsupportedError
 from lightning_compress.inventory import take_inventory
-from lightning_compress.moments import _spread, gather_statistics, input_moments, output_moments
+from lightning_compress.moments import gather_statistics, input_moments, output_moments
 from lightning_compress.swap import apply_shells_, plan_of
 from lightning_compress.tracing import trace
 from tests.conftest import WEIGHTS_ALONE, error_in
@@ -331,21 +330,6 @@ def test_moments_of_the_outputs_are_those_of_the_gradients_of_each_group(name):
     found = found.reshape(expected.shape).numpy()
     found = found * (expected.trace(axis1=1, axis2=2) / found.trace(axis1=1, axis2=2))[:, None, None]  # of any scale
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_moments_of_channels_are_spread_over_the_kernel_of_each_group(name):
-    operator = operator_of(LAYERS[name].make())
-    in_, kernel, groups = operator.shape[1], int(np.prod(operator.kernel)), operator.groups
-    mean, variance = normal(in_ * groups, seed=1), normal(in_ * groups, seed=2).abs()
-    found = _spread(LAYERS[name].make(), ChannelMoments(mean, variance))
-    second = np.zeros((groups, in_ * kernel, in_ * kernel))
-    for group in range(groups):
-        own = group * in_ + np.arange(in_ * kernel) // kernel  # the channel of each entry of a patch
-        second[group] = np.outer(mean[own], mean[own]) + np.diag(variance[own])
-    assert found.second.shape == (second.shape if groups > 1 else second.shape[1:])
-    np.testing.assert_allclose(found.second.reshape(second.shape), second, rtol=1e-12)
-    np.testing.assert_allclose(found.mean.reshape(groups, -1), mean.repeat_interleave(kernel).reshape(groups, -1))
 
 
 # --- groups

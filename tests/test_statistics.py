@@ -212,25 +212,11 @@ def test_errors_of_a_plan_are_those_of_the_outputs():
             assert error == pytest.approx(layer.error, rel=1e-3, abs=1e-5)
 
 
-def test_search_by_moments_without_any_input_takes_those_of_the_norm_layers(net, unchanged):
-    with torch.no_grad():
-        net.norm.weight.uniform_(0.5, 2)
-        net.norm.bias.uniform_(-1, 1)
+@pytest.mark.parametrize("objective", ["moments", "end_to_end"])
+def test_objectives_of_moments_without_any_input_are_an_error(net, unchanged, objective):
     before = unchanged(net)
-    plan = search_ranks(net, Budget(params=0.5), objective="moments", method="exact")
+    with pytest.raises(ExampleInputError, match=rf"objective='{objective}' needs an example_input.*or calibration"):
+        search_ranks(net, Budget(params=0.5), objective=objective)
+    with pytest.raises(ExampleInputError, match=r"no moments without inputs: pass an example_input.*or calibration"):
+        gather_statistics(net)
     before.check()
-    statistics = gather_statistics(net)
-    assert (statistics.batches, set(statistics.moments)) == ((), {"conv2", "point", "fc1", "fc2"})
-    assert (plan.objective, plan.source, plan.data_free, plan.output_distance) == ("moments", "analytic", True, None)
-    sources = {layer.name: layer.source for layer in plan.layers}
-    analytic = dict.fromkeys(("conv2", "point", "fc1", "fc2"), "analytic")
-    assert sources == {"conv1": "weight", "norm": None, **analytic}
-    dense = {layer.name: net.get_submodule(layer.name).weight.detach().clone() for layer in plan.factorised}
-    apply_plan_(net, plan, statistics=statistics)
-    assert "conv2" in dense
-    for layer in plan.factorised:
-        error = planned_error(statistics.metric(layer.name), dense[layer.name], net.get_submodule(layer.name).weight)
-        if layer.kind in BOUNDED:
-            assert error <= layer.error * 1.05 + 1e-5
-        else:
-            assert error == pytest.approx(layer.error, rel=1e-3, abs=1e-5)

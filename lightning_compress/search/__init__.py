@@ -207,7 +207,7 @@ def search_with_statistics(
     if method in AUTOMATIC_METHODS:
         chosen, tables = _shared(chosen, tables, sharing_groups(chosen, traced), budget, rank_multiple, statistics)
     outputs = None
-    if statistics is not None and statistics.batches:
+    if statistics is not None:
         inputs = max(LEAST_INPUTS, affordable_inputs(traced.macs)) if traced is not None else LEAST_INPUTS
         outputs = Outputs(model, tuple(chosen), statistics, inputs)
         outputs = outputs if outputs.exist else None
@@ -322,8 +322,8 @@ def _statistics(  # noqa: PLR0917
     known = given is not None or example_input is not None or calibration is not None
     if automatic and given is None and (not known or method not in AUTOMATIC_METHODS):
         return None, "weight"
-    if objective == "end_to_end" and not known:
-        msg = "objective='end_to_end' needs an example_input to make synthetic inputs with, statistics or calibration."
+    if not known:
+        msg = f"objective={objective!r} needs an example_input to make inputs with, statistics or calibration."
         raise ExampleInputError(msg)
     statistics = given
     if statistics is None:
@@ -334,10 +334,7 @@ def _statistics(  # noqa: PLR0917
                 raise
             warn(f"the search falls back to objective='weight': {error}", CompressionWarning, stacklevel=3)
             return None, "weight"
-    if objective == "end_to_end" and not statistics.batches:
-        msg = "objective='end_to_end' needs inputs, and the given statistics are analytic: use objective='moments'."
-        raise ExampleInputError(msg)
-    if objective == "moments" or method != "continuous" or not statistics.batches:
+    if objective == "moments" or method != "continuous":
         return statistics, "moments"
     if automatic and traced is not None and affordable_inputs(traced.macs) < LEAST_INPUTS:
         return statistics, "moments"
