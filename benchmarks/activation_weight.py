@@ -18,9 +18,10 @@ import torch
 
 from benchmarks.common import IMAGE, NETWORKS, fashion_mnist, publish, reference
 from benchmarks.zero_shot import accuracy
-from lightning_compress import Budget, apply_plan_, search, search_ranks
-from lightning_compress.costs import measure_latency
-from lightning_compress.moments import gather_statistics
+from lightning_compress import Budget, apply_plan_, search_ranks
+from lightning_compress.analysis.costs import measure_latency
+from lightning_compress.analysis.statistics import gather_statistics
+from lightning_compress.search import api as search
 
 BATCHES = (1, 16)
 

@@ -33,12 +33,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from benchmarks.common import RESULTS, earlier_rows, machine, publish
 from benchmarks.zoo import Entry, Specimen, build, list_entries, recorded
 from lightning_compress import Budget, LayerPlan, Plan, apply_plan_, compress_, search_ranks
-from lightning_compress.costs import measure_costs
-from lightning_compress.decompositions import DECOMPOSITIONS
-from lightning_compress.errors import InfeasibleBudgetError
-from lightning_compress.inventory import Layer, take_inventory
-from lightning_compress.opening import opened
-from lightning_compress.tracing import trace, whole_arguments
+from lightning_compress.analysis.costs import measure_costs
+from lightning_compress.analysis.inventory import Layer, take_inventory
+from lightning_compress.analysis.trace import trace, whole_arguments
+from lightning_compress.core.errors import InfeasibleBudgetError
+from lightning_compress.kinds.registry import DECOMPOSITIONS
+from lightning_compress.layers.unfused import opened
 
 KEEP = 0.5
 EXACT = 1e-4

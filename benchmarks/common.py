@@ -16,9 +16,9 @@ from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_compress.demo.data import FashionMNISTDataModule
-from lightning_compress.demo.models import VGG, ResNet20
-from lightning_compress.export import load_weights_
+from lightning_compress.cli.demo.data import FashionMNISTDataModule
+from lightning_compress.cli.demo.models import VGG, ResNet20
+from lightning_compress.surgery.save import load_weights_
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS = HERE / "weights"

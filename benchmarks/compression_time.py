@@ -11,8 +11,8 @@ import time
 
 from benchmarks.common import IMAGE, NETWORKS, publish, reference
 from lightning_compress import Budget, apply_plan_, search_ranks
-from lightning_compress.heal import heal_
-from lightning_compress.moments import gather_statistics
+from lightning_compress.analysis.statistics import gather_statistics
+from lightning_compress.surgery.repair import heal_
 
 
 def main(networks: list[str], keep: float) -> None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import publish, reference
-from lightning_compress.decompositions import DECOMPOSITIONS
-from lightning_compress.decompositions.cp import _Canonical, _Problem, _random_filters
+from lightning_compress.kinds.cp import _Canonical, _Problem, _random_filters
+from lightning_compress.kinds.registry import DECOMPOSITIONS
 
 STARTS = 10
 SWEEPS = 60

@@ -15,8 +15,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 
 from benchmarks.common import WEIGHTS, publish
-from lightning_compress.app import run
-from lightning_compress.hydra_config import CONFIG_FOLDER
+from lightning_compress.cli.app import run
+from lightning_compress.cli.config import CONFIG_FOLDER
 
 
 def main(experiments: list[str]) -> None:

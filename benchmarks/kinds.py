@@ -16,8 +16,8 @@ from typing import Any
 
 from benchmarks.common import IMAGE, NETWORKS, earlier_rows, fashion_mnist, publish, reference
 from benchmarks.zero_shot import KEEP, compressed
-from lightning_compress.errors import InfeasibleBudgetError
-from lightning_compress.moments import gather_statistics
+from lightning_compress.analysis.statistics import gather_statistics
+from lightning_compress.core.errors import InfeasibleBudgetError
 
 KINDS = ("auto", "cp3", "tucker2", "tt", "spatial_svd", "channel_svd")
 

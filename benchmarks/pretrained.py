@@ -33,8 +33,8 @@ from torch.nn import functional as F
 
 from benchmarks.common import RESULTS, earlier_rows, publish
 from lightning_compress import Budget
-from lightning_compress.compression import compress_model_
-from lightning_compress.moments import gather_statistics
+from lightning_compress.analysis.statistics import gather_statistics
+from lightning_compress.compress import compress_model_
 
 KEEP = (0.9, 0.8, 0.65, 0.5)
 IMAGE = (1, 3, 224, 224)

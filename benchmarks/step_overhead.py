@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.common import publish, reference
 from lightning_compress import Budget, Compress, FactorisedLayer, Schedule
-from lightning_compress.demo.task import ClassificationTask
+from lightning_compress.cli.demo.task import ClassificationTask
 
 STEPS = 60
 TURNS = 120

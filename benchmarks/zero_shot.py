@@ -24,8 +24,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from benchmarks.common import IMAGE, NETWORKS, RESULTS, earlier_rows, fashion_mnist, publish, reference
 from lightning_compress import Budget, apply_plan_, search_ranks
-from lightning_compress.heal import heal_
-from lightning_compress.moments import Statistics, gather_statistics
+from lightning_compress.analysis.statistics import Statistics, gather_statistics
+from lightning_compress.surgery.repair import heal_
 
 KEEP = (0.5, 0.3, 0.2, 0.1, 0.05)
 REAL_IMAGES = 1024

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.tracing import ExampleInput
+from lightning_compress.analysis.trace import ExampleInput
 
 LARGEST = 100_000_000
 """Parameters above which only a sample of the models is built."""

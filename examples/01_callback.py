@@ -6,9 +6,9 @@ python examples/01_callback.py
 import lightning as L
 
 from lightning_compress import Budget, Compress, Distill, Schedule
-from lightning_compress.demo.data import DigitsDataModule
-from lightning_compress.demo.models import SmallCNN
-from lightning_compress.demo.task import ClassificationTask
+from lightning_compress.cli.demo.data import DigitsDataModule
+from lightning_compress.cli.demo.models import SmallCNN
+from lightning_compress.cli.demo.task import ClassificationTask
 
 DENSE_EPOCHS = 20
 FINE_TUNING_EPOCHS = 15

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lightning_compress import Budget, apply_plan_, compress_, load_compressed, save_compressed, search_ranks
-from lightning_compress.demo.models import VGG
-from lightning_compress.moments import gather_statistics
+from lightning_compress.analysis.statistics import gather_statistics
+from lightning_compress.cli.demo.models import VGG
 
 
 def main() -> nn.Module:

@@ -13,10 +13,10 @@ import lightning as L
 import torch
 
 from lightning_compress import Budget, Compress, Distill
-from lightning_compress.demo.data import FashionMNISTDataModule
-from lightning_compress.demo.models import ResNet20
-from lightning_compress.demo.task import ClassificationTask
-from lightning_compress.export import load_weights_
+from lightning_compress.cli.demo.data import FashionMNISTDataModule
+from lightning_compress.cli.demo.models import ResNet20
+from lightning_compress.cli.demo.task import ClassificationTask
+from lightning_compress.surgery.save import load_weights_
 
 WEIGHTS = Path(__file__).parents[1] / "benchmarks" / "weights" / "resnet20_fashion_mnist.safetensors"
 

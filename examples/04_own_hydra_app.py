@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from lightning_compress import search_ranks
-from lightning_compress.demo.models import VGG
+from lightning_compress.cli.demo.models import VGG
 
 ConfigStore.instance().store("own_app", {"defaults": [{"compression": "params_20"}, "_self_"], "seed": 0})
 

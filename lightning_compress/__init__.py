@@ -14,40 +14,40 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_compress.callback import Compress
-    from lightning_compress.checkpoint import CompressedCheckpointMixin, load_compressed_checkpoint
-    from lightning_compress.compression import compress_
-    from lightning_compress.config import Budget, Distill, Override, Phase, Plateau, Schedule
-    from lightning_compress.decompositions import FactorisedLayer
-    from lightning_compress.errors import LightningCompressError
-    from lightning_compress.export import load_compressed, save_compressed
-    from lightning_compress.merge import merge_
-    from lightning_compress.plan import LayerPlan, Plan
-    from lightning_compress.search import search_ranks
-    from lightning_compress.swap import apply_plan_
+    from lightning_compress.compress import compress_
+    from lightning_compress.core.errors import LightningCompressError
+    from lightning_compress.core.plan import LayerPlan, Plan
+    from lightning_compress.core.settings import Budget, Distill, Override, Phase, Plateau, Schedule
+    from lightning_compress.layers.factorised import FactorisedLayer
+    from lightning_compress.search.api import search_ranks
+    from lightning_compress.surgery.merge import merge_
+    from lightning_compress.surgery.save import load_compressed, save_compressed
+    from lightning_compress.surgery.swap import apply_plan_
+    from lightning_compress.training.callback import Compress
+    from lightning_compress.training.checkpoint import CompressedCheckpointMixin, load_compressed_checkpoint
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Budget": "config",
-    "Compress": "callback",
-    "CompressedCheckpointMixin": "checkpoint",
-    "Distill": "config",
-    "FactorisedLayer": "decompositions",
-    "LayerPlan": "plan",
-    "LightningCompressError": "errors",
-    "Override": "config",
-    "Phase": "config",
-    "Plan": "plan",
-    "Plateau": "config",
-    "Schedule": "config",
-    "apply_plan_": "swap",
-    "compress_": "compression",
-    "load_compressed": "export",
-    "load_compressed_checkpoint": "checkpoint",
-    "merge_": "merge",
-    "save_compressed": "export",
-    "search_ranks": "search",
+    "Budget": "core.settings",
+    "Compress": "training.callback",
+    "CompressedCheckpointMixin": "training.checkpoint",
+    "Distill": "core.settings",
+    "FactorisedLayer": "layers.factorised",
+    "LayerPlan": "core.plan",
+    "LightningCompressError": "core.errors",
+    "Override": "core.settings",
+    "Phase": "core.settings",
+    "Plan": "core.plan",
+    "Plateau": "core.settings",
+    "Schedule": "core.settings",
+    "apply_plan_": "surgery.swap",
+    "compress_": "compress",
+    "load_compressed": "surgery.save",
+    "load_compressed_checkpoint": "training.checkpoint",
+    "merge_": "surgery.merge",
+    "save_compressed": "surgery.save",
+    "search_ranks": "search.api",
 }
 
 __all__ = [

@@ -11,9 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress import Budget, Compress, heal, synthesis
-from lightning_compress.decompositions import shrinkage
+from lightning_compress import Budget, Compress
+from lightning_compress.analysis import synthetic as synthesis
+from lightning_compress.kinds import shrinkage
 from lightning_compress.search import end_to_end
+from lightning_compress.surgery import repair as heal
 
 WEIGHTS_ALONE = {"objective": "weight", "heal": False}
 """No synthetic inputs: fast, and the factors are those of the weights, for tests of everything else."""

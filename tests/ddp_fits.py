@@ -15,8 +15,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress import Budget, Compress, distributed
-from lightning_compress.search import shared_map
+from lightning_compress import Budget, Compress
+from lightning_compress.search.api import shared_map
+from lightning_compress.training import distributed
 from tests.conftest import DEFAULTS, TinyTask, compress
 
 warnings.filterwarnings("ignore")
@@ -229,7 +230,8 @@ def out_of_step():
 
 def shared():
     # who decomposed what, and who made which inputs
-    from lightning_compress import search, synthesis
+    from lightning_compress.analysis import synthetic as synthesis
+    from lightning_compress.search import api as search
 
     done = {"tables": [], "inputs": 0}
     tabulate, match = search.tabulate, synthesis._match

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import FactorisedLayer, apply_plan_
-from lightning_compress.costs import Costs
-from lightning_compress.decompositions import DECOMPOSITIONS
-from lightning_compress.decompositions.layer_types import operator_of
-from lightning_compress.plan import LayerPlan, Plan
+from lightning_compress.core.costs import Costs
+from lightning_compress.core.plan import LayerPlan, Plan
+from lightning_compress.kinds.registry import DECOMPOSITIONS
+from lightning_compress.layers.families import operator_of
 
 SAMPLE_OR_ALL = pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
 """Of all geometries every fifth, or all: those that vary fastest have 2, 2 and 4 settings, so that all of them meet."""

@@ -17,14 +17,15 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from torch.nn import functional as F
 
-from lightning_compress import app
-from lightning_compress.app import run
-from lightning_compress.compression import compress_
-from lightning_compress.demo import data as demo_data
-from lightning_compress.demo.data import DigitsDataModule
-from lightning_compress.demo.models import SmallCNN
-from lightning_compress.demo.task import ClassificationTask
-from lightning_compress.errors import (
+from lightning_compress.cli import app
+from lightning_compress.cli.app import run
+from lightning_compress.cli.config import CONFIG_FOLDER, FAILED, or_exit, require_writable
+from lightning_compress.cli.demo import data as demo_data
+from lightning_compress.cli.demo.data import DigitsDataModule
+from lightning_compress.cli.demo.models import SmallCNN
+from lightning_compress.cli.demo.task import ClassificationTask
+from lightning_compress.compress import compress_
+from lightning_compress.core.errors import (
     BudgetError,
     ConfigurationError,
     DataNotFoundError,
@@ -32,10 +33,9 @@ from lightning_compress.errors import (
     OutputFolderError,
     WeightsError,
 )
-from lightning_compress.export import load_compressed, save_compressed
-from lightning_compress.hydra_config import CONFIG_FOLDER, FAILED, or_exit, require_writable
-from lightning_compress.plan import Plan
-from lightning_compress.swap import apply_plan_
+from lightning_compress.core.plan import Plan
+from lightning_compress.surgery.save import load_compressed, save_compressed
+from lightning_compress.surgery.swap import apply_plan_
 from tests.conftest import WEIGHTS_ALONE, block_imports
 
 QUICK = (

@@ -15,12 +15,12 @@ from torch.utils._pytree import tree_flatten
 from benchmarks.architectures import run
 from benchmarks.zoo import Entry
 from lightning_compress import Budget, FactorisedLayer, LayerPlan, Plan, apply_plan_, compress_, search_ranks
-from lightning_compress.costs import Costs
-from lightning_compress.decompositions import DECOMPOSITIONS
-from lightning_compress.errors import ModelError
-from lightning_compress.inventory import take_inventory
-from lightning_compress.opening import opened
-from lightning_compress.tracing import trace
+from lightning_compress.analysis.inventory import take_inventory
+from lightning_compress.analysis.trace import trace
+from lightning_compress.core.costs import Costs
+from lightning_compress.core.errors import ModelError
+from lightning_compress.kinds.registry import DECOMPOSITIONS
+from lightning_compress.layers.unfused import opened
 
 
 class Encoder(nn.Module):

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import Budget, Compress, FactorisedLayer, compress_, search_ranks
-from lightning_compress.compression import compress_model_
-from lightning_compress.errors import CompressionWarning
+from lightning_compress.compress import compress_model_
+from lightning_compress.core.errors import CompressionWarning
 from tests.conftest import InMode, TinyTask, Unchanged, interrupting
 
 IMAGE = (1, 3, 5, 5)

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
 from lightning_compress import Budget, Compress, Distill, FactorisedLayer, Override, Schedule, apply_plan_, search_ranks
-from lightning_compress.compression import compress_model_
-from lightning_compress.errors import (
+from lightning_compress.compress import compress_model_
+from lightning_compress.core.errors import (
     BudgetError,
     CompressionWarning,
     ConfigurationError,

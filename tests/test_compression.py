@@ -20,9 +20,10 @@ from lightning_compress import (
     save_compressed,
     search_ranks,
 )
-from lightning_compress import errors as error_tree
-from lightning_compress.costs import measure_costs
-from lightning_compress.errors import (
+from lightning_compress.analysis.costs import measure_costs
+from lightning_compress.analysis.statistics import gather_statistics
+from lightning_compress.core import errors as error_tree
+from lightning_compress.core.errors import (
     BudgetError,
     ConfigurationError,
     ExampleInputError,
@@ -30,7 +31,6 @@ from lightning_compress.errors import (
     NonFiniteWeightError,
     SelectionError,
 )
-from lightning_compress.moments import gather_statistics
 from tests.conftest import WEIGHTS_ALONE, TinyNet
 
 SHAPE = (1, 3, 8, 8)

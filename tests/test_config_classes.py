@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 from omegaconf import OmegaConf
 
-from lightning_compress.config import RESOURCES, Budget, Distill, Override, Schedule
-from lightning_compress.errors import BudgetError, ConfigurationError, LightningCompressError, UnsupportedError
+from lightning_compress.core.errors import BudgetError, ConfigurationError, LightningCompressError, UnsupportedError
+from lightning_compress.core.settings import RESOURCES, Budget, Distill, Override, Schedule
 
 NAN, INFINITE = float("nan"), float("inf")
 

@@ -13,13 +13,13 @@ from hydra.errors import MissingConfigException
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_compress.callback import Compress
-from lightning_compress.config import Budget, Distill, Plateau, Schedule
-from lightning_compress.demo.data import DigitsDataModule, FashionMNISTDataModule
-from lightning_compress.demo.models import MLP, VGG, ResNet20, SmallCNN
-from lightning_compress.errors import ConfigurationError
-from lightning_compress.export import load_weights_
-from lightning_compress.hydra_config import CONFIG_FOLDER
+from lightning_compress.cli.config import CONFIG_FOLDER
+from lightning_compress.cli.demo.data import DigitsDataModule, FashionMNISTDataModule
+from lightning_compress.cli.demo.models import MLP, VGG, ResNet20, SmallCNN
+from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.settings import Budget, Distill, Plateau, Schedule
+from lightning_compress.surgery.save import load_weights_
+from lightning_compress.training.callback import Compress
 
 GROUPS = {
     path.name: sorted(file.stem for file in path.glob("*.yaml"))
@@ -167,7 +167,7 @@ def test_names_of_the_compressions_say_their_budget(option, limits):
 
 
 def test_base_alone_lacks_a_budget_and_says_what_to_choose(tmp_path):
-    from lightning_compress.app import run
+    from lightning_compress.cli.app import run
 
     with pytest.raises(ConfigurationError, match=r"has no budget, only _target_, kinds.*: try compression=params_20"):
         run(compose("compression=base"), tmp_path / "out")

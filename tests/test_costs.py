@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from lightning_compress import Budget, compress_
-from lightning_compress.costs import Costs, measure_costs, measure_latency
-from lightning_compress.decompositions import LayerCall
-from lightning_compress.errors import ExampleInputError
-from lightning_compress.tracing import as_arguments, inference, shape_text, trace
+from lightning_compress.analysis.costs import measure_costs, measure_latency
+from lightning_compress.analysis.trace import as_arguments, inference, shape_text, trace
+from lightning_compress.core.costs import Costs
+from lightning_compress.core.errors import ExampleInputError
+from lightning_compress.kinds.registry import LayerCall
 from tests.conftest import WEIGHTS_ALONE
 
 

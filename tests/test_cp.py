@@ -14,13 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import reference
 from lightning_compress import Budget, apply_plan_, compress_, load_compressed, save_compressed
-from lightning_compress.costs import Costs, measure_costs
-from lightning_compress.decompositions import DECOMPOSITIONS, FactorisedLayer, LayerCall, cp, factorise_in
-from lightning_compress.decompositions.layer_types import children_of, operator_of
-from lightning_compress.decompositions.metric import Metric
-from lightning_compress.inventory import take_inventory
-from lightning_compress.plan import LayerPlan, Plan
-from lightning_compress.swap import plan_of
+from lightning_compress.analysis.costs import measure_costs
+from lightning_compress.analysis.inventory import take_inventory
+from lightning_compress.core.costs import Costs
+from lightning_compress.core.plan import LayerPlan, Plan
+from lightning_compress.kinds import cp
+from lightning_compress.kinds.metric import Metric
+from lightning_compress.kinds.registry import DECOMPOSITIONS, LayerCall, factorise_in
+from lightning_compress.layers.factorised import FactorisedLayer
+from lightning_compress.layers.families import children_of, operator_of
+from lightning_compress.surgery.swap import plan_of
 from tests.conftest import DEFAULTS, WEIGHTS_ALONE, TinyNet
 from tests.layer_zoo import normal, randomised
 

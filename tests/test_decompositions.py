@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_compress.costs import Costs
-from lightning_compress.decompositions import DECOMPOSITIONS, LayerCall, resolve_kinds
-from lightning_compress.decompositions.layer_types import operator_of
-from lightning_compress.errors import ConfigurationError
-from lightning_compress.plan import LayerPlan, Plan
-from lightning_compress.swap import apply_plan_
+from lightning_compress.core.costs import Costs
+from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.plan import LayerPlan, Plan
+from lightning_compress.kinds.registry import DECOMPOSITIONS, LayerCall, resolve_kinds
+from lightning_compress.layers.families import operator_of
+from lightning_compress.surgery.swap import apply_plan_
 from tests.layer_zoo import SAMPLE_OR_ALL
 
 KERNELS = [(1, 1), (3, 3), (1, 3), (3, 1), (5, 3)]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_compress.demo import data as demo_data
-from lightning_compress.demo.data import DigitsDataModule, FashionMNISTDataModule
-from lightning_compress.demo.models import MLP, VGG, ResNet20, SmallCNN
-from lightning_compress.demo.task import ClassificationTask
-from lightning_compress.errors import ConfigurationError, DataNotFoundError
+from lightning_compress.cli.demo import data as demo_data
+from lightning_compress.cli.demo.data import DigitsDataModule, FashionMNISTDataModule
+from lightning_compress.cli.demo.models import MLP, VGG, ResNet20, SmallCNN
+from lightning_compress.cli.demo.task import ClassificationTask
+from lightning_compress.core.errors import ConfigurationError, DataNotFoundError
 from tests.conftest import block_imports
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")

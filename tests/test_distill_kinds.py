@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.optim import SGD
 
 from lightning_compress import Compress, Distill, FactorisedLayer, apply_plan_
-from lightning_compress.errors import ConfigurationError, DistillationError
-from lightning_compress.finetune.distill import Teacher, distillation_loss, inner_distance
+from lightning_compress.core.errors import ConfigurationError, DistillationError
+from lightning_compress.training.distill import Teacher, distillation_loss, inner_distance
 from tests.conftest import TinyTask, TwoManual, compress
 from tests.test_resume import require_identical_resume, require_same_state
 
@@ -153,7 +153,7 @@ def test_every_manual_backward_gets_the_term_of_its_own_calls(make_trainer, load
         return terms[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_compress.finetune.distill.distillation_loss", counted)
+        patch.setattr("lightning_compress.training.distill.distillation_loss", counted)
         make_trainer(compress(distill={})).fit(task, loader)
     assert len(terms) == 2 * 4
 

@@ -12,9 +12,9 @@ import lightning as L
 import pytest
 import torch
 
-from lightning_compress.compression import compress_model_
-from lightning_compress.errors import DivergedRanksError, UnsupportedError
-from lightning_compress.sharing import Share, current_share, from_first, shared_map, sharing
+from lightning_compress.compress import compress_model_
+from lightning_compress.core.errors import DivergedRanksError, UnsupportedError
+from lightning_compress.core.parallel import Share, current_share, from_first, shared_map, sharing
 from tests import ddp_fits
 from tests.conftest import DEFAULTS, TinyTask, compress
 

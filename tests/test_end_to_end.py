@@ -16,8 +16,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lightning_compress import Budget, Compress, FactorisedLayer, Plan, apply_plan_, compress_, search_ranks
-from lightning_compress.candidates import tabulate
-from lightning_compress.decompositions import (
+from lightning_compress.analysis.inventory import take_inventory
+from lightning_compress.analysis.statistics import PROBES, Statistics, gather_statistics, output_moments
+from lightning_compress.analysis.synthetic import WORK
+from lightning_compress.core.errors import BudgetError, CompressionWarning, ConfigurationError, ExampleInputError
+from lightning_compress.kinds.metric import OUTPUT_FLOOR, Metric
+from lightning_compress.kinds.registry import (
     DECOMPOSITIONS,
     Operator,
     factorise_in,
@@ -25,11 +29,8 @@ from lightning_compress.decompositions import (
     profile_in,
     weighted_energy,
 )
-from lightning_compress.decompositions.metric import OUTPUT_FLOOR, Metric
-from lightning_compress.errors import BudgetError, CompressionWarning, ConfigurationError, ExampleInputError
-from lightning_compress.inventory import take_inventory
-from lightning_compress.moments import PROBES, Statistics, gather_statistics, output_moments
-from lightning_compress.search import BISECTIONS
+from lightning_compress.search.api import BISECTIONS
+from lightning_compress.search.candidates import tabulate
 from lightning_compress.search.end_to_end import (
     GROUP,
     INPUTS,
@@ -44,7 +45,6 @@ from lightning_compress.search.end_to_end import (
 from lightning_compress.search.exact import solve
 from lightning_compress.search.problem import Problem
 from lightning_compress.search.refine import refined
-from lightning_compress.synthesis import WORK
 from tests.conftest import InMode, TinyTask, Unchanged
 from tests.test_statistics import SHAPE, trained_like
 

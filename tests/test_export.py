@@ -11,15 +11,15 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 from lightning_compress import Budget, FactorisedLayer, Plan, compress_, load_compressed, save_compressed
-from lightning_compress.errors import (
+from lightning_compress.core.errors import (
     LightningCompressError,
     OutputFolderError,
     PlanFormatError,
     PlanMismatchError,
     WeightsError,
 )
-from lightning_compress.export import PLAN_FILE, WEIGHTS_FILE, load_weights_, read_plan
-from lightning_compress.swap import plan_of
+from lightning_compress.surgery.save import PLAN_FILE, WEIGHTS_FILE, load_weights_, read_plan
+from lightning_compress.surgery.swap import plan_of
 from tests.conftest import CLOSED_FORM, WEIGHTS_ALONE, TinyNet
 
 BUDGET = Budget(params=0.5)

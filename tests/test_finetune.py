@@ -12,8 +12,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_compress import Compress, Distill, FactorisedLayer, Override, Schedule, apply_plan_
-from lightning_compress.errors import ConfigurationError, DistillationError
-from lightning_compress.finetune.distill import Teacher, distillation_loss, fingerprint
+from lightning_compress.core.errors import ConfigurationError, DistillationError
+from lightning_compress.training.distill import Teacher, distillation_loss, fingerprint
 from tests.conftest import TinyTask, compress
 
 # TinyTask has a validation_step; most fits here need no validation data.

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_compress import Budget, FactorisedLayer, apply_plan_, search_ranks
-from lightning_compress.compression import Compression, compress_model_
-from lightning_compress.heal import (
+from lightning_compress.analysis.statistics import Statistics, gather_statistics, input_moments, output_moments
+from lightning_compress.compress import Compression, compress_model_
+from lightning_compress.surgery.repair import (
     EVERY,
     LEARNING_RATE,
     SLOWER,
@@ -29,7 +30,6 @@ from lightning_compress.heal import (
     restore_,
     shared_state,
 )
-from lightning_compress.moments import Statistics, gather_statistics, input_moments, output_moments
 from tests.conftest import CLOSED_FORM, TinyNet, Unchanged
 from tests.test_statistics import SHAPE
 
@@ -255,7 +255,7 @@ def test_distillation_starts_anew_at_a_smaller_rate_where_the_first_look_proves_
 def test_distillation_takes_all_its_steps_though_it_does_not_help_at_first(monkeypatch):
     case, looks = image_case(0.4), []
     distances = iter([1.0, 0.95, 0.9, 0.9, *[1.05] * 7, 0.5])
-    monkeypatch.setattr("lightning_compress.heal.output_distance", lambda *_: next(distances))
+    monkeypatch.setattr("lightning_compress.surgery.repair.output_distance", lambda *_: next(distances))
     healing = case.heal(steps=160, progress=lambda what, done: looks.append(done) if "distil" in what else None)
     assert looks[-1] == 1
     assert healing.after == 0.5
@@ -339,7 +339,7 @@ def test_half_precision_is_regressed_but_not_distilled(dtype):
 
 
 def test_distillation_that_costs_too_much_is_skipped(monkeypatch):
-    import lightning_compress.heal as module
+    import lightning_compress.surgery.repair as module
 
     monkeypatch.setattr(module, "WORK", 10**6)
     healing = image_case().heal()
@@ -646,7 +646,7 @@ def test_outputs_in_the_metric_of_the_outputs():
         case = Case(dense, Statistics((), "noise", {}), 0.55)
         first = [r for r in case.replacements if r.aliases[0] == "0"]
         assert first
-        from lightning_compress.decompositions.metric import Metric
+        from lightning_compress.kinds.metric import Metric
 
         whole = Metric(moments["0"].second, metric) if metric is not None else None
         _refit(case.dense, case.model, first[0], batches, metric=whole, calls=1)
@@ -712,10 +712,10 @@ def test_layer_that_is_called_several_times_is_fitted_to_all_its_calls():
 def test_outputs_that_are_near_already_are_left_alone(monkeypatch):
     case = image_case(0.6)
     before = state_of(case.model)
-    monkeypatch.setattr("lightning_compress.heal.NEGLIGIBLE", 1.01 * case.distance())
+    monkeypatch.setattr("lightning_compress.surgery.repair.NEGLIGIBLE", 1.01 * case.distance())
     healing = case.heal()
     assert same(case.model, before)
     assert healing.before == healing.regressed == healing.after == case.distance()
     assert "the output distance is below" in healing.skipped
-    monkeypatch.setattr("lightning_compress.heal.NEGLIGIBLE", 0.99 * case.distance())
+    monkeypatch.setattr("lightning_compress.surgery.repair.NEGLIGIBLE", 0.99 * case.distance())
     assert case.heal().after < healing.before

@@ -11,10 +11,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_compress import Budget, apply_plan_, load_compressed, save_compressed, search_ranks
-from lightning_compress.decompositions import DECOMPOSITIONS, factorise_in
-from lightning_compress.decompositions.interpolative import Interpolation
-from lightning_compress.decompositions.layer_types import operator_of
-from lightning_compress.decompositions.metric import Metric
+from lightning_compress.kinds.metric import Metric
+from lightning_compress.kinds.registry import DECOMPOSITIONS, factorise_in
+from lightning_compress.layers.families import operator_of
+from lightning_compress.layers.interpolation import Interpolation
 
 KIND = DECOMPOSITIONS["interpolative"]
 

@@ -8,17 +8,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_compress import Budget, Override, apply_plan_, search_ranks
-from lightning_compress.decompositions.layer_types import layer_type
-from lightning_compress.errors import (
+from lightning_compress.analysis.inventory import list_layers, require_usable_weights, take_inventory
+from lightning_compress.analysis.trace import trace
+from lightning_compress.core.errors import (
     ConfigurationError,
     ModelError,
     NonFiniteWeightError,
     NothingToFactoriseError,
     SelectionError,
 )
-from lightning_compress.inventory import list_layers, require_usable_weights, take_inventory
-from lightning_compress.opening import opened
-from lightning_compress.tracing import trace
+from lightning_compress.layers.families import layer_type
+from lightning_compress.layers.unfused import opened
 
 
 class With(nn.Module):

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from lightning_compress import FactorisedLayer, apply_plan_
-from lightning_compress.decompositions import DECOMPOSITIONS
-from lightning_compress.errors import ModelError
-from lightning_compress.swap import apply_shells_
+from lightning_compress.core.errors import ModelError
+from lightning_compress.kinds.registry import DECOMPOSITIONS
+from lightning_compress.surgery.swap import apply_shells_
 from tests.layer_zoo import LAYERS, Conv1D, factorised, fitting, full_ranks, low_ranks, plan_for
 
 EVERY = pytest.mark.parametrize(("name", "kind"), fitting())

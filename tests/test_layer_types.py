@@ -13,9 +13,14 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress import Budget, FactorisedLayer, apply_plan_, compress_, search_ranks
-from lightning_compress.costs import measure_costs
-from lightning_compress.decompositions import DECOMPOSITIONS, factorise_in, multiplied_out, profile_in, weighted_energy
-from lightning_compress.decompositions.layer_types import (
+from lightning_compress.analysis.costs import measure_costs
+from lightning_compress.analysis.inventory import take_inventory
+from lightning_compress.analysis.statistics import gather_statistics, input_moments, output_moments
+from lightning_compress.analysis.trace import trace
+from lightning_compress.core.errors import UnsupportedError
+from lightning_compress.kinds.metric import OUTPUT_FLOOR, Metric
+from lightning_compress.kinds.registry import DECOMPOSITIONS, factorise_in, multiplied_out, profile_in, weighted_energy
+from lightning_compress.layers.families import (
     canonical,
     family_of,
     known_types,
@@ -23,12 +28,7 @@ from lightning_compress.decompositions.layer_types import (
     operator_of,
     own_layout,
 )
-from lightning_compress.decompositions.metric import OUTPUT_FLOOR, Metric
-from lightning_compress.errors import UnsupportedError
-from lightning_compress.inventory import take_inventory
-from lightning_compress.moments import gather_statistics, input_moments, output_moments
-from lightning_compress.swap import apply_shells_, plan_of
-from lightning_compress.tracing import trace
+from lightning_compress.surgery.swap import apply_shells_, plan_of
 from tests.conftest import WEIGHTS_ALONE, error_in
 from tests.layer_zoo import (
     LAYERS,

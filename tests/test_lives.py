@@ -26,9 +26,9 @@ from lightning_compress import (
     apply_plan_,
     load_compressed_checkpoint,
 )
-from lightning_compress.checkpoint import CHECKPOINT_KEY
-from lightning_compress.errors import OrphanParameterError, ResumeError
-from lightning_compress.finetune.liveness import Liveness
+from lightning_compress.core.errors import OrphanParameterError, ResumeError
+from lightning_compress.training.checkpoint import CHECKPOINT_KEY
+from lightning_compress.training.first_batch_check import Liveness
 from tests.conftest import TinyTask, compress
 from tests.test_resume import (
     Losses,

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from lightning_compress import memory
-from lightning_compress.memory import KEPT, USUAL, freed_memory_kept
+from lightning_compress.core import memory
+from lightning_compress.core.memory import KEPT, USUAL, freed_memory_kept
 
 
 class Library:

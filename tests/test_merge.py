@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lightning_compress import Budget, FactorisedLayer, LayerPlan, Plan, apply_plan_, compress_, merge_, search_ranks
-from lightning_compress.costs import Costs
-from lightning_compress.errors import ConfigurationError, ModelError
-from lightning_compress.swap import apply_shells_
+from lightning_compress.core.costs import Costs
+from lightning_compress.core.errors import ConfigurationError, ModelError
+from lightning_compress.surgery.swap import apply_shells_
 from tests.conftest import WEIGHTS_ALONE, TinyNet, interrupting
 from tests.layer_zoo import LAYERS, factorised, fitting, low_ranks, plan_for
 from tests.test_swap import RANKS

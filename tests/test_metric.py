@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress.decompositions import DECOMPOSITIONS, factorise_in
-from lightning_compress.decompositions.metric import Metric
+from lightning_compress.kinds.metric import Metric
+from lightning_compress.kinds.registry import DECOMPOSITIONS, factorise_in
 from tests.conftest import error_in
 
 CASES = [

@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no .val_dataloader."),
     pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., callbacks used to create"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
-    pytest.mark.filterwarnings("ignore:layer 'net.conv2' loses 5:lightning_compress.errors.CompressionWarning"),
+    pytest.mark.filterwarnings("ignore:layer 'net.conv2' loses 5:lightning_compress.core.errors.CompressionWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch.compile looks
 ]
 

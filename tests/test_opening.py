@@ -18,15 +18,16 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress import Budget, Compress, apply_plan_, compress_, load_compressed, save_compressed, search_ranks
-from lightning_compress.costs import Costs, measure_costs
-from lightning_compress.decompositions import FactorisedLayer
-from lightning_compress.errors import ConfigurationError, ModelError, PlanMismatchError
-from lightning_compress.heal import heal_
-from lightning_compress.inventory import list_layers, take_inventory
-from lightning_compress.moments import gather_statistics
-from lightning_compress.opening import OpenAttention, OpenRecurrent, close_, open_, openable, opened, undo_
-from lightning_compress.plan import LayerPlan, Plan
-from lightning_compress.swap import apply_shells_, install, plan_of, uninstall
+from lightning_compress.analysis.costs import measure_costs
+from lightning_compress.analysis.inventory import list_layers, take_inventory
+from lightning_compress.analysis.statistics import gather_statistics
+from lightning_compress.core.costs import Costs
+from lightning_compress.core.errors import ConfigurationError, ModelError, PlanMismatchError
+from lightning_compress.core.plan import LayerPlan, Plan
+from lightning_compress.layers.factorised import FactorisedLayer
+from lightning_compress.layers.unfused import OpenAttention, OpenRecurrent, close_, open_, openable, opened, undo_
+from lightning_compress.surgery.repair import heal_
+from lightning_compress.surgery.swap import apply_shells_, install, plan_of, uninstall
 from tests.conftest import WEIGHTS_ALONE, Unchanged
 
 E, HEADS = 8, 2

@@ -12,8 +12,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LinearLR, OneCycleLR, ReduceLROnPlateau, SequentialLR
 
 from lightning_compress import Budget, FactorisedLayer, apply_plan_, search_ranks
-from lightning_compress.errors import OrphanParameterError, UnsupportedError
-from lightning_compress.finetune.optimizers import optimizer_layout, patch_optimizers_
+from lightning_compress.core.errors import OrphanParameterError, UnsupportedError
+from lightning_compress.training.optimizers import optimizer_layout, patch_optimizers_
 from tests.conftest import TinyNet, TinyTask, TwoManual, compress
 
 # TinyTask has a validation_step; the fits here need no validation data.

@@ -17,10 +17,10 @@ from hydra.utils import instantiate
 
 import lightning_compress
 from hydra_plugins.lightning_compress_searchpath import LightningCompressSearchPath
-from lightning_compress.app import main
-from lightning_compress.callback import Compress
-from lightning_compress.config import Budget
-from lightning_compress.hydra_config import CONFIG_FOLDER
+from lightning_compress.cli.app import main
+from lightning_compress.cli.config import CONFIG_FOLDER
+from lightning_compress.core.settings import Budget
+from lightning_compress.training.callback import Compress
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = sorted(str(path.relative_to(CONFIG_FOLDER)) for path in CONFIG_FOLDER.rglob("*.yaml"))
@@ -125,7 +125,7 @@ def test_own_application_in_its_own_process(app_folder):
 
 def test_console_script_is_the_application():
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="lightning-compress")
-    assert script.value == "lightning_compress.app:main"
+    assert script.value == "lightning_compress.cli.app:main"
     assert script.load() is main
 
 
@@ -208,7 +208,7 @@ def test_wheel_says_what_it_is(wheel):
         assert f"{info}/licenses/LICENSE" in archive.namelist()
         metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
         scripts = archive.read(f"{info}/entry_points.txt").decode()
-    assert scripts == "[console_scripts]\nlightning-compress = lightning_compress.app:main\n"
+    assert scripts == "[console_scripts]\nlightning-compress = lightning_compress.cli.app:main\n"
     assert (metadata["Version"], metadata["License-Expression"]) == (version, "Apache-2.0")
     assert metadata["Requires-Python"] == ">=3.10"
     assert set(metadata.get_all("Provides-Extra")) == {"plots", "demo", "vision", "onnx", "pretrained", "sweeps", "dev"}
@@ -247,6 +247,6 @@ def test_wheel_composes_the_job(unpacked, tmp_path):
     cfg = yaml.safe_load(done.stdout)
     assert cfg["compression"]["_target_"] == "lightning_compress.Compress"
     assert cfg["compression"]["budget"] == {"params": 0.25, "macs": 0.3, "bytes": 0.3}
-    assert cfg["model"]["net"]["_target_"] == "lightning_compress.demo.models.ResNet20"
+    assert cfg["model"]["net"]["_target_"] == "lightning_compress.cli.demo.models.ResNet20"
     assert cfg["finetune"] == {"epochs": 4, "lr": 0.05}
     assert list(tmp_path.iterdir()) == []

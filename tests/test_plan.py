@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lightning_compress import Budget, LayerPlan, Plan, search_ranks
-from lightning_compress.costs import Costs
-from lightning_compress.errors import PlanFormatError
-from lightning_compress.plan import FORMAT, SCHEMA, percent
+from lightning_compress.core.costs import Costs
+from lightning_compress.core.errors import PlanFormatError
+from lightning_compress.core.plan import FORMAT, SCHEMA, percent
 from tests.conftest import TinyNet
 
 

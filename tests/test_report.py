@@ -8,11 +8,11 @@ import xml.etree.ElementTree as ET
 import pytest
 from rich.console import Console
 
-from lightning_compress.config import Budget
-from lightning_compress.costs import Costs
-from lightning_compress.errors import OutputFolderError, UnsupportedError
-from lightning_compress.plan import LayerPlan, Plan
-from lightning_compress.report import Figures, Report, plot_plan
+from lightning_compress.cli.report import Figures, Report, plot_plan
+from lightning_compress.core.costs import Costs
+from lightning_compress.core.errors import OutputFolderError, UnsupportedError
+from lightning_compress.core.plan import LayerPlan, Plan
+from lightning_compress.core.settings import Budget
 from tests.conftest import block_imports
 
 DENSE, COMPRESSED = Costs(10_000, 200_000, 40_000), Costs(2_500, 20_000, 10_400)

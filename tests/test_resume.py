@@ -15,8 +15,8 @@ from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 from lightning_compress import Compress, FactorisedLayer, Plan, apply_plan_
-from lightning_compress.checkpoint import CHECKPOINT_KEY
-from lightning_compress.errors import PlanFormatError, PlanMismatchError, ResumeError
+from lightning_compress.core.errors import PlanFormatError, PlanMismatchError, ResumeError
+from lightning_compress.training.checkpoint import CHECKPOINT_KEY
 from tests.conftest import DEFAULTS, WEIGHTS_ALONE, TinyTask, TwoManual, compress
 
 pytestmark = [

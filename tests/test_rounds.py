@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
 from lightning_compress import Budget, Compress, FactorisedLayer, Phase, Plateau, Schedule, merge_
-from lightning_compress.compression import compress_model_
-from lightning_compress.config import Distill
-from lightning_compress.errors import BudgetError, ConfigurationError, InfeasibleBudgetError
-from lightning_compress.finetune.optimizers import exchange_parameters_
-from lightning_compress.finetune.schedule import Course
-from lightning_compress.rounds import compress_again_, reconcile_
+from lightning_compress.compress import compress_model_
+from lightning_compress.core.errors import BudgetError, ConfigurationError, InfeasibleBudgetError
+from lightning_compress.core.settings import Distill
+from lightning_compress.training.optimizers import exchange_parameters_
+from lightning_compress.training.rounds import compress_again_, reconcile_
+from lightning_compress.training.schedule import Course
 from tests.conftest import CLOSED_FORM, WEIGHTS_ALONE, TinyNet, TinyTask, TwoManual, compress
 from tests.test_resume import factorised, groups, lbfgs, momentum, named, one_cycle, require_identical_resume
 

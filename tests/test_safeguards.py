@@ -10,13 +10,10 @@ import torch
 from torch import nn
 
 from lightning_compress import Budget, apply_plan_, search_ranks
-from lightning_compress.candidates import DENSE
-from lightning_compress.compression import compress_model_
-from lightning_compress.costs import measure_costs
-from lightning_compress.drawing import leaves, noise, textured
-from lightning_compress.errors import CompressionWarning
-from lightning_compress.inventory import take_inventory
-from lightning_compress.moments import (
+from lightning_compress.analysis.costs import measure_costs
+from lightning_compress.analysis.drawing import leaves, noise, textured
+from lightning_compress.analysis.inventory import take_inventory
+from lightning_compress.analysis.statistics import (
     OTHER_KIND,
     Moments,
     Statistics,
@@ -24,15 +21,17 @@ from lightning_compress.moments import (
     gather_statistics,
     input_moments,
 )
-from lightning_compress.plan import BETTER_ELSEWHERE, LayerPlan
-from lightning_compress.progress import silent
-from lightning_compress.search import _problem, _tabulate
+from lightning_compress.analysis.synthetic import COUNT, LEAST_SIDE, synthesise
+from lightning_compress.analysis.trace import trace
+from lightning_compress.compress import compress_model_
+from lightning_compress.core.errors import CompressionWarning
+from lightning_compress.core.plan import BETTER_ELSEWHERE, DENSE, LayerPlan
+from lightning_compress.core.progress import silent
+from lightning_compress.search.api import _problem, _tabulate
 from lightning_compress.search.end_to_end import Outputs, output_distance
 from lightning_compress.search.exact import solve
 from lightning_compress.search.safeguards import gives_up_most, spend_what_is_left
 from lightning_compress.search.sensitivity import weighted
-from lightning_compress.synthesis import COUNT, LEAST_SIDE, synthesise
-from lightning_compress.tracing import trace
 from tests.conftest import CLOSED_FORM, TinyNet, Unchanged
 
 IMAGE = (1, 3, 16, 16)
@@ -83,7 +82,7 @@ def test_images_are_smaller_where_as_many_large_ones_are_too_dear(monkeypatch):
     small = synthesise(net, shape, count=8, steps=2)
     assert small.batches[0][0][0].shape[2:] == shape[2:]
     assert small.drawn == ()
-    monkeypatch.setattr("lightning_compress.synthesis.WORK", 10**9)
+    monkeypatch.setattr("lightning_compress.analysis.synthetic.WORK", 10**9)
     made = synthesise(net, shape, count=64, steps=2)
     assert made.batches[0][0][0].shape[2:] == (LEAST_SIDE, LEAST_SIDE)
     assert made.drawn
@@ -100,7 +99,7 @@ def test_images_are_smaller_where_as_many_large_ones_are_too_dear(monkeypatch):
 @pytest.fixture
 def scarce(monkeypatch) -> tuple[nn.Module, Statistics]:
     """A network and what is known of it where few inputs can be afforded."""
-    monkeypatch.setattr("lightning_compress.synthesis.WORK", 10**8)
+    monkeypatch.setattr("lightning_compress.analysis.synthetic.WORK", 10**8)
     net = pooled()
     return net, gather_statistics(net, (1, 3, 2 * LEAST_SIDE, 2 * LEAST_SIDE))
 
@@ -124,7 +123,7 @@ def test_moments_of_drawn_inputs_are_the_mean_of_two_kinds_shrunk(scarce):
 
 
 def test_small_images_are_not_drawn_and_their_factors_are_repaired(monkeypatch):
-    monkeypatch.setattr("lightning_compress.synthesis.WORK", 10**8)
+    monkeypatch.setattr("lightning_compress.analysis.synthetic.WORK", 10**8)
     net = pooled()
     made = synthesise(net, IMAGE)
     assert made.source == "batch norm"

@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_compress import Budget, Override, apply_plan_, search_ranks
-from lightning_compress.candidates import MAX_RANKS, MAX_RANKS_PER_MODE, Candidates, signal_loss, tabulate
-from lightning_compress.config import RESOURCES
-from lightning_compress.costs import measure_costs
-from lightning_compress.errors import (
+from lightning_compress.analysis.costs import measure_costs
+from lightning_compress.analysis.inventory import take_inventory
+from lightning_compress.analysis.trace import trace
+from lightning_compress.core.errors import (
     BudgetError,
     ConfigurationError,
     ExampleInputError,
@@ -24,12 +24,13 @@ from lightning_compress.errors import (
     SelectionError,
     UnsupportedError,
 )
-from lightning_compress.inventory import take_inventory
-from lightning_compress.search import STRATEGIES
+from lightning_compress.core.plan import signal_loss
+from lightning_compress.core.settings import RESOURCES
+from lightning_compress.layers.factorised import FactorisedLayer
+from lightning_compress.search.api import STRATEGIES
+from lightning_compress.search.candidates import MAX_RANKS, MAX_RANKS_PER_MODE, Candidates, tabulate
 from lightning_compress.search.exact import search_exact, smallest, solve
 from lightning_compress.search.problem import Problem
-from lightning_compress.swap import FactorisedLayer
-from lightning_compress.tracing import trace
 from tests.conftest import TinyNet
 
 SHAPE = (1, 3, 8, 8)
@@ -340,7 +341,7 @@ def test_candidates_hold_no_dominated_row_and_miss_no_other(budgeted):
     columns = [RESOURCES.index(name) for name in budgeted]
     table = table_of(conv, budgeted=budgeted, example=(1, 4, 11, 13), kinds="tucker2")
     (entry,) = take_inventory(nn.Sequential(conv), kinds="tucker2")
-    from lightning_compress.decompositions import DECOMPOSITIONS, LayerCall
+    from lightning_compress.kinds.registry import DECOMPOSITIONS, LayerCall
 
     tucker, shape = DECOMPOSITIONS["tucker2"], (6, 4, 3, 5)
     profile = tucker.profile(entry.weight.detach().double())

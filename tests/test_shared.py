@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress import Budget, Plan, apply_plan_, compress_, load_compressed, save_compressed, search_ranks
-from lightning_compress.decompositions.metric import Metric
-from lightning_compress.decompositions.shared import shared_errors, shared_factors
-from lightning_compress.errors import PlanMismatchError
-from lightning_compress.finetune.optimizers import patch_optimizers_
-from lightning_compress.swap import plan_of
+from lightning_compress.core.errors import PlanMismatchError
+from lightning_compress.kinds.joint_svd import shared_errors, shared_factors
+from lightning_compress.kinds.metric import Metric
+from lightning_compress.surgery.swap import plan_of
+from lightning_compress.training.optimizers import patch_optimizers_
 
 WIDTH, NAMES = 48, ("attention.query", "attention.key", "attention.value")
 
@@ -116,7 +116,7 @@ def test_layers_with_a_common_row_space_share(model, inputs, settings):
 def test_sharing_keeps_more_at_the_same_budget(model, inputs, monkeypatch):
     settings = {"example_input": inputs, "objective": "weight"}
     together = search_ranks(model, Budget(params=0.4), **settings)
-    monkeypatch.setattr("lightning_compress.search.sharing_groups", lambda *_: [])
+    monkeypatch.setattr("lightning_compress.search.api.sharing_groups", lambda *_: [])
     apart = search_ranks(model, Budget(params=0.4), **settings)
     assert not shares(apart)
     assert together.signal_loss < apart.signal_loss

@@ -9,11 +9,11 @@ from sklearn.covariance import ledoit_wolf
 from torch import nn
 
 from lightning_compress import Budget, search_ranks
-from lightning_compress.candidates import tabulate
-from lightning_compress.decompositions.metric import Metric
-from lightning_compress.decompositions.shrinkage import FOLDS, SampleSums
-from lightning_compress.inventory import take_inventory
-from lightning_compress.moments import gather_statistics
+from lightning_compress.analysis.inventory import take_inventory
+from lightning_compress.analysis.statistics import gather_statistics
+from lightning_compress.kinds.metric import Metric
+from lightning_compress.kinds.shrinkage import FOLDS, SampleSums
+from lightning_compress.search.candidates import tabulate
 
 
 def samples(count: int, size: int = 30, *, seed: int = 0) -> torch.Tensor:

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress import Budget, apply_plan_, compress_, load_compressed, save_compressed, search_ranks
-from lightning_compress.costs import Costs, measure_costs
-from lightning_compress.decompositions import AUTOMATIC, DECOMPOSITIONS, LayerCall, resolve_kinds
-from lightning_compress.decompositions.layer_types import operator_of
-from lightning_compress.plan import LayerPlan, Plan
-from lightning_compress.swap import plan_of
+from lightning_compress.analysis.costs import measure_costs
+from lightning_compress.core.costs import Costs
+from lightning_compress.core.plan import LayerPlan, Plan
+from lightning_compress.kinds.registry import AUTOMATIC, DECOMPOSITIONS, LayerCall, resolve_kinds
+from lightning_compress.layers.families import operator_of
+from lightning_compress.surgery.swap import plan_of
 from tests.conftest import DEFAULTS, WEIGHTS_ALONE, TinyNet
 from tests.layer_zoo import SAMPLE_OR_ALL, error_in, normal, random_metric, randomised
 

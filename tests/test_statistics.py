@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_compress import Budget, apply_plan_, search_ranks
-from lightning_compress.decompositions.layer_types import family_of
-from lightning_compress.errors import ExampleInputError
-from lightning_compress.moments import gather_statistics, input_moments
-from lightning_compress.synthesis import LEAST_COUNT, LEAST_STEPS, WORK, affordable, synthesise
+from lightning_compress.analysis.statistics import gather_statistics, input_moments
+from lightning_compress.analysis.synthetic import LEAST_COUNT, LEAST_STEPS, WORK, affordable, synthesise
+from lightning_compress.core.errors import ExampleInputError
+from lightning_compress.layers.families import family_of
 from tests.conftest import TinyNet, Unchanged, planned_error
 
 SHAPE = (1, 3, 8, 8)

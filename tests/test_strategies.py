@@ -11,14 +11,15 @@ import torch
 from torch import nn
 
 from lightning_compress import Budget, apply_plan_, search_ranks
-from lightning_compress.candidates import Candidates, tabulate
-from lightning_compress.config import RESOURCES
-from lightning_compress.decompositions.metric import Metric
-from lightning_compress.inventory import take_inventory
-from lightning_compress.moments import gather_statistics
-from lightning_compress.search import STRATEGIES
-from lightning_compress.search.alds import ALDS_KINDS
-from lightning_compress.search.paper import (
+from lightning_compress.analysis.inventory import take_inventory
+from lightning_compress.analysis.statistics import gather_statistics
+from lightning_compress.core.settings import RESOURCES
+from lightning_compress.kinds.metric import Metric
+from lightning_compress.search.api import STRATEGIES
+from lightning_compress.search.candidates import Candidates, tabulate
+from lightning_compress.search.problem import Problem
+from lightning_compress.search.strategies.alds import ALDS_KINDS
+from lightning_compress.search.strategies.paper import (
     BETA,
     GAMMA,
     _first_step,
@@ -29,7 +30,6 @@ from lightning_compress.search.paper import (
     _search,
     _window,
 )
-from lightning_compress.search.problem import Problem
 from tests.conftest import TinyNet, planned_error
 
 SHAPE = (1, 3, 8, 8)
@@ -416,7 +416,7 @@ def test_paper_uses_one_kind_per_layer():
 @pytest.mark.parametrize("keep", [0.25, 0.4, 0.6, 0.9])
 @pytest.mark.parametrize("kinds", ["auto", ["tucker2", "svd"]])
 def test_ranks_are_scaled_by_the_largest_common_factor_that_keeps_the_budget(keep, kinds, monkeypatch):
-    import lightning_compress.search.paper as module
+    import lightning_compress.search.strategies.paper as module
 
     searched = []
 

@@ -10,9 +10,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_compress import Budget, FactorisedLayer, LayerPlan, Plan, apply_plan_, search_ranks
-from lightning_compress.costs import Costs, measure_costs
-from lightning_compress.errors import ConfigurationError, ModelError, NonFiniteWeightError, PlanMismatchError
-from lightning_compress.swap import apply_shells_, install, plan_of, uninstall
+from lightning_compress.analysis.costs import measure_costs
+from lightning_compress.core.costs import Costs
+from lightning_compress.core.errors import ConfigurationError, ModelError, NonFiniteWeightError, PlanMismatchError
+from lightning_compress.surgery.swap import apply_shells_, install, plan_of, uninstall
 from tests.conftest import TinyNet
 
 RANKS = {

@@ -13,21 +13,21 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress import Budget, apply_plan_, search_ranks
-from lightning_compress.decompositions import (
+from lightning_compress.analysis.inventory import take_inventory
+from lightning_compress.core.errors import PlanMismatchError
+from lightning_compress.kinds import tensorised
+from lightning_compress.kinds.metric import Metric
+from lightning_compress.kinds.registry import (
     DECOMPOSITIONS,
     LayerCall,
     Operator,
     factorise_in,
     gated_weight,
     profile_in,
-    tensorised,
 )
-from lightning_compress.decompositions.layer_types import operator_of
-from lightning_compress.decompositions.metric import Metric
-from lightning_compress.decompositions.tensorised import balanced_factors, modes_of
-from lightning_compress.errors import PlanMismatchError
-from lightning_compress.export import load_compressed, save_compressed
-from lightning_compress.inventory import take_inventory
+from lightning_compress.kinds.tensorised import balanced_factors, modes_of
+from lightning_compress.layers.families import operator_of
+from lightning_compress.surgery.save import load_compressed, save_compressed
 from tests.layer_zoo import normal, plan_for, random_metric
 
 KINDS = ["tt_linear", "tucker_linear"]
@@ -360,7 +360,7 @@ class Words(nn.Module):
 
 @pytest.mark.usefixtures("small_ones")
 def test_table_of_kronecker_products_is_found_and_trains(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_compress.search.ACTIVATION_WEIGHT", 0.0)  # all of the table, whatever it writes
+    monkeypatch.setattr("lightning_compress.search.api.ACTIVATION_WEIGHT", 0.0)  # all of the table, whatever it writes
     model, index = Words(), torch.arange(1030).reshape(103, 10)
     dense = copy.deepcopy(model)
     plan = search_ranks(model, Budget(params=0.1), kinds=["svd", "tt_embedding"], example_input=index, seed=0)

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from lightning_compress import Budget, apply_plan_, compress_, load_compressed, save_compressed, search_ranks
-from lightning_compress.decompositions import FactorisedLayer
-from lightning_compress.finetune.optimizers import patch_optimizers_
-from lightning_compress.moments import gather_statistics
-from lightning_compress.swap import plan_of
+from lightning_compress.analysis.statistics import gather_statistics
+from lightning_compress.layers.factorised import FactorisedLayer
+from lightning_compress.surgery.swap import plan_of
+from lightning_compress.training.optimizers import patch_optimizers_
 
 VOCABULARY, WIDTH = 300, 48
 

@@ -12,17 +12,18 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress import Budget, apply_plan_, compress_, load_compressed, save_compressed
-from lightning_compress.candidates import tabulate
-from lightning_compress.costs import Costs, measure_costs
-from lightning_compress.decompositions import DECOMPOSITIONS, factorise_in, gated_weight, profile_in
-from lightning_compress.decompositions.layer_types import family_of, operator_of
-from lightning_compress.decompositions.metric import Metric
-from lightning_compress.errors import PlanMismatchError
-from lightning_compress.inventory import take_inventory
-from lightning_compress.plan import LayerPlan, Plan
+from lightning_compress.analysis.costs import measure_costs
+from lightning_compress.analysis.inventory import take_inventory
+from lightning_compress.core.costs import Costs
+from lightning_compress.core.errors import PlanMismatchError
+from lightning_compress.core.plan import LayerPlan, Plan
+from lightning_compress.kinds.metric import Metric
+from lightning_compress.kinds.registry import DECOMPOSITIONS, factorise_in, gated_weight, profile_in
+from lightning_compress.layers.families import family_of, operator_of
+from lightning_compress.search.candidates import tabulate
 from lightning_compress.search.problem import Problem
 from lightning_compress.search.space import Space
-from lightning_compress.swap import plan_of
+from lightning_compress.surgery.swap import plan_of
 from tests.conftest import DEFAULTS, WEIGHTS_ALONE, TinyNet
 from tests.layer_zoo import error_in, normal, random_metric, randomised
 

@@ -34,24 +34,24 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from lightning_compress.candidates import DENSE
-from lightning_compress.decompositions import (
+from lightning_compress.analysis.inventory import Layer
+from lightning_compress.analysis.statistics import Statistics
+from lightning_compress.analysis.synthetic import WORK
+from lightning_compress.analysis.trace import Arguments, inference, output_tensors, sample_counts
+from lightning_compress.core.parallel import in_threads
+from lightning_compress.core.plan import DENSE
+from lightning_compress.kinds.base import Ints, threads_for
+from lightning_compress.kinds.joint_svd import shared_factors
+from lightning_compress.kinds.registry import (
     DECOMPOSITIONS,
     factorise_in,
     gated_weight,
     multiplied_out,
     weighted_energy,
 )
-from lightning_compress.decompositions.base import Ints, threads_for
-from lightning_compress.decompositions.shared import shared_factors
-from lightning_compress.inventory import Layer
-from lightning_compress.moments import Statistics
 from lightning_compress.search.exact import solve
 from lightning_compress.search.problem import Problem
 from lightning_compress.search.space import Space, around
-from lightning_compress.sharing import in_threads
-from lightning_compress.synthesis import WORK
-from lightning_compress.tracing import Arguments, inference, output_tensors, sample_counts
 
 STEPS = 20
 LEARNING_RATE = 0.05

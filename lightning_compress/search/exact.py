@@ -14,8 +14,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, hstack
 
-from lightning_compress.decompositions.base import Floats, Ints
-from lightning_compress.progress import Progress
+from lightning_compress.core.progress import Progress
+from lightning_compress.kinds.base import Floats, Ints
 from lightning_compress.search.problem import Problem
 
 REL_GAP = 1e-4

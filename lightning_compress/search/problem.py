@@ -8,10 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
-from lightning_compress.candidates import Candidates
-from lightning_compress.config import RESOURCES
-from lightning_compress.decompositions.base import Floats, Ints
-from lightning_compress.progress import Progress
+from lightning_compress.core.progress import Progress
+from lightning_compress.core.settings import RESOURCES
+from lightning_compress.kinds.base import Floats, Ints
+from lightning_compress.search.candidates import Candidates
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from lightning_compress.candidates import DENSE, Candidates
-from lightning_compress.decompositions import DECOMPOSITIONS
+from lightning_compress.core.parallel import in_threads
+from lightning_compress.core.plan import DENSE
+from lightning_compress.kinds.registry import DECOMPOSITIONS
+from lightning_compress.search.candidates import Candidates
 from lightning_compress.search.end_to_end import Outputs
 from lightning_compress.search.exact import solve
 from lightning_compress.search.problem import Problem
-from lightning_compress.sharing import in_threads
 
 LEAST_ERROR = 1e-12
 """A smaller predicted error is not corrected."""

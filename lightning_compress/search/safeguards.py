@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lightning_compress.candidates import DENSE, tabulate
-from lightning_compress.decompositions import DECOMPOSITIONS
-from lightning_compress.decompositions.base import Ints
-from lightning_compress.inventory import Layer
-from lightning_compress.plan import BETTER_ELSEWHERE, LayerPlan
+from lightning_compress.analysis.inventory import Layer
+from lightning_compress.analysis.trace import Arguments
+from lightning_compress.core.parallel import in_threads
+from lightning_compress.core.plan import BETTER_ELSEWHERE, DENSE, LayerPlan
+from lightning_compress.kinds.base import Ints
+from lightning_compress.kinds.registry import DECOMPOSITIONS
+from lightning_compress.search.candidates import tabulate
 from lightning_compress.search.end_to_end import Outputs, output_distance
 from lightning_compress.search.exact import solve
 from lightning_compress.search.problem import Problem
-from lightning_compress.sharing import in_threads
-from lightning_compress.tracing import Arguments
 
 LEAST_GAIN = 1e-4
 """Loss of a layer that more ranks must save to be worth what they write."""

@@ -18,15 +18,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from lightning_compress.candidates import DENSE, Candidates
-from lightning_compress.decompositions.base import Ints
-from lightning_compress.progress import Progress
+from lightning_compress.analysis.synthetic import WORK
+from lightning_compress.analysis.trace import flop_counter, inference, sample_counts
+from lightning_compress.core.plan import DENSE
+from lightning_compress.core.progress import Progress
+from lightning_compress.kinds.base import Ints
+from lightning_compress.search.candidates import Candidates
 from lightning_compress.search.end_to_end import LEAST_INPUTS, Outputs, output_distance
 from lightning_compress.search.exact import solve
 from lightning_compress.search.problem import Problem
 from lightning_compress.search.refine import refined
-from lightning_compress.synthesis import WORK
-from lightning_compress.tracing import flop_counter, inference, sample_counts
 
 LEAST_LOSS = 1e-6
 """Smaller losses and distances count as this much: a layer is never free."""

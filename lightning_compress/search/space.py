@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_compress.decompositions.base import Floats, Ints
+from lightning_compress.kinds.base import Floats, Ints
 from lightning_compress.search.problem import Problem
 
 

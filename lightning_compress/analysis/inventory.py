@@ -1,0 +1,455 @@
+"""Which layers of a model can be factorised, and why the others cannot."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from lightning_compress.analysis.trace import Trace
+from lightning_compress.core.errors import (
+    ConfigurationError,
+    ModelError,
+    NonFiniteWeightError,
+    NothingToFactoriseError,
+    SelectionError,
+)
+from lightning_compress.core.settings import Override
+from lightning_compress.kinds.registry import DECOMPOSITIONS, LayerCall, Operator, is_automatic, resolve_kinds
+from lightning_compress.layers.factorised import FactorisedLayer
+from lightning_compress.layers.families import (
+    canonical,
+    family_of,
+    known_types,
+    layer_type,
+    operator_of,
+    own_layout,
+)
+from lightning_compress.layers.unfused import STATE_DICT_HOOKS, OpenModule, openable
+
+TIED_KINDS = ("svd",)
+"""Kinds whose factors can serve a weight and its transpose."""
+
+_TIED_PART = "its weight is tied to another module's, and {!r} is a projection of an opened layer"
+_MOST_LISTED = 20  # layers in an error message
+
+Patterns = str | type | Sequence[str | type]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One parameterised module of the model.
+
+    Attributes:
+        name: Its first name in `model.named_modules()`.
+        aliases: Every name it is registered under, the first included.
+        module: The module.
+        parameters: Number of parameters it holds itself, its children's left out.
+        kinds: Kinds of decomposition to choose from; empty if `reason` is given.
+        min_rank: Lower bound on every rank.
+        max_rank: Upper bound on every rank, None for no bound.
+        calls: Sizes of its calls in the traced forward pass, None if none was traced.
+        reason: Why the layer stays dense, None if it can be factorised.
+        partners: Modules that hold the same weight (an embedding and the output layer of a language
+            model), each with its names: they become factorised layers of the same factors.
+        members: Linear layers that read the same and may share their first factor; `module` then
+            holds their stacked weights, and name and aliases are those of the first.
+        whole: Names of the opened attention or recurrent layer it is a projection of, none otherwise.
+        whole_type: The torch class of that.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    module: nn.Module
+    parameters: int
+    kinds: tuple[str, ...] = ()
+    min_rank: int = 1
+    max_rank: int | None = None
+    calls: tuple[LayerCall, ...] | None = None
+    reason: str | None = None
+    partners: tuple[tuple[tuple[str, ...], nn.Module], ...] = ()
+    members: tuple[Layer, ...] = ()
+    whole: tuple[str, ...] = ()
+    whole_type: type[nn.Module] | None = None
+
+    @property
+    def type(self) -> str:
+        """Name of the module's class; one for all factorised layers."""
+        return (FactorisedLayer if isinstance(self.module, FactorisedLayer) else type(self.module)).__name__
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight."""
+        return cast(Tensor, self.module.weight)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight."""
+        return tuple(self.weight.shape)
+
+    @property
+    def operator(self) -> Operator:
+        """What a layer that can be factorised does."""
+        return operator_of(self.module)
+
+    def canonical_weight(self) -> Tensor:
+        """Returns the dense weight as (groups · out, in, *kernel)."""
+        return canonical(self.module, self.weight)
+
+    def double_weight(self) -> Tensor:
+        """Returns the canonical weight as decompositions take it, float64 on the CPU."""
+        return self.canonical_weight().detach().to("cpu", torch.float64)
+
+    def own_layout(self, weight: Tensor) -> Tensor:
+        """Returns a canonical weight in the layout of the module's own."""
+        return own_layout(self.module, weight)
+
+
+def take_inventory(
+    model: nn.Module,
+    *,
+    kinds: str | Sequence[str] = "auto",
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    trace: Trace | None = None,
+) -> tuple[Layer, ...]:
+    """Returns every parameterised module in order, each with its kinds or its reason.
+
+    Args:
+        model: Any module; it is not changed.
+        kinds: "auto", a kind, or a list of kinds to choose from.
+        include: Names, globs over names, class names or classes; only layers that match one
+            are factorised. None means all.
+        exclude: Likewise; layers that match one stay dense.
+        overrides: Pattern to `Override` (or a mapping of its fields, or "dense"). Where several
+            match one layer, the later ones win field by field.
+        trace: What a forward pass showed, if one was possible.
+
+    Raises:
+        ConfigurationError: If a kind or an override is malformed.
+        SelectionError: If a pattern matches no layer.
+        NothingToFactoriseError: If every layer has a reason to stay dense.
+    """
+    resolve_kinds(kinds)
+    layers = list_layers(model, trace)
+    chosen = _match_all(layers, include, "include")
+    refused = _match_all(layers, exclude, "exclude")
+    special = _overrides(layers, overrides)
+    result = []
+    for layer in layers:
+        reason = layer.reason
+        if reason is None and include is not None and layer.name not in chosen:
+            reason = "not matched by include"
+        if reason is None and layer.name in refused:
+            reason = "matched by exclude"
+        result.append(_with_kinds(layer, reason, special.get(layer.name, Override()), kinds, trace))
+    if all(layer.reason for layer in result):
+        raise NothingToFactoriseError(_nothing_message(model, result))
+    return tuple(result)
+
+
+def require_module(model: object) -> None:
+    """Checks that a model is a module whose parameters all have a shape.
+
+    Raises:
+        ConfigurationError: If it is no module.
+        ModelError: If a lazy parameter has no shape yet.
+    """
+    if not isinstance(model, nn.Module):
+        msg = f"model={model!r}: expected a torch.nn.Module."
+        raise ConfigurationError(msg)
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            msg = f"parameter {name!r} has no shape yet: run one batch through the model first."
+            raise ModelError(msg)
+
+
+def require_usable_weights(model: nn.Module) -> None:
+    """Checks that every parameter has a shape and finite values.
+
+    Raises:
+        ConfigurationError: If the model is no module.
+        ModelError: If a lazy parameter has no shape yet, or a parameter on the meta device no values.
+        NonFiniteWeightError: If a parameter holds NaN or infinite values.
+    """
+    require_module(model)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            msg = f"parameter {name!r} is on the meta device and has no values: load weights before compressing."
+            raise ModelError(msg)
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            bad = int((~torch.isfinite(parameter)).sum())
+            msg = (
+                f"parameter {name!r} holds {bad} NaN or infinite values of {parameter.numel()}: "
+                "load weights of a run that converged before compressing."
+            )
+            raise NonFiniteWeightError(msg)
+
+
+def list_layers(model: nn.Module, trace: Trace | None = None) -> list[Layer]:
+    """Returns every parameterised module in order, with a reason where it cannot be factorised."""
+    aliases: dict[int, list[str]] = {}
+    inside: set[int] = set()
+    wholes: dict[int, OpenModule] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(id(module), []).append(name)
+        if isinstance(module, FactorisedLayer):
+            inside.update(id(child) for child in module.modules())
+            inside.discard(id(module))
+        elif isinstance(module, OpenModule):
+            wholes.update({id(child): module for child in module.children()})
+    holders, ties, closed = _holders(model), _ties(model), openable(model)
+    shared = {key for key, count in holders.items() if count > 1}
+    layers = []
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=isinstance(module, FactorisedLayer)))
+        if own and id(module) not in inside:
+            count = sum(p.numel() for p in own)
+            reason = f"it cannot be opened: {closed[name]}" if closed.get(name) else None
+            reason = reason or _why_dense(module, shared, trace, name)
+            partners: list[tuple[tuple[str, ...], nn.Module]] = []
+            first, *others = ties.get(id(module), [(name, module)])
+            if others and reason is not None and id(module._parameters.get("weight")) in shared:
+                parts = [holder for holder, tied in (first, *others) if id(tied) in wholes]
+                reason = _why_tied(first, others, holders, trace) if not parts else _TIED_PART.format(parts[0])
+                if reason is None and first[1] is module:
+                    partners = [(tuple(aliases[id(other)]), other) for _, other in others]
+                elif reason is None:
+                    reason = f"its weight is that of {first[0]!r} and is factorised with it"
+            names = tuple(aliases[id(module)])
+            layer = Layer(name, names, module, count, reason=reason, partners=tuple(partners))
+            if (whole := wholes.get(id(module))) is not None:
+                layer = replace(layer, whole=tuple(aliases[id(whole)]), whole_type=whole.closed_type)
+            layers.append(layer)
+    return layers
+
+
+def _ties(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """Returns the modules that hold the same weight, by the id of each: embeddings first, then linear layers."""
+    holders: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        if module._parameters.get("weight") is not None:
+            holders.setdefault(id(module._parameters["weight"]), []).append((name, module))
+    groups = [sorted(g, key=lambda named: not isinstance(named[1], nn.Embedding)) for g in holders.values()]
+    return {id(module): group for group in groups if len(group) > 1 for _, module in group}
+
+
+def _why_tied(
+    first: tuple[str, nn.Module],
+    others: Sequence[tuple[str, nn.Module]],
+    holders: Mapping[int, int],
+    trace: Trace | None,
+) -> str | None:
+    """Returns why modules of one weight cannot be factorised together, None if they can."""
+    simple = all(type(module) in (nn.Embedding, nn.Linear) for _, module in (first, *others))
+    if not simple or holders[id(first[1].weight)] != 1 + len(others):
+        return "its weight is tied to another module's, factorising would untie it"
+    unshared = {key for key, count in holders.items() if count > 1} - {id(first[1].weight)}
+    for name, module in (first, *others):
+        reason = _why_dense(module, unshared, None, name)
+        if reason is not None:
+            return f"its weight is tied to that of {name!r}, of which holds: {reason}"
+        if trace is not None and name in trace.read_elsewhere:
+            return "its weight is used outside its own forward"
+    if trace is not None and not any(trace.calls[name] for name, _ in (first, *others)):
+        return "it is not called in the forward pass on the example input"
+    return None
+
+
+def sharing_groups(layers: Sequence[Layer], trace: Trace | None) -> list[Layer]:
+    """Returns, as layers of several members, the nn.Linear of one module that read the same tensor."""
+    if trace is None:
+        return []
+    groups: dict[tuple[Any, ...], list[Layer]] = {}
+    for layer in layers:
+        if layer.reason is None and "svd" in layer.kinds and type(layer.module) is nn.Linear and not layer.partners:
+            key = (
+                trace.inputs.get(layer.name),
+                layer.name.rpartition(".")[0],
+                layer.min_rank,
+                layer.max_rank,
+                layer.weight.dtype,
+                layer.weight.device,
+            )
+            groups.setdefault(key, []).append(layer)
+    return [stacked(group) for key, group in groups.items() if key[0] is not None and len(group) > 1]
+
+
+def stacked(members: Sequence[Layer]) -> Layer:
+    """Returns one layer of the stacked weights of linear layers."""
+    weight = torch.cat([member.weight.detach() for member in members])
+    module = nn.Linear(weight.shape[1], len(weight), bias=False, device="meta")
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    return replace(
+        members[0],
+        module=module,
+        parameters=sum(member.parameters for member in members),
+        kinds=("svd",),
+        calls=members[0].calls,
+        members=tuple(members),
+    )
+
+
+def matches(layer: Layer, pattern: str | type) -> bool:
+    """Returns whether a name, a glob over names, a class name or a class matches the layer, or what it is a part of."""
+    whole = layer.whole_type
+    if isinstance(pattern, type):
+        return isinstance(layer.module, pattern) or (whole is not None and issubclass(whole, pattern))
+    class_name = pattern.rpartition(".")[2] if pattern.startswith(("nn.", "torch.nn.")) else pattern
+    if class_name in (layer.type, whole.__name__ if whole is not None else None):
+        return True
+    return any(fnmatch.fnmatchcase(alias, pattern) for alias in (*layer.aliases, *layer.whole))
+
+
+def _match_all(layers: Iterable[Layer], patterns: Patterns | None, argument: str) -> set[str]:
+    if patterns is None:
+        return set()
+    listed: Any = [patterns] if isinstance(patterns, (str, type)) else patterns
+    if not isinstance(listed, Sequence) or not all(isinstance(p, (str, type)) for p in listed):
+        msg = f"{argument}={patterns!r}: expected a name, a glob, a layer type, or a list of those."
+        raise ConfigurationError(msg)
+    found: set[str] = set()
+    for pattern in listed:
+        found |= _names_matching(list(layers), pattern, argument)
+    return found
+
+
+def _names_matching(layers: Sequence[Layer], pattern: str | type, argument: str) -> set[str]:
+    names = {layer.name for layer in layers if matches(layer, pattern)}
+    if not names:
+        known = [layer.name for layer in layers]
+        close = difflib.get_close_matches(str(pattern), known, n=3, cutoff=0.4) or known[:3]
+        msg = (
+            f"{argument}: {pattern!r} matches no layer. Names are those of model.named_modules(), "
+            f"such as {', '.join(map(repr, close))}; globs such as '*.conv1' and types such as 'Conv2d' work too."
+        )
+        raise SelectionError(msg)
+    return names
+
+
+def _overrides(layers: Sequence[Layer], overrides: Mapping[str, Any] | None) -> dict[str, Override]:
+    if overrides is None:
+        return {}
+    if not isinstance(cast(Any, overrides), Mapping):
+        msg = f"overrides={overrides!r}: expected a mapping from patterns to settings, as in {{'head.*': 'dense'}}."
+        raise ConfigurationError(msg)
+    merged: dict[str, Override] = {}
+    for pattern, value in overrides.items():
+        if not isinstance(cast(Any, pattern), (str, type)):
+            msg = f"overrides: the pattern {pattern!r} is no string; quote it, as in {{'{pattern}': 'dense'}}."
+            raise ConfigurationError(msg)
+        override = Override.from_value(value, pattern)
+        if override.kinds is not None:
+            resolve_kinds(override.kinds)
+        fields = {name: v for name, v in vars(override).items() if v is not None}
+        for name in _names_matching(layers, pattern, "overrides"):
+            merged[name] = replace(merged.get(name, Override()), **fields)
+    return merged
+
+
+def _with_kinds(
+    layer: Layer, reason: str | None, override: Override, general: str | Sequence[str], trace: Trace | None
+) -> Layer:
+    if reason is None and override.dense:
+        reason = "kept dense by overrides"
+    if reason is not None:
+        return replace(layer, reason=reason)
+    asked = override.kinds if override.kinds is not None else general
+    refusals = {kind: DECOMPOSITIONS[kind].unsupported(layer.operator) for kind in resolve_kinds(asked)}
+    if is_automatic(asked):
+        refusals = {
+            kind: refusal
+            for kind, refusal in refusals.items()
+            if refusal is not None or DECOMPOSITIONS[kind].automatic(layer.operator)
+        }
+    if layer.partners:
+        others = "its weight is tied to another module's, which svd alone can share"
+        refusals.update({kind: others for kind in refusals if kind not in TIED_KINDS and refusals[kind] is None})
+    kinds = tuple(kind for kind, refusal in refusals.items() if refusal is None)
+    if not kinds:
+        return replace(layer, reason="; ".join(filter(None, refusals.values())))
+    return replace(
+        layer,
+        kinds=kinds,
+        min_rank=override.min_rank or 1,
+        max_rank=override.max_rank,
+        calls=_calls(layer, trace) if trace else None,
+    )
+
+
+def _calls(layer: Layer, trace: Trace) -> tuple[LayerCall, ...]:
+    """Returns the calls of a layer and of those that share its weight."""
+    partners = [call for aliases, _ in layer.partners for call in trace.calls[aliases[0]]]
+    return (*trace.calls[layer.name], *partners)
+
+
+def _why_dense(module: nn.Module, shared: set[int], trace: Trace | None, name: str) -> str | None:
+    if isinstance(module, FactorisedLayer):
+        return f"already factorised ({module.kind}, ranks {module.ranks})"
+    if layer_type(module) is None:
+        opened = "its projections are layers of their own, and it holds nothing but their biases"
+        return opened if isinstance(module, OpenModule) else _why_unknown(module)
+    if not name:
+        return "it is the model itself, which has no parent to swap it in; wrap it, as in nn.Sequential(layer)"
+    if "forward" in module.__dict__:
+        return "its forward method was replaced on the instance"
+    if any(getattr(module, hooks, None) for hooks in STATE_DICT_HOOKS):
+        return "it carries state-dict hooks, which expect a dense weight"
+    return _why_weight_dense(module, shared) or _why_use_dense(trace, name)
+
+
+def _why_unknown(module: nn.Module) -> str:
+    parent = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in known_types()), None)
+    if parent is not None:
+        return f"{type(module).__name__} is a subclass of {parent} and may use its weight in its own way"
+    return f"no kind factorises {type(module).__name__}"
+
+
+def _why_weight_dense(module: nn.Module, shared: set[int]) -> str | None:
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed from other parameters (weight_norm, spectral_norm, pruning or the like)"
+    if not weight.is_floating_point():
+        return f"its weight is of dtype {weight.dtype}"
+    if (refusal := family_of(module).refusal(module)) is not None:
+        return refusal
+    if id(weight) in shared:
+        return "its weight is tied to another module's, factorising would untie it"
+    if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+        return "its weight carries a gradient hook, which factors would lose"
+    return None
+
+
+def _why_use_dense(trace: Trace | None, name: str) -> str | None:
+    if trace is None:
+        return None
+    if name in trace.read_elsewhere:
+        return "its weight is used outside its own forward"
+    if not trace.calls[name]:
+        return "it is not called in the forward pass on the example input"
+    return trace.refused.get(name)
+
+
+def _holders(model: nn.Module) -> dict[int, int]:
+    """Returns how often each parameter is held, by its id."""
+    holders: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    return holders
+
+
+def _nothing_message(model: nn.Module, layers: Sequence[Layer]) -> str:
+    shown = layers[:_MOST_LISTED]
+    lines = [f"  {layer.name or '(the model itself)'} ({layer.type}): {layer.reason}" for layer in shown]
+    more = [f"  … and {len(layers) - len(shown)} more"] if len(layers) > len(shown) else []
+    listed = "\n".join([*lines, *more]) or "  it has no parameters at all"
+    return f"{type(model).__name__} holds no layer that can be factorised:\n{listed}"

@@ -1,0 +1,392 @@
+"""Inputs made from a model's own statistics, without a single real sample.
+
+Images start as drawings (see `drawing`), other dense inputs as noise. All are optimised until the batch
+statistics at every batch norm match the running ones (as in Yin et al. 2020, "Dreaming to
+Distill: Data-free Knowledge Transfer via DeepInversion", equation 4; without labels). A model with
+one output (B, C) is taken for a classifier: a small term asks for confident predictions that differ
+over the batch, as real inputs give them. Where a model keeps no running statistics the inputs stay as
+they were drawn; token inputs are drawn at random.
+
+Where so many full-sized images cannot be afforded and the model takes smaller ones as well, they are smaller: the
+statistics of a layer need many independent inputs more than they need large ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from typing_extensions import override
+
+from lightning_compress.analysis.drawing import leaves, noise, textured
+from lightning_compress.analysis.trace import (
+    Arguments,
+    ExampleInput,
+    as_arguments,
+    hooked,
+    inference,
+    input_of,
+    output_tensors,
+    run,
+    trace,
+)
+from lightning_compress.core.parallel import shared_map
+from lightning_compress.core.progress import Progress, silent
+
+COUNT = 256
+STEPS = 40
+LEARNING_RATE = 0.2
+BATCH = 64
+WORK = 2 * 10**12
+"""MACs that the optimisation may cost: a minute or so on a few cores."""
+CONFIDENCE = 0.02
+"""Weight of the mean entropy of the predictions, against the mismatch at the norms."""
+VARIETY = 0.1
+"""Weight of the entropy of the mean prediction, which is to be large."""
+DRAWN = 1024
+"""Images that are drawn for the moments alone, at most."""
+JUDGING = 64
+"""Inputs of another kind, to judge plans."""
+LEAST_COUNT = 16
+LEAST_STEPS = 10
+LEAST_SIDE = 96
+"""Images whose sides would get shorter than this are not halved to afford more of them."""
+
+
+@dataclass(frozen=True)
+class SyntheticInputs:
+    """Batches of arguments of a model's forward pass.
+
+    Attributes:
+        batches: Positional and keyword arguments, with a leading batch dimension.
+        source: "batch norm" if matched to running statistics, "tokens" if drawn at random from a
+            vocabulary, "noise" otherwise.
+        mismatch: Mean squared deviation of the batch statistics from the running ones, in units of
+            the running deviations; None without batch norms.
+        drawn: More batches, as they were drawn: norms that take the statistics of the batch itself make their
+            activations what the model knows of real ones at no cost but a forward pass. None where as many
+            full-sized inputs as wanted were affordable, images are small, or none are matched to batch norms.
+        judging: A batch of another kind than all these, for comparisons: images of shapes and of noise on several
+            scales as they were drawn, other values of rising and falling size.
+    """
+
+    batches: tuple[Arguments, ...]
+    source: str
+    mismatch: float | None = None
+    drawn: tuple[Arguments, ...] = ()
+    judging: tuple[Arguments, ...] = ()
+
+
+def synthesise(
+    model: nn.Module,
+    example_input: ExampleInput,
+    *,
+    count: int = COUNT,
+    steps: int = STEPS,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> SyntheticInputs:
+    """Returns synthetic inputs for a model; deterministic under the seed.
+
+    Args:
+        model: Any module; it is not changed.
+        example_input: See `search_ranks`.
+        count: Number of inputs; images are smaller and then inputs fewer for models so large that it would cost
+            more than `WORK`.
+        steps: Steps of the optimisation, likewise.
+        seed: Of everything random.
+        progress: Called with what is being done and the fraction done.
+
+    Raises:
+        ExampleInputError: If the example input has a wrong type.
+    """
+    example = as_arguments(model, example_input)
+    generator = torch.Generator().manual_seed(seed)
+    norms, macs, scarce = running_norms(model), 0, False
+    if norms:
+        macs = trace(model, example_input).macs
+        scarce = affordable(macs, count, steps)[0] < count
+        example, macs = _affordable_example(model, example, macs, count, steps)
+        count, steps = affordable(macs, count, steps)
+    sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
+    made = [_draw(model, example, size, generator) for size in sizes]
+    batches, tokens = [arguments for arguments, _ in made], made[-1][1]
+    source = "tokens" if tokens else "noise"
+    mismatches: list[float] = []
+    drawn: list[Arguments] = []
+    optimised = bool(norms) and not tokens
+
+    def laid_out(arguments: Arguments) -> Arguments:
+        return _channels_last(arguments) if channels_last else arguments
+
+    channels_last = optimised and _runs_channels_last(model, example)
+    if optimised:
+        batches = [laid_out(a) for a in batches]
+
+        def match(index: int) -> tuple[Arguments, float]:
+            report = functools.partial(_report, progress, index, len(batches))
+            return _match(model, start[index], norms, steps, report)
+
+        start = batches
+        matched = shared_map("synthetic inputs", match, range(len(batches)))
+        batches = [arguments for arguments, _ in matched]
+        mismatches = [mismatch for _, mismatch in matched if math.isfinite(mismatch)]
+        if math.isfinite(matched[-1][1]):  # else no norm was called, or its inputs are not finite
+            source = "batch norm"
+    if source == "batch norm" and scarce and _shows_textures(example):
+        more = max(1, min(DRAWN, WORK // (10 * max(1, macs))) // BATCH)
+        drawn = [laid_out(_draw(model, example, BATCH, generator)[0]) for _ in range(more)]
+    judging = laid_out(_judging(model, example, generator))
+    progress("synthetic inputs", 1.0)
+    mismatch = sum(mismatches) / len(mismatches) if mismatches else None
+    return SyntheticInputs(tuple(batches), source, mismatch, tuple(drawn), (judging,))
+
+
+def running_norms(model: nn.Module) -> list[_BatchNorm]:
+    """Returns the batch norms that keep running statistics."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+def _judging(model: nn.Module, example: Arguments, generator: torch.Generator) -> Arguments:
+    """Returns a batch of inputs of another kind than those drawn first."""
+
+    def other(leaf: Any) -> Any:
+        if not (isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim):
+            return leaf
+        if _is_image(leaf.shape):
+            half = (len(leaf) // 2, *leaf.shape[1:])
+            return torch.cat([leaves(half, generator), noise(half, generator)]).to(leaf)
+        scales = torch.logspace(-0.5, 0.5, len(leaf)).reshape(-1, *(1 for _ in leaf.shape[1:]))
+        return leaf * scales.to(leaf)
+
+    drawn, _ = _draw(model, example, JUDGING, generator)
+    return cast(Arguments, tree_map(other, drawn))
+
+
+def _runs_channels_last(model: nn.Module, example: Arguments) -> bool:
+    """Returns whether a model runs on images whose channels lie together in memory, faster on most CPUs and GPUs.
+
+    Not those that `view` an activation as flat.
+    """
+    try:
+        with inference(model):
+            args, kwargs = _channels_last(example)
+            model(*args, **kwargs)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _channels_last(arguments: Arguments) -> Arguments:
+    """Returns the arguments with images (B, C, H, W) in channels-last memory format."""
+
+    def converted(leaf: Any) -> Any:
+        is_image = isinstance(leaf, Tensor) and leaf.ndim == 4 and leaf.is_floating_point()  # noqa: PLR2004
+        return leaf.to(memory_format=torch.channels_last) if is_image else leaf
+
+    return cast(Arguments, tree_map(converted, arguments))
+
+
+def affordable(macs: int, count: int, steps: int) -> tuple[int, int]:
+    """Returns count and steps, cut so that the optimisation costs at most `WORK` MACs.
+
+    First the inputs become fewer, down to `LEAST_COUNT`, then the steps, down to `LEAST_STEPS`.
+
+    Args:
+        macs: MACs of one forward pass of one input; backward costs twice as much.
+        count: Inputs wanted.
+        steps: Steps wanted.
+    """
+    passes = max(1, WORK // (3 * max(1, macs)))
+    count = max(min(count, LEAST_COUNT), min(count, passes // steps))
+    return count, max(min(steps, LEAST_STEPS), min(steps, passes // count))
+
+
+def _draw(model: nn.Module, example: Arguments, size: int, generator: torch.Generator) -> tuple[Arguments, bool]:
+    """Returns arguments like the example's with `size` samples, and whether some are tokens."""
+    leaves, spec = tree_flatten(example)
+    vocabulary = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    tokens = False
+    drawn = []
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+            drawn.append(leaf)
+        elif leaf.is_floating_point():
+            drawn.append(_values((size, *leaf.shape[1:]), generator).to(leaf.device, leaf.dtype))
+        elif vocabulary is not None and leaf.dtype in (torch.int32, torch.int64):
+            tokens = True
+            drawn.append(torch.randint(vocabulary, (size, *leaf.shape[1:]), generator=generator).to(leaf))
+        else:
+            drawn.append(leaf.expand(size, *leaf.shape[1:]))
+    return tree_unflatten(drawn, spec), tokens
+
+
+def _values(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Returns values of mean 0 and deviation 1; images (B, C, H, W) are drawn."""
+    if not _is_image(shape):
+        return torch.randn(shape, generator=generator)
+    if min(shape[2:]) >= LEAST_SIDE:
+        return textured(shape, generator)
+    half = shape[0] // 2
+    images = [noise((shape[0] - half, *shape[1:]), generator)]
+    if half:
+        images.append(leaves((half, *shape[1:]), generator))
+    return torch.cat(images)[torch.randperm(shape[0], generator=generator)]
+
+
+def _shows_textures(example: Arguments) -> bool:
+    """Returns whether some images of the arguments are large enough to be drawn with textures."""
+    shapes = [leaf.shape for leaf in tree_flatten(example)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return any(_is_image(shape) and min(shape[2:]) >= LEAST_SIDE for shape in shapes)
+
+
+def _is_image(shape: Sequence[int]) -> bool:
+    return len(shape) == 4 and min(shape[2:]) >= 4  # noqa: PLR2004
+
+
+def _affordable_example(
+    model: nn.Module, example: Arguments, macs: int, count: int, steps: int
+) -> tuple[Arguments, int]:
+    """Returns the example, with images halved until so many are affordable, and the MACs of a forward pass.
+
+    Only as long as the model takes them and its outputs keep their shapes.
+    """
+    while affordable(macs, count, steps)[0] < count:
+        smaller = tree_map(_halved, example)
+        if all(a is b for a, b in zip(tree_flatten(smaller)[0], tree_flatten(example)[0], strict=True)):
+            break
+        try:
+            with inference(model):
+                shapes = [[t.shape for t in output_tensors(model(*a[0], **a[1]))] for a in (example, smaller)]
+        except Exception:  # whatever a model raises on inputs of another size
+            break
+        if shapes[0] != shapes[1]:
+            break
+        example, macs = smaller, macs // 4
+    return example, macs
+
+
+def _halved(leaf: Any) -> Any:
+    """Returns an image of half the sides, everything else and small images as they are."""
+    if not (isinstance(leaf, Tensor) and leaf.is_floating_point() and _is_image(leaf.shape)):
+        return leaf
+    return leaf[:, :, ::2, ::2] if min(leaf.shape[2:]) >= 2 * LEAST_SIDE else leaf
+
+
+def _match(
+    model: nn.Module,
+    arguments: Arguments,
+    norms: list[_BatchNorm],
+    steps: int,
+    progress: Callable[[float], None],
+) -> tuple[Arguments, float]:
+    """Returns the arguments after optimisation of their floating-point tensors, and the mismatch."""
+    leaves, spec = tree_flatten(arguments)
+    free = [leaf.float().requires_grad_() for leaf in leaves if _is_free(leaf)]
+    deviations: list[Tensor] = []
+    best, best_loss, mismatch = [f.detach().clone() for f in free], math.inf, math.inf
+    with (
+        hooked(
+            norm.register_forward_pre_hook(
+                lambda m, args, kwargs: deviations.append(_deviation(m, input_of(args, kwargs))),
+                with_kwargs=True,
+            )
+            for norm in norms
+        ),
+        inference(model),
+        torch.inference_mode(mode=False),
+        torch.enable_grad(),
+    ):
+        optimizer = torch.optim.Adam(free, betas=(0.5, 0.9))
+        for step in range(steps + 1):
+            deviations.clear()
+            args, kwargs = tree_unflatten(_with_free(leaves, free), spec)
+            outputs = run(model, (args, kwargs), "batch norm inputs")
+            if not deviations:  # no norm was called
+                break
+            deviation = torch.stack(deviations).mean()
+            loss = deviation + _indecision(outputs)
+            if not bool(torch.isfinite(loss)):
+                break
+            if float(loss.detach()) < best_loss:
+                best, best_loss = [f.detach().clone() for f in free], float(loss.detach())
+                mismatch = float(deviation.detach())
+            if step == steps:
+                break
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps) ** 0.5
+            if not loss.requires_grad:  # nothing the inputs could change
+                break
+            gradients = torch.autograd.grad(loss, free, allow_unused=True)  # of the inputs alone
+            for leaf, gradient in zip(free, gradients, strict=True):
+                leaf.grad = gradient  # None where the outputs do not depend on it: it stays as it is
+            optimizer.step()
+            progress((step + 1) / steps)
+    return tree_unflatten(_with_free(leaves, best), spec), mismatch
+
+
+def _indecision(outputs: Any) -> Tensor:
+    """Returns the weighted entropies of a classifier's predictions, 0 for any other model."""
+    tensors = output_tensors(outputs)
+    if len(tensors) != 1 or tensors[0].ndim != 2 or tensors[0].shape[1] < 2:  # noqa: PLR2004
+        return torch.zeros(())
+    logs = tensors[0].float().log_softmax(dim=1)
+    each, whole = logs.exp(), logs.exp().mean(dim=0)
+    entropy = -(each * logs).sum(dim=1).mean()
+    return CONFIDENCE * entropy + VARIETY * (whole * whole.clamp_min(1e-9).log()).sum()
+
+
+def _report(progress: Progress, index: int, total: int, done: float) -> None:
+    progress("synthetic inputs", (index + done) / total)
+
+
+def _is_free(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 0
+
+
+def _with_free(leaves: list[Any], free: list[Tensor]) -> list[Any]:
+    values = iter(free)
+    return [next(values).to(leaf.dtype) if _is_free(leaf) else leaf for leaf in leaves]
+
+
+class _BatchMoments(torch.autograd.Function):
+    """Mean and variance of every channel, (C,) each, of (B, C, …); what `var_mean` gives in a fifth of the time.
+
+    On a CPU that reduces over all but the second axis on a path of its own, and half the optimisation was spent there.
+    """
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        dims = [d for d in range(inputs.ndim) if d != 1]
+        mean = inputs.mean(dims, keepdim=True)
+        ctx.save_for_backward(inputs, mean)
+        return mean.flatten(), (inputs - mean).square_().mean(dims)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        inputs, mean = cast(tuple[Tensor, Tensor], ctx.saved_tensors)
+        count = inputs.numel() // mean.numel()
+        of_mean, of_variance = (g.reshape_as(mean) / count for g in gradients)
+        return torch.addcmul(of_mean - 2 * of_variance * mean, inputs, 2 * of_variance)
+
+
+def channel_moments(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns mean and variance of every channel, (C,) float32 each, of (B, C, …); differentiable."""
+    return cast(tuple[Tensor, Tensor], _BatchMoments.apply(inputs.float()))
+
+
+def _deviation(norm: _BatchNorm, inputs: Tensor) -> Tensor:
+    """Returns how far the batch statistics are from the running ones, in running deviations."""
+    mean, variance = channel_moments(inputs)
+    running_mean, running_variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var) + norm.eps
+    by_mean = (mean - running_mean).square() / running_variance
+    by_spread = ((variance + norm.eps).sqrt() / running_variance.sqrt() - 1).square()
+    return (by_mean + by_spread).mean()

@@ -1,0 +1,1 @@
+"""The Hydra application, its reports and its demonstration."""

@@ -1,0 +1,244 @@
+"""Before and after: JSON, Markdown, a table for the terminal, and a plot of the plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from lightning_compress.core.costs import Costs
+from lightning_compress.core.errors import OutputFolderError, UnsupportedError
+from lightning_compress.core.plan import Plan, percent
+
+SCHEMA = 1
+STAGES = ("dense", "zero_shot", "fine_tuned")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured of one model.
+
+    Attributes:
+        costs: Parameters, MACs, bytes.
+        latency: Seconds of one forward pass at batch 1, measured in turns with the other stages.
+        metrics: Metric name to value.
+    """
+
+    costs: Costs
+    latency: float
+    metrics: Mapping[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the figures as report.json holds them, latency in milliseconds."""
+        return {**vars(self.costs), "latency_ms": 1e3 * self.latency, "metrics": dict(self.metrics)}
+
+
+@dataclass(frozen=True)
+class Report:
+    """One compression, measured before, right after the swap, and after fine-tuning.
+
+    Attributes:
+        plan: The plan that was applied.
+        dense: The dense model.
+        zero_shot: After the swap, before any step on real data.
+        fine_tuned: At the end.
+        seconds: How long each part of the compression took.
+    """
+
+    plan: Plan
+    dense: Figures
+    zero_shot: Figures
+    fine_tuned: Figures
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> dict[str, float | None]:
+        """Fraction of the dense model that is kept at the end, by resource."""
+        kept = self.fine_tuned.costs.kept_of(self.dense.costs)
+        return {**kept, "latency": self.fine_tuned.latency / self.dense.latency}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the content of report.json."""
+        plan = self.plan
+        return {
+            "schema": SCHEMA,
+            "data_free": plan.data_free,
+            "budget": plan.budget.as_dict() if plan.budget is not None else {},
+            **{stage: getattr(self, stage).as_dict() for stage in STAGES},
+            "kept": self.kept,
+            "search": {
+                "method": plan.method,
+                "objective": plan.objective,
+                "source": plan.source,
+                "seconds": plan.seconds,
+                "optimality_gap": plan.optimality_gap,
+                "output_distance": plan.output_distance,
+            },
+            "seconds": dict(self.seconds),
+            "layers": [
+                {
+                    "name": layer.name,
+                    "type": layer.type,
+                    "kind": layer.kind,
+                    "ranks": list(layer.ranks),
+                    "error": layer.error,
+                    "source": layer.source,
+                    "params_before": layer.params_before,
+                    "params_after": layer.params_after,
+                    "reason": layer.reason,
+                }
+                for layer in plan.layers
+            ],
+        }
+
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """Returns the rows people read: name, dense, zero-shot, fine-tuned, kept or change."""
+        stages = [getattr(self, stage) for stage in STAGES]
+        rows = [
+            _row("parameters", [f"{s.costs.params:,}" for s in stages], _kept(self.kept["params"])),
+            _row(
+                "MACs", ["?" if s.costs.macs is None else f"{s.costs.macs:,}" for s in stages], _kept(self.kept["macs"])
+            ),
+            _row("bytes", [f"{s.costs.bytes:,}" for s in stages], _kept(self.kept["bytes"])),
+            _row("latency, batch 1", [f"{1e3 * s.latency:.3f} ms" for s in stages], _kept(self.kept["latency"])),
+        ]
+        for name in self.dense.metrics:
+            values = [s.metrics[name] for s in stages]
+            rows.append(_row(name, [f"{value:.4f}" for value in values], f"{values[-1] - values[0]:+.4f}"))
+        return rows
+
+    def table(self) -> Table:
+        """Returns the rows for the terminal."""
+        table = Table(title=self._headline(), title_justify="left")
+        for index, name in enumerate(_HEADER):
+            table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+        for row in self.rows():
+            table.add_row(*row)
+        return table
+
+    def to_markdown(self) -> str:
+        """Returns the same rows and the layers as Markdown."""
+        lines = ["# Compression report", "", self._headline(), "", *_markdown(_HEADER, self.rows()), ""]
+        layers = [
+            (
+                f"`{p.name}`",
+                p.type,
+                p.kind,
+                ", ".join(map(str, p.ranks)),
+                "" if p.is_dense else f"{p.error:.4f}",
+                p.source or "",
+                f"{p.params_before:,}",
+                f"{p.params_after:,}",
+                p.reason or "",
+            )
+            for p in self.plan.layers
+        ]
+        header = ("layer", "type", "kind", "ranks", "error", "measured on", "parameters", "afterwards", "reason")
+        if self.seconds:
+            parts = [(name, f"{seconds:.1f} s") for name, seconds in self.seconds.items()]
+            lines += ["## Time", "", *_markdown(("part", "took"), parts), ""]
+        return "\n".join([*lines, "## Layers", "", *_markdown(header, layers), ""])
+
+    def save(self, folder: str | Path) -> None:
+        """Writes report.json, report.md and plan.json.
+
+        Raises:
+            OutputFolderError: If the folder cannot be written.
+        """
+        folder = Path(folder)
+        files = {
+            "report.json": json.dumps(self.as_dict(), indent=2),
+            "report.md": self.to_markdown(),
+            "plan.json": self.plan.to_json(),
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, text in files.items():
+                (folder / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            msg = f"cannot write the report to {str(folder)!r}: {error}. Choose a folder you can write."
+            raise OutputFolderError(msg) from error
+
+    def _headline(self) -> str:
+        plan = self.plan
+        source = "data-free" if plan.data_free else "not data-free"
+        search = f"{source} {plan.method} search" if plan.method is not None else "a given plan"
+        seconds = "" if plan.seconds is None else f" in {plan.seconds:.2f} s"
+        gap = "" if plan.optimality_gap is None else f", at most {100 * plan.optimality_gap:.2f} % above the optimum"
+        budget = "" if plan.budget is None else f"budget {plan.budget}; "
+        return f"{budget}{search}{seconds}{gap}; {len(plan.factorised)} layers factorised"
+
+
+_HEADER = ("", "dense", "zero-shot", "fine-tuned", "kept / change")
+
+
+def plot_plan(plan: Plan, path: str | Path) -> None:
+    """Draws parameters before and after with the ranks, and the error, of every factorisable layer.
+
+    Args:
+        plan: What to draw.
+        path: Image file; the ending chooses the format.
+
+    Raises:
+        UnsupportedError: If matplotlib is not installed.
+        OutputFolderError: If the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415
+    except ImportError as error:
+        msg = "plots need matplotlib: pip install 'lightning_compress[plots]'."
+        raise UnsupportedError(msg) from error
+    layers = [layer for layer in plan.layers if layer.weight_shape]
+    kinds = list(dict.fromkeys(layer.kind for layer in layers))
+    colours = {kind: _GREY if kind == "dense" else _COLOURS[i % len(_COLOURS)] for i, kind in enumerate(kinds)}
+    figure = Figure(figsize=(11, 1.8 + 0.32 * len(layers)), layout="constrained")
+    sizes, errors = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    rows = range(len(layers))
+    sizes.barh(rows, [p.params_before for p in layers], color="0.9", label="before")
+    for kind in kinds:
+        own = [(row, p) for row, p in enumerate(layers) if p.kind == kind]
+        sizes.barh([r for r, _ in own], [p.params_after for _, p in own], height=0.5, color=colours[kind], label=kind)
+        errors.barh([r for r, _ in own], [p.error for _, p in own], height=0.5, color=colours[kind])
+    for row, layer in enumerate(layers):
+        if not layer.is_dense:
+            text = "rank " + " x ".join(map(str, layer.ranks))
+            sizes.annotate(
+                text, (layer.params_before, row), (4, 0), textcoords="offset points", va="center", fontsize=8
+            )
+    sizes.set(xscale="log", xlabel="parameters", title="Parameters before and after, ranks")
+    sizes.set_xlim(right=4 * max(p.params_before for p in layers))
+    sizes.set_yticks(rows, [p.name for p in layers], fontsize=8)
+    sizes.invert_yaxis()
+    errors.set(
+        xlim=(0, 1),
+        xlabel=r"$\Vert G^{1/2} (W - \hat{W}) S^{1/2} \Vert^2$ / $\Vert G^{1/2} W S^{1/2} \Vert^2$",
+        title="Relative error",
+    )
+    figure.legend(loc="outside lower center", ncols=len(kinds) + 1, frameon=False)
+    kept = percent(plan.kept["params"])
+    figure.suptitle(f"{kept} of {plan.dense.params:,} parameters kept ({plan.method or 'given'} plan)")
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        msg = f"cannot write the plot {str(path)!r}: {error}. Choose a folder you can write."
+        raise OutputFolderError(msg) from error
+
+
+_GREY = "0.55"
+_COLOURS = ("#1b6ca8", "#d1495b", "#3c8d5a", "#e0a030", "#7b5ea7", "#4aa3a2")
+
+
+def _row(name: str, values: list[str], last: str) -> tuple[str, str, str, str, str]:
+    return name, values[0], values[1], values[2], last
+
+
+def _kept(fraction: float | None) -> str:
+    return "?" if fraction is None else f"{percent(fraction)} ({1 / fraction:.2f}x)"
+
+
+def _markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *rows)]

@@ -1,0 +1,180 @@
+"""The whole compression of a model in one call: search, swap, repair."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from warnings import warn
+
+from torch import Tensor, nn
+
+from lightning_compress.analysis.statistics import Statistics, gather_statistics
+from lightning_compress.analysis.trace import ExampleInput
+from lightning_compress.core.copies import detached_copy
+from lightning_compress.core.errors import CompressionWarning, ExampleInputError
+from lightning_compress.core.parallel import current_share
+from lightning_compress.core.plan import Plan
+from lightning_compress.core.progress import Progress, silent
+from lightning_compress.core.settings import Budget
+from lightning_compress.search.api import search_with_statistics
+from lightning_compress.surgery.repair import Healing, heal_, restore_, shared_state
+from lightning_compress.surgery.swap import Replacement, apply_plan_, apply_shells_, uninstall
+
+
+def compress_(
+    model: nn.Module,
+    budget: Budget | Mapping[str, Any],
+    *,
+    example_input: ExampleInput | None = None,
+    objective: str = "auto",
+    heal: bool = True,
+    calibration: Iterable[Any] | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> Plan:
+    """Searches the ranks, swaps in the factorised layers and repairs them, in place.
+
+    Args:
+        model: Any module.
+        budget: Upper bounds or a quality target, see `Budget`.
+        example_input: See `search_ranks`.
+        objective: See `search_ranks`.
+        heal: Whether to repair the factors on synthetic inputs (see `heal`); without an example input
+            and calibration there are none, and for models of large images they are too few to repair on;
+            a `CompressionWarning` says so.
+        calibration: Batches of real inputs, in the place of synthetic ones; the plan then says that it
+            is not data-free.
+        seed: Of everything random.
+        **settings: Any other argument of `search_ranks`.
+
+    Returns:
+        The plan that was applied.
+
+    Raises:
+        LightningCompressError: As `search_ranks` and `apply_plan_`; the model is then as it was.
+    """
+    return compress_model_(
+        model,
+        budget,
+        example_input=example_input,
+        objective=objective,
+        heal=heal,
+        calibration=calibration,
+        seed=seed,
+        **settings,
+    ).plan
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What was done to a model.
+
+    Attributes:
+        plan: The plan that was applied.
+        replacements: What was replaced by what.
+        healing: What the repair did, None without one.
+        kept: What the dense and the compressed model share and the repair may change, as it was: biases
+            of the factorised layers, parameters and buffers of the norms; each with its value.
+        seconds: How long each part took.
+    """
+
+    plan: Plan
+    replacements: tuple[Replacement, ...]
+    healing: Healing | None
+    kept: Sequence[tuple[Tensor, Tensor]]
+    seconds: Mapping[str, float]
+
+    def undo_(self, model: nn.Module) -> None:
+        """Puts the dense layers back, and everything else as it was before the repair."""
+        uninstall(model, self.replacements)
+        restore_(self.kept)
+
+
+def compress_model_(
+    model: nn.Module,
+    budget: Budget | Mapping[str, Any],
+    *,
+    example_input: ExampleInput | None = None,
+    calibration: Iterable[Any] | None = None,
+    objective: str = "auto",
+    heal: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Compression:
+    """Like `compress_`, and returns all that was done."""
+    report = progress or silent
+    plan, metric = search_with_statistics(
+        model,
+        budget,
+        example_input=example_input,
+        calibration=calibration,
+        objective=objective,
+        seed=seed,
+        progress=progress,
+        **settings,
+    )
+    statistics = _inputs_for_healing(model, metric, example_input, calibration, seed, report) if heal else None
+    start = time.perf_counter()
+    if current_share().rank:  # the first process's factors are everyone's
+        replacements = apply_shells_(model, plan)
+        kept = shared_state(model, replacements) if statistics is not None else ()
+        return Compression(plan, replacements, None, kept, plan.timings)
+    dense = detached_copy(model) if statistics is not None else None
+    replacements = apply_plan_(model, plan, statistics=metric, progress=progress)
+    seconds = {
+        **(statistics.seconds if statistics is not None else {}),
+        **plan.timings,
+        "swap": time.perf_counter() - start,
+    }
+    if dense is None or statistics is None or not replacements:
+        return Compression(plan, replacements, None, (), seconds)
+    kept = shared_state(model, replacements)
+    try:
+        healing = heal_(dense, model, replacements, statistics, seed=seed, progress=report)
+    except BaseException:
+        uninstall(model, replacements)
+        restore_(kept)
+        raise
+    return Compression(plan, replacements, healing, kept, {**seconds, **healing.seconds})
+
+
+def _inputs_for_healing(  # noqa: PLR0917
+    model: nn.Module,
+    known: Statistics | None,
+    example_input: ExampleInput | None,
+    calibration: Iterable[Any] | None,
+    seed: int,
+    progress: Progress,
+) -> Statistics | None:
+    """Returns statistics with inputs, None and a warning if there can be none."""
+    if known is not None:
+        return _unless_scarce(known)
+    if example_input is None and calibration is None:
+        msg = (
+            "without an example_input there are no synthetic inputs: the search sees the weights alone and "
+            "the factors are not healed. Pass an example_input, or heal=False."
+        )
+        warn(msg, CompressionWarning, stacklevel=4)
+        return None
+    try:
+        found = gather_statistics(model, example_input, calibration=calibration, seed=seed, progress=progress)
+    except ExampleInputError as error:
+        warn(f"the factors are not healed: {error}", CompressionWarning, stacklevel=4)
+        return None
+    return _unless_scarce(found)
+
+
+def _unless_scarce(statistics: Statistics) -> Statistics | None:
+    """Returns the statistics, None and a warning if their inputs are no good to repair factors on."""
+    if not statistics.scarce:
+        return statistics
+    msg = (
+        "the factors are not healed: inputs of this model are so large that only few could be synthesised, and what "
+        "brings the outputs nearer on those does not on real ones. Pass batches of real inputs as calibration, "
+        "fine-tune, or pass heal=False."
+    )
+    warn(msg, CompressionWarning, stacklevel=5)
+    return None

@@ -1,0 +1,1 @@
+"""What knows no layer: settings, the plan, errors, processes and threads."""

@@ -1,0 +1,309 @@
+"""The plan: the only thing that crosses from search to surgery. Frozen, printable, JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lightning_compress.core.costs import Costs
+from lightning_compress.core.errors import LightningCompressError, PlanFormatError
+from lightning_compress.core.settings import Budget
+
+DENSE = "dense"
+"""The kind of a layer that is left alone."""
+BETTER_ELSEWHERE = "the search keeps it dense: the budget is better spent here"
+FORMAT = "lightning_compress/plan"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one parameterised module.
+
+    Attributes:
+        name: Its first name in `model.named_modules()`.
+        type: Name of its class.
+        kind: Kind of decomposition, "dense" if the layer is left alone.
+        ranks: Ranks of the decomposition, () for dense.
+        weight_shape: Shape of the dense weight, () for a module that cannot be factorised.
+        error: Predicted ‖(W − Ŵ) S^½‖²_F / ‖W S^½‖²_F in [0, 1], 0 for dense; with statistics, on inputs that the
+            factors are not fitted to.
+        params_before: Parameters of the dense layer, bias included.
+        params_after: Parameters afterwards, bias included.
+        macs_before: MACs of the dense layer, None if unknown.
+        macs_after: MACs afterwards, None if unknown.
+        reason: Why the layer stays dense, None if it does not.
+        source: Where the metric of its error comes from, as in `Moments`; "weight" for none, None
+            for a module that cannot be factorised.
+        shares: The first of the layers that share their first factor with this one, itself included;
+            None if it has factors of its own. `params_after` of the first alone holds that factor.
+        samples: Number of independent inputs the error is estimated from, None if from none.
+        error_spread: Standard error of `error` over parts of these inputs, None if unknown.
+    """
+
+    name: str
+    type: str
+    kind: str
+    ranks: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+    error: float
+    params_before: int
+    params_after: int
+    macs_before: int | None = None
+    macs_after: int | None = None
+    reason: str | None = None
+    source: str | None = None
+    shares: str | None = None
+    samples: int | None = None
+    error_spread: float | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the layer is left alone."""
+        return self.kind == DENSE
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Kind and ranks of every layer, and how they were found.
+
+    Attributes:
+        layers: One entry for each parameterised module, in order.
+        dense: Costs of the dense model.
+        compressed: Costs of the model once the plan is applied.
+        budget: The bounds the search kept, None for a plan read off a model.
+        method: Search strategy.
+        objective: What the search minimised: "weight" or "moments", `signal_loss` over the errors of the
+            weights or of what they do to the outputs, or "end_to_end", that plus log `output_distance`.
+        source: Where the metric of the errors comes from: "weight" for none, "batch norm", "tokens",
+            "noise" for synthetic inputs of that kind, "real" for real inputs.
+        data_free: Whether no real data was used.
+        optimality_gap: (objective − lower bound) / lower bound, 0.01 = at most 1 % above the
+            best plan possible on the separable objective; None for a plan read off a model.
+        output_distance: ‖f − f̂‖² / ‖f − mean f‖² of the model's outputs right after the swap, on the
+            inputs the search used; None without any.
+        seconds: Duration of the search.
+        timings: Seconds by part: "synthetic inputs", "moments", "search".
+        seed: Its seed.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    dense: Costs
+    compressed: Costs
+    budget: Budget | None = None
+    method: str | None = None
+    objective: str | None = None
+    source: str | None = None
+    data_free: bool = True
+    optimality_gap: float | None = None
+    output_distance: float | None = None
+    seconds: float | None = None
+    timings: Mapping[str, float] = field(default_factory=dict, hash=False)
+    seed: int | None = None
+
+    @property
+    def factorised(self) -> tuple[LayerPlan, ...]:
+        """The layers that are replaced."""
+        return tuple(layer for layer in self.layers if not layer.is_dense)
+
+    @property
+    def kept(self) -> dict[str, float | None]:
+        """Fraction of the whole dense model that is kept, by resource; None if unknown."""
+        return self.compressed.kept_of(self.dense)
+
+    @property
+    def signal_loss(self) -> float:
+        """Σ_l −log(1 − e_l), most of what the search minimised; exp of its negative is the product of 1 − e_l."""
+        return float(signal_loss(np.array([layer.error for layer in self.layers])).sum())
+
+    def to_json(self) -> str:
+        """Returns the plan as JSON text with a schema version."""
+        return json.dumps({"format": FORMAT, "schema": SCHEMA, **dataclasses.asdict(self)}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Returns the plan that `to_json` wrote.
+
+        Raises:
+            PlanFormatError: If the text is no JSON, no plan, written by a newer version, or a
+                field is missing or has a wrong type.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, TypeError, RecursionError) as error:
+            msg = f"the plan is damaged: not JSON ({error}); it starts with {str(text)[:40]!r}."
+            raise PlanFormatError(msg) from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            msg = f'this is no plan of lightning_compress: expected "format": {FORMAT!r}, got {str(data)[:60]!r}.'
+            raise PlanFormatError(msg)
+        schema = data.get("schema")
+        if type(schema) is not int or not 1 <= schema <= SCHEMA:
+            msg = (
+                f"the plan has schema {schema!r}; this version reads schema {SCHEMA} and older. "
+                "Update lightning_compress, or write the plan again with this version."
+            )
+            raise PlanFormatError(msg)
+        try:
+            return _plan_from_dict(data)
+        except (KeyError, TypeError, ValueError, LightningCompressError) as error:
+            msg = f"the plan is damaged: {type(error).__name__}: {error}."
+            raise PlanFormatError(msg) from error
+
+    def __str__(self) -> str:
+        """Returns a table: layers, kinds, ranks, errors, sizes, reasons."""
+        buffer = io.StringIO()
+        console = Console(file=buffer, width=120, color_system=None, legacy_windows=False)
+        console.print(self.table())
+        console.print(self.summary(), soft_wrap=True, highlight=False, markup=False)
+        return buffer.getvalue().rstrip()
+
+    def table(self) -> Table:
+        """Returns the layers as a rich table."""
+        table = Table(title="Plan", title_justify="left")
+        for name, justify in (("layer", "left"), ("type", "left"), ("kind", "left"), ("ranks", "right")):
+            table.add_column(name, justify=justify, no_wrap=name != "layer", overflow="fold")  # type: ignore[arg-type]
+        for name, justify in (("error", "right"), ("measured on", "left"), ("params", "right"), ("kept", "right")):
+            table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        table.add_column("reason", overflow="fold")
+        for layer in self.layers:
+            table.add_row(
+                Text(layer.name or "(model)"),
+                layer.type,
+                layer.kind,
+                ", ".join(map(str, layer.ranks)),
+                "" if layer.is_dense else _error_text(layer),
+                "" if layer.is_dense else _source_text(layer),
+                f"{layer.params_before:,} → {layer.params_after:,}"
+                if not layer.is_dense
+                else f"{layer.params_before:,}",
+                "" if layer.is_dense else f"{100 * layer.params_after / layer.params_before:.1f} %",
+                Text(layer.reason or (f"shares its first factor: {layer.shares}" if layer.shares else "")),
+            )
+        return table
+
+    def summary(self) -> str:
+        """Returns sizes, budget and optimality in one or two lines."""
+        parts = [f"params {self.dense.params:,} → {self.compressed.params:,} ({percent(self.kept['params'])} kept)"]
+        if self.compressed.macs is not None and self.dense.macs is not None:
+            parts.append(f"MACs {self.dense.macs:,} → {self.compressed.macs:,} ({percent(self.kept['macs'])} kept)")
+        parts.append(f"bytes {self.dense.bytes:,} → {self.compressed.bytes:,} ({percent(self.kept['bytes'])} kept)")
+        lines = ["; ".join(parts)]
+        found = [f"budget {self.budget}"] if self.budget is not None else []
+        found += [f"method {self.method}"] if self.method is not None else []
+        gap = "" if self.optimality_gap is None else f", at most {100 * self.optimality_gap:.2f} % above the optimum"
+        found += [f"output distance {self.output_distance:.4f}"] if self.output_distance is not None else []
+        found.append(f"signal loss {self.signal_loss:.4f}{gap}")
+        found += [f"{self.seconds:.2f} s"] if self.seconds is not None else []
+        lines.append("; ".join(found))
+        return "\n".join(lines)
+
+
+def signal_loss(errors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Returns −log(1 − e), the separable objective of one layer.
+
+    Of the energy of a weight the fraction 1 − e survives. Layers act one after another, so what
+    survives of the whole network is the product over the layers, and its negative logarithm is
+    the sum of these terms. Unlike the plain sum of errors it never gives one layer up to spare
+    the others: the loss of a layer grows without bound as its error nears 1.
+    """
+    return -np.log1p(-np.minimum(errors, 1 - 1e-9))
+
+
+def _error_text(layer: LayerPlan) -> str:
+    return f"{layer.error:.4f}" + (f" ± {layer.error_spread:.4f}" if layer.error_spread is not None else "")
+
+
+def _source_text(layer: LayerPlan) -> str:
+    return (f"{layer.samples:,} " if layer.samples is not None else "") + (layer.source or "")
+
+
+def percent(fraction: float | None) -> str:
+    """Returns a kept fraction for people, "?" if unknown."""
+    return "?" if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def _plan_from_dict(data: Mapping[str, Any]) -> Plan:
+    budget = _typed(data, "budget", dict, optional=True)
+    return Plan(
+        layers=tuple(_layer_from_dict(layer) for layer in _typed(data, "layers", list)),
+        dense=_costs_from_dict(_typed(data, "dense", dict)),
+        compressed=_costs_from_dict(_typed(data, "compressed", dict)),
+        budget=Budget.from_value(budget) if budget is not None else None,
+        method=_typed(data, "method", str, optional=True),
+        objective=_typed(data, "objective", str, optional=True),
+        source=_typed(data, "source", str, optional=True),
+        data_free=_typed(data, "data_free", bool),
+        optimality_gap=_typed(data, "optimality_gap", float, optional=True),
+        output_distance=_typed({"output_distance": None, **data}, "output_distance", float, optional=True),
+        seconds=_typed(data, "seconds", float, optional=True),
+        timings=_typed({"timings": {}, **data}, "timings", dict),
+        seed=_typed(data, "seed", int, optional=True),
+    )
+
+
+def _layer_from_dict(data: Mapping[str, Any]) -> LayerPlan:
+    if not isinstance(data, dict):
+        msg = f"a layer is {data!r}, expected an object"
+        raise TypeError(msg)
+    return LayerPlan(
+        name=_typed(data, "name", str),
+        type=_typed(data, "type", str),
+        kind=_typed(data, "kind", str),
+        ranks=_whole_numbers(data, "ranks"),
+        weight_shape=_whole_numbers(data, "weight_shape"),
+        error=_share(data, "error"),
+        params_before=_typed(data, "params_before", int),
+        params_after=_typed(data, "params_after", int),
+        macs_before=_typed(data, "macs_before", int, optional=True),
+        macs_after=_typed(data, "macs_after", int, optional=True),
+        reason=_typed(data, "reason", str, optional=True),
+        source=_typed({"source": None, **data}, "source", str, optional=True),
+        shares=_typed({"shares": None, **data}, "shares", str, optional=True),
+        samples=_typed({"samples": None, **data}, "samples", int, optional=True),
+        error_spread=_typed({"error_spread": None, **data}, "error_spread", float, optional=True),
+    )
+
+
+def _costs_from_dict(data: Mapping[str, Any]) -> Costs:
+    return Costs(
+        params=_typed(data, "params", int),
+        macs=_typed(data, "macs", int, optional=True),
+        bytes=_typed(data, "bytes", int),
+    )
+
+
+def _whole_numbers(data: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    values = _typed(data, key, list)
+    if not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values):
+        msg = f"{key!r} is {values!r}, expected whole numbers above 0"
+        raise ValueError(msg)
+    return tuple(values)
+
+
+def _share(data: Mapping[str, Any], key: str) -> float:
+    value = float(_typed(data, key, float))
+    if not 0 <= value <= 1:
+        msg = f"{key!r} is {value!r}, expected a number in [0, 1]"
+        raise ValueError(msg)
+    return value
+
+
+def _typed(data: Mapping[str, Any], key: str, kind: type, *, optional: bool = False) -> Any:
+    value = data[key]
+    if optional and value is None:
+        return None
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        msg = f"{key!r} is {value!r}, expected {kind.__name__}"
+        raise TypeError(msg)
+    return value

@@ -1,0 +1,1 @@
+"""Kinds of decomposition: the mathematics of tensors."""

@@ -1,0 +1,1 @@
+"""Layers that can be factorised, and what they become."""

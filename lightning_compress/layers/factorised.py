@@ -1,0 +1,203 @@
+"""The one module class that every factorised layer is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_compress.core.errors import UnsupportedError
+from lightning_compress.kinds.base import Decomposition
+from lightning_compress.kinds.registry import multiplied_out
+from lightning_compress.layers.families import (
+    canonical_factors,
+    operator_of,
+    own_layout,
+    stored_factor,
+    template_of,
+)
+
+_SHAPE_ATTRIBUTES = (
+    "in_features",
+    "out_features",
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "output_padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+    "num_embeddings",
+    "embedding_dim",
+    "padding_idx",
+    "nf",
+    "nx",
+)
+
+_CONTIGUOUS = torch.contiguous_format
+
+
+class FactorisedLayer(nn.Sequential):
+    """A dense layer's replacement: its factors as plain torch layers, applied in order.
+
+    `weight` is read-only and multiplies the factors out, for code that reads the weight of a
+    layer (the eval fast path of nn.TransformerEncoderLayer does); `bias` is the dense layer's
+    own Parameter.
+
+    Attributes:
+        kind: Kind of decomposition, a key of `DECOMPOSITIONS`.
+        ranks: Its ranks.
+        weight_shape: Shape of the dense weight.
+        dense_type: Class of the dense layer, such as "Conv2d".
+        error: Predicted relative error of the plan it was made from, None if unknown.
+    """
+
+    def __init__(
+        self,
+        children: Mapping[str, nn.Module],
+        *,
+        dense: nn.Module,
+        decomposition: Decomposition,
+        ranks: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+        self._decomposition = decomposition
+        self.kind = decomposition.kind
+        self.ranks = ranks
+        self.weight_shape = tuple(cast(Tensor, dense.weight).shape)
+        self.dense_type = type(dense).__name__
+        self.error: float | None = None
+        self.operator = operator_of(dense)
+        self._template = (template_of(dense),)  # in a tuple: no child
+        for name in _SHAPE_ATTRIBUTES:
+            if hasattr(dense, name):
+                setattr(self, name, getattr(dense, name))
+
+    @property
+    def template(self) -> nn.Module:
+        """The dense layer without its weight: its class and settings, on the meta device."""
+        return self._template[0]
+
+    def factors(self) -> dict[str, Tensor]:
+        """Returns the weights of the child layers by name, the live Parameters."""
+        return {name: cast(Tensor, child.weight) for name, child in self.named_children()}
+
+    @torch.no_grad()
+    def load_factors(self, factors: Mapping[str, Tensor]) -> None:
+        """Copies factors, as `factorise_in` returns them, into the child layers."""
+        for name, child in self.named_children():
+            weight = cast(Tensor, child.weight)
+            weight.copy_(stored_factor(child, factors[name]).reshape(weight.shape))
+
+    def canonical_weight(self, precision: torch.dtype | None = None) -> Tensor:
+        """Returns the equivalent dense weight as (groups · out, in, *kernel), differentiable.
+
+        Args:
+            precision: In which the factors are multiplied at least, None for their own.
+        """
+        factors = canonical_factors(dict(self.named_children()))
+        if precision is not None:
+            factors = {name: f.to(torch.promote_types(f.dtype, precision)) for name, f in factors.items()}
+        return multiplied_out(self._decomposition, factors, self.operator.shape, self.operator.groups)
+
+    def dense_weight(self) -> Tensor:
+        """Returns the equivalent dense weight, shape `weight_shape`, differentiable."""
+        return own_layout(self.template, self.canonical_weight())
+
+    def to_dense(self) -> nn.Module:
+        """Returns the layer as a dense one again, with the factors multiplied out and the same bias.
+
+        Factors in half precision are multiplied in single.
+        """
+        dense = copy.copy(self.template)
+        dense.__dict__ = {name: copy.copy(value) for name, value in dense.__dict__.items()}
+        factors = list(self.factors().values())
+        weight = own_layout(dense, self.canonical_weight(torch.float32).detach()).to(factors[0].dtype)
+        weight = weight.contiguous(memory_format=next(filter(None, map(channels_last_format, factors)), _CONTIGUOUS))
+        required = all(factor.requires_grad for factor in factors)
+        dense._parameters = {**dense._parameters, "weight": nn.Parameter(weight, requires_grad=required)}
+        if "bias" in dense._parameters:
+            dense._parameters["bias"] = self.bias
+        return dense.train(self.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The equivalent dense weight."""
+        return self.dense_weight()
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The dense layer's bias, held by the last factor."""
+        return cast("nn.Parameter | None", getattr(self[-1], "bias", None))
+
+    @override
+    def extra_repr(self) -> str:
+        """Returns kind and ranks for `print(model)`."""
+        return f"kind={self.kind}, ranks={self.ranks}"
+
+
+class FactorisedTransposed(FactorisedLayer):
+    """Replaces a transposed convolution, which may be told the size of its output."""
+
+    @override
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """Returns the output.
+
+        Raises:
+            UnsupportedError: If the size of the output is given.
+        """
+        if output_size is not None:
+            msg = (
+                f"a factorised {self.dense_type} cannot be called with output_size={output_size}: keep the layer dense "
+                "with exclude, or pass an example_input to the search, which then keeps it."
+            )
+            raise UnsupportedError(msg)
+        output = input
+        for module in self:
+            output = module(output)
+        return output
+
+
+class FactorisedBag(FactorisedLayer):
+    """Replaces an nn.EmbeddingBag, which takes more than one argument."""
+
+    @override
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the bags; arguments are those of nn.EmbeddingBag."""
+        first, *others = self
+        output = first(input, *args, **kwargs)
+        for module in others:
+            output = module(output)
+        return cast(Tensor, output)
+
+
+class FactorisedLookup(FactorisedLayer):
+    """Replaces an nn.Embedding by cores that each look up their own part of the index."""
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns the rows, (…, embedding_dim); those of the padding index pass no gradient, as those of nn.Embedding.
+
+        An index beyond the last row is not always noticed: the cores have room for a few more.
+        """
+        output: Tensor | None = None
+        for core in self:
+            output = core(input, output)
+        rows = cast(Tensor, output)
+        padding = getattr(self, "padding_idx", None)
+        return rows if padding is None else torch.where((input == padding)[..., None], rows.detach(), rows)
+
+
+def channels_last_format(weight: Tensor) -> torch.memory_format | None:
+    """Returns the channels-last format that a weight is in and that is not the ordinary one as well, else None."""
+    known = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
+    found = known is not None and not weight.is_contiguous() and weight.is_contiguous(memory_format=known)
+    return known if found else None

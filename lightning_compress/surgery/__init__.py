@@ -1,0 +1,1 @@
+"""Puts factorised layers in, repairs them, takes them out and stores them."""

@@ -1,0 +1,1 @@
+"""Compression inside a Lightning trainer."""

@@ -1,0 +1,224 @@
+"""What a Lightning checkpoint of a compressed module holds, and how it gets there and back.
+
+Two checkpoint hooks are shadowed on the module's instance rather than on the callback, because
+weights-only checkpoints leave callback states out and callback states load after the weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_compress.core.errors import ResumeError
+from lightning_compress.core.plan import Plan
+from lightning_compress.layers.factorised import FactorisedLayer
+from lightning_compress.surgery.swap import Replacement, install, plan_of, uninstall
+from lightning_compress.training.averages import restart_averages
+from lightning_compress.training.optimizers import optimizer_layout
+from lightning_compress.training.rounds import reconcile_
+
+CHECKPOINT_KEY = "lightning_compress"
+CHECKPOINT_VERSION = 1
+
+_Module = TypeVar("_Module", bound=LightningModule)
+
+
+class RestoringCallback(Callback):
+    """A callback that rebuilds what a checkpoint says, and adds to what the next one says.
+
+    Attributes:
+        optimizers_before: The trainer's optimizers in `setup`. A checkpoint that is loaded when there are
+            others is a tuner's own, of the module as it is.
+    """
+
+    optimizers_before: Any = None
+
+    @abstractmethod
+    def restore(self, pl_module: LightningModule, payload: Mapping[str, Any]) -> None:
+        """Rebuilds the factorised structure before the weights are loaded."""
+
+    @abstractmethod
+    def restore_dense(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Prepares a fit that goes on from the checkpoint of a dense run, before its weights are loaded."""
+
+    @abstractmethod
+    def extend_payload(self, payload: dict[str, Any]) -> None:
+        """Adds the callback's own part: primitives only."""
+
+
+def install_shadows(pl_module: LightningModule) -> None:
+    """Wraps the two hooks on the instance; partials of module-level functions survive copy and pickle."""
+    for name, function in (("on_load_checkpoint", _on_load), ("on_save_checkpoint", _on_save)):
+        own = pl_module.__dict__.get(name)
+        if not (isinstance(own, functools.partial) and own.func is function):
+            setattr(pl_module, name, functools.partial(function, pl_module, own))
+
+
+def plan_in(payload: Mapping[str, Any]) -> Plan:
+    """Returns the plan of a checkpoint's payload.
+
+    Raises:
+        ResumeError: If the payload is of another version.
+        PlanFormatError: If the plan cannot be read.
+    """
+    version = payload.get("version")
+    if version != CHECKPOINT_VERSION:
+        msg = f"the checkpoint's compression has version {version!r}, this library reads {CHECKPOINT_VERSION}: update."
+        raise ResumeError(msg)
+    return Plan.from_json(payload["plan"])
+
+
+def configure_as_dense(
+    pl_module: LightningModule, configure: Callable[[], Any], replacements: Sequence[Replacement]
+) -> Any:
+    """Builds the optimizers against the dense layers, as in the first run, so that they are patched alike."""
+    uninstall(pl_module, replacements)
+    try:
+        return configure()
+    finally:
+        install(pl_module, replacements)
+
+
+def require_same_layout(saved: Sequence[Any], now: Sequence[Any]) -> None:
+    """Checks that every parameter is in the place where its optimizer state was stored.
+
+    Raises:
+        ResumeError: If not; the message names the first difference.
+    """
+    if saved != now:
+        msg = (
+            "the checkpoint's optimizers are others, or hold other parameters or in another order, than those "
+            f"configure_optimizers now gives: {_first_difference(saved, now)}. Resume with the same optimizers."
+        )
+        raise ResumeError(msg)
+
+
+class CompressedCheckpointMixin:
+    """Lets a LightningModule's own class load checkpoints of its compressed self, without the callback.
+
+        class Net(CompressedCheckpointMixin, L.LightningModule): ...
+
+        Net.load_from_checkpoint("compressed.ckpt")
+
+    It comes before LightningModule among the bases, and a class with checkpoint hooks of its own calls
+    `super()` in them. Checkpoints of dense runs load as before.
+    """
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuilds the factorised structure.
+
+        Raises:
+            ResumeError: If the checkpoint is of another version.
+            PlanError: If its plan cannot be read or does not fit.
+        """
+        payload = checkpoint.get(CHECKPOINT_KEY)
+        if payload is not None:
+            reconcile_(cast(LightningModule, self), plan_in(payload))
+        cast(Any, super()).on_load_checkpoint(checkpoint)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the plan, also in a trainer without the callback."""
+        _add_payload(cast(LightningModule, self), checkpoint)
+        cast(Any, super()).on_save_checkpoint(checkpoint)
+
+
+def load_compressed_checkpoint(cls: type[_Module], path: str | Path, **kwargs: Any) -> _Module:
+    """Returns a module of any LightningModule class with structure and weights of a compressed checkpoint.
+
+    Only primitives and tensors are unpickled. Checkpoints that the module is saved to later hold the plan too.
+
+    Args:
+        cls: The class that was trained; it need not know of compression.
+        path: A checkpoint of a fit with `Compress`, weights-only ones too. One of a dense run loads as it is.
+        **kwargs: Of `cls.load_from_checkpoint`: arguments of the class, `map_location` and so on.
+
+    Raises:
+        ResumeError: If the checkpoint is of another version.
+        PlanError: If its plan cannot be read or does not fit the class.
+    """
+    mixed: Any = cls
+    if not issubclass(cls, CompressedCheckpointMixin):
+        mixed = type(cls.__name__, (CompressedCheckpointMixin, cls), {"__module__": cls.__module__})
+    if "weights_only" in inspect.signature(cls.load_from_checkpoint).parameters:  # before Lightning 2.6 it has no such
+        kwargs.setdefault("weights_only", True)
+    module = mixed.load_from_checkpoint(path, **kwargs)
+    module.__class__ = cls
+    install_shadows(module)
+    return cast(_Module, module)
+
+
+def _callback_of(pl_module: LightningModule) -> RestoringCallback | None:
+    trainer = pl_module._trainer
+    callbacks = trainer.callbacks if trainer is not None else []  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, RestoringCallback)), None)
+
+
+def _on_load(pl_module: LightningModule, own: Callable[[Any], None] | None, checkpoint: dict[str, Any]) -> None:
+    payload = checkpoint.get(CHECKPOINT_KEY)
+    callback = _callback_of(pl_module)
+    if callback is not None and pl_module.trainer.optimizers is not callback.optimizers_before:
+        _call_own(pl_module, own, "on_load_checkpoint", checkpoint)
+        return
+    if payload is not None and callback is not None:
+        callback.restore(pl_module, payload)
+    elif payload is not None:
+        reconcile_(pl_module, plan_in(payload))
+    elif callback is not None and pl_module.trainer.state.fn == TrainerFn.FITTING and _is_dense(pl_module, checkpoint):
+        callback.restore_dense(pl_module, checkpoint)
+    if payload is not None and pl_module._trainer is not None:
+        restart_averages(pl_module._trainer, pl_module)
+    _call_own(pl_module, own, "on_load_checkpoint", checkpoint)
+
+
+def _on_save(pl_module: LightningModule, own: Callable[[Any], None] | None, checkpoint: dict[str, Any]) -> None:
+    _add_payload(pl_module, checkpoint)
+    _call_own(pl_module, own, "on_save_checkpoint", checkpoint)
+
+
+def _add_payload(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    if CHECKPOINT_KEY in checkpoint or not any(isinstance(module, FactorisedLayer) for module in pl_module.modules()):
+        return
+    payload: dict[str, Any] = {"version": CHECKPOINT_VERSION}
+    callback = _callback_of(pl_module)
+    if callback is not None:
+        callback.extend_payload(payload)
+    payload.setdefault("plan", plan_of(pl_module).to_json())
+    if "optimizer_states" in checkpoint:
+        payload["optimizers"] = optimizer_layout(pl_module.trainer.optimizers, pl_module)
+    checkpoint[CHECKPOINT_KEY] = payload
+
+
+def _is_dense(pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> bool:
+    """Returns whether a checkpoint without a plan lacks the factors that the module has."""
+    factors = [
+        f"{name}.{child}.weight"
+        for name, module in pl_module.named_modules()
+        if isinstance(module, FactorisedLayer)
+        for child in module.factors()
+    ]
+    return not factors or not all(name in checkpoint["state_dict"] for name in factors)
+
+
+def _call_own(
+    pl_module: LightningModule, own: Callable[[Any], None] | None, name: str, checkpoint: dict[str, Any]
+) -> None:
+    """Calls the user's hook: the one set on the instance, else the class's."""
+    if own is not None:
+        own(checkpoint)
+    else:
+        getattr(type(pl_module), name)(pl_module, checkpoint)
+
+
+def _first_difference(saved: Any, now: Any) -> str:
+    if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
+        return next(_first_difference(a, b) for a, b in zip(saved, now, strict=True) if a != b)
+    if isinstance(saved, dict) and isinstance(now, dict) and saved.keys() == now.keys():
+        return next(_first_difference(saved[key], now[key]) for key in saved if saved[key] != now[key])
+    return f"{str(saved)[:120]} in the checkpoint, {str(now)[:120]} now"

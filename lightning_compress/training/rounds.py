@@ -1,0 +1,120 @@
+"""A later round of compression: factors multiplied out, searched again on the trained weights, exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_compress.compress import Compression
+from lightning_compress.core.plan import Plan
+from lightning_compress.layers.factorised import FactorisedLayer
+from lightning_compress.surgery.merge import Merged, merge_layers_
+from lightning_compress.surgery.swap import Replacement, apply_shells_, plan_of
+from lightning_compress.training.optimizers import Exchange, dense_weight, exchanges_of, factor_weights
+
+
+@dataclass(frozen=True)
+class Round:
+    """What was done to a model.
+
+    Attributes:
+        done: The compression of the merged model.
+        merged: What the layers were before.
+        exchanges: For `exchange_parameters_`.
+    """
+
+    done: Compression
+    merged: Merged
+    exchanges: tuple[Exchange, ...]
+
+    def undo_(self, model: nn.Module) -> None:
+        """Puts the layers back that the round began with, and everything else as it was before the repair."""
+        self.done.undo_(model)
+        self.merged.undo_(model)
+
+
+def compress_again_(model: nn.Module, compress: Callable[[nn.Module], Compression]) -> Round:
+    """Multiplies the factors out and compresses the dense model they make, in place.
+
+    The merged model has the architecture and so the costs of the original dense one: fractions of
+    the one are fractions of the other.
+
+    Args:
+        model: A model with factorised layers.
+        compress: Compresses a dense model in place.
+
+    Raises:
+        LightningCompressError: As `compress` does; the model is then as it was, factors and all.
+    """
+    merged = merge_layers_(model)
+    try:
+        done = compress(model)
+    except BaseException:
+        merged.undo_(model)
+        raise
+    return Round(done, merged, tuple(exchanges_between(merged, done.replacements)))
+
+
+def exchanges_between(merged: Merged, replacements: Sequence[Replacement]) -> list[Exchange]:
+    """Returns what becomes of the Parameters of all layers that were factorised before or are now.
+
+    Optimizers may hold the factors there were, or the dense weights in between.
+    """
+    before = {r.aliases[0]: r for r in merged.replacements}
+    after = {r.aliases[0]: r for r in replacements}
+    exchanges = exchanges_of([r for name, r in after.items() if name not in before])
+    for name, was in before.items():
+        new = after.get(name)
+        dense = dense_weight(was.dense)
+        old = factor_weights(was.factorised)
+        last = _bias_name(was.factorised)
+        if new is None:
+            exchanges.append(Exchange(name, old, dense, was.factorised.bias, ("bias", last)))
+            continue
+        names = sorted({last, _bias_name(new.factorised), "bias"}, key=len, reverse=True)
+        exchanges.append(
+            Exchange(
+                name,
+                (*old, *dense),
+                factor_weights(new.factorised),
+                was.factorised.bias,
+                (_bias_name(new.factorised), *names),
+            )
+        )
+    return exchanges
+
+
+def reconcile_(model: nn.Module, plan: Plan) -> tuple[tuple[Replacement, ...], tuple[Exchange, ...]]:
+    """Gives a model the structure of a plan, with factors of zeros, whatever structure it has.
+
+    A model that is factorised otherwise, as in an earlier or later round, becomes dense first. One that is
+    already factorised as planned stays as it is.
+
+    Returns:
+        What was replaced by what, dense layers by shells, and what that means for optimizers.
+
+    Raises:
+        PlanError: If the plan does not fit the model; it is then as it was.
+    """
+    if not any(isinstance(module, FactorisedLayer) for module in model.modules()) or _embodies(model, plan):
+        replacements = apply_shells_(model, plan)
+        return replacements, tuple(exchanges_of(replacements))
+    merged = merge_layers_(model)
+    try:
+        replacements = apply_shells_(model, plan)
+    except BaseException:
+        merged.undo_(model)
+        raise
+    return replacements, tuple(exchanges_between(merged, replacements))
+
+
+def _embodies(model: nn.Module, plan: Plan) -> bool:
+    """Returns whether exactly the planned layers are factorised, as planned."""
+    own, wanted = ({(p.name, p.kind, p.ranks, p.shares) for p in each.factorised} for each in (plan_of(model), plan))
+    return own == wanted
+
+
+def _bias_name(layer: FactorisedLayer) -> str:
+    return f"{list(layer.factors())[-1]}.bias"
