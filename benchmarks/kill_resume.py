@@ -95,7 +95,7 @@ def fit(folder: Path, kill_at: int | None) -> str:
         default_root_dir=folder,
         callbacks=[
             Compress(
-                Budget(params=BUDGETS[-1]), search="exact", objective="weight", heal=False, schedule={"phases": PHASES}
+                Budget(params=BUDGETS[-1]), method="exact", objective="weight", heal=False, schedule={"phases": PHASES}
             ),
             Progress(folder, kill_at),
             ModelCheckpoint(folder, filename="last", save_top_k=-1, enable_version_counter=False),

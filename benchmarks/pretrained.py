@@ -32,9 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.common import RESULTS, earlier_rows, publish
-from lightning_compress import Budget
+from lightning_compress import Budget, compress_
 from lightning_compress.analysis.statistics import gather_statistics
-from lightning_compress.compress import compress_model_
 
 KEEP = (0.9, 0.8, 0.65, 0.5)
 IMAGE = (1, 3, 224, 224)
@@ -95,7 +94,7 @@ def measured(method: str, keeps: list[float], seed: int) -> list[dict[str, float
         model, start = copy.deepcopy(dense), time.perf_counter()
         if known is not None:
             settings["statistics"] = known
-        plan = compress_model_(model, Budget(params=keep), example_input=IMAGE, seed=seed, **settings).plan
+        plan = compress_(model, Budget(params=keep), example_input=IMAGE, seed=seed, **settings)
         seconds = shared + time.perf_counter() - start
         found = logits(model, images)
         results.append(

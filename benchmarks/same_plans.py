@@ -25,9 +25,10 @@ from torch.nn import functional as F
 
 from benchmarks.common import IMAGE, reference
 from lightning_compress import Budget, search_ranks
+from lightning_compress.core.settings import Objective
 
 KEEP = (0.6, 0.3, 0.15)
-OBJECTIVES = ("weight", "auto")
+OBJECTIVES: tuple[Objective, ...] = ("weight", "auto")
 DECAY = 0.7
 """Singular values fall like k to the power of minus this."""
 
@@ -151,7 +152,7 @@ def main(path: Path, compare: Path | None, networks: list[str]) -> int:
     return len(different)
 
 
-def plan_of(model: nn.Module, keep: float, objective: str, example: Any) -> dict[str, Any]:
+def plan_of(model: nn.Module, keep: float, objective: Objective, example: Any) -> dict[str, Any]:
     """Returns kind and ranks of each factorised layer, or the error."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

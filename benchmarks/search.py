@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.common import IMAGE, NETWORKS, publish, reference
 from lightning_compress import Budget, search_ranks
-from lightning_compress.search.api import STRATEGIES
+from lightning_compress.search.strategies import STRATEGIES
 
 KEEP = (0.5, 0.3, 0.2, 0.1)
 REPEATS = 3

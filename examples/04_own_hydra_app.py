@@ -25,7 +25,7 @@ def main(cfg: DictConfig) -> float:
     """Returns the loss of signal that the search predicts."""
     callback = instantiate(cfg.compression)  # give it to your Trainer; here only its budget and kinds are used
     torch.manual_seed(cfg.seed)
-    settings = {"kinds": callback.kinds, "objective": "weight"}  # untrained weights: nothing else to go by
+    settings = {"kinds": callback.settings.kinds, "objective": "weight"}  # untrained weights: nothing else to go by
     plan = search_ranks(VGG(), callback.budget, example_input=(1, 1, 28, 28), **settings)
     print(plan.summary())
     return plan.signal_loss

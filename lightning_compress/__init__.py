@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_compress.compress import compress_
     from lightning_compress.core.errors import LightningCompressError
+    from lightning_compress.core.fine_tuning import Distill, Phase, Plateau, Schedule
     from lightning_compress.core.plan import LayerPlan, Plan
-    from lightning_compress.core.settings import Budget, Distill, Override, Phase, Plateau, Schedule
+    from lightning_compress.core.settings import Budget, Override
     from lightning_compress.layers.factorised import FactorisedLayer
     from lightning_compress.search.api import search_ranks
     from lightning_compress.surgery.merge import merge_
@@ -32,15 +33,15 @@ _HOMES = {
     "Budget": "core.settings",
     "Compress": "training.callback",
     "CompressedCheckpointMixin": "training.checkpoint",
-    "Distill": "core.settings",
+    "Distill": "core.fine_tuning",
     "FactorisedLayer": "layers.factorised",
     "LayerPlan": "core.plan",
     "LightningCompressError": "core.errors",
     "Override": "core.settings",
-    "Phase": "core.settings",
+    "Phase": "core.fine_tuning",
     "Plan": "core.plan",
-    "Plateau": "core.settings",
-    "Schedule": "core.settings",
+    "Plateau": "core.fine_tuning",
+    "Schedule": "core.fine_tuning",
     "apply_plan_": "surgery.swap",
     "compress_": "compress",
     "load_compressed": "surgery.save",

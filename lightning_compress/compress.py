@@ -9,6 +9,7 @@ from typing import Any
 from warnings import warn
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from lightning_compress.analysis.statistics import Statistics, gather_statistics
 from lightning_compress.analysis.trace import ExampleInput
@@ -17,7 +18,7 @@ from lightning_compress.core.errors import CompressionWarning, ExampleInputError
 from lightning_compress.core.parallel import current_share
 from lightning_compress.core.plan import Plan
 from lightning_compress.core.progress import Progress, silent
-from lightning_compress.core.settings import Budget
+from lightning_compress.core.settings import Budget, SearchKeywords, SearchSettings
 from lightning_compress.search.api import search_with_statistics
 from lightning_compress.surgery.repair import Healing, heal_, restore_, shared_state
 from lightning_compress.surgery.swap import Replacement, apply_plan_, apply_shells_, uninstall
@@ -28,11 +29,11 @@ def compress_(
     budget: Budget | Mapping[str, Any],
     *,
     example_input: ExampleInput | None = None,
-    objective: str = "auto",
-    heal: bool = True,
     calibration: Iterable[Any] | None = None,
-    seed: int = 0,
-    **settings: Any,
+    statistics: Statistics | None = None,
+    heal: bool = True,
+    progress: Progress | None = None,
+    **settings: Unpack[SearchKeywords],
 ) -> Plan:
     """Searches the ranks, swaps in the factorised layers and repairs them, in place.
 
@@ -40,14 +41,14 @@ def compress_(
         model: Any module.
         budget: Upper bounds or a quality target, see `Budget`.
         example_input: See `search_ranks`.
-        objective: See `search_ranks`.
-        heal: Whether to repair the factors on synthetic inputs (see `heal`); without an example input
-            and calibration there are none, and for models of large images they are too few to repair on;
-            a `CompressionWarning` says so.
         calibration: Batches of real inputs, in the place of synthetic ones; the plan then says that it
             is not data-free.
-        seed: Of everything random.
-        **settings: Any other argument of `search_ranks`.
+        statistics: See `search_ranks`.
+        heal: Whether to repair the factors on synthetic inputs (see `heal_`); without an example input
+            and calibration there are none, and for models of large images they are too few to repair on;
+            a `CompressionWarning` says so.
+        progress: Called with what is being done and the fraction done.
+        **settings: The fields of `SearchSettings`.
 
     Returns:
         The plan that was applied.
@@ -55,15 +56,16 @@ def compress_(
     Raises:
         LightningCompressError: As `search_ranks` and `apply_plan_`; the model is then as it was.
     """
+    beside = ("example_input", "calibration", "statistics", "heal", "progress")
     return compress_model_(
         model,
         budget,
+        SearchSettings.of(settings, owner="compress_", beside=beside),
         example_input=example_input,
-        objective=objective,
-        heal=heal,
         calibration=calibration,
-        seed=seed,
-        **settings,
+        statistics=statistics,
+        heal=heal,
+        progress=progress,
     ).plan
 
 
@@ -95,45 +97,44 @@ class Compression:
 def compress_model_(
     model: nn.Module,
     budget: Budget | Mapping[str, Any],
+    settings: SearchSettings | None = None,
     *,
     example_input: ExampleInput | None = None,
     calibration: Iterable[Any] | None = None,
-    objective: str = "auto",
+    statistics: Statistics | None = None,
     heal: bool = True,
-    seed: int = 0,
     progress: Progress | None = None,
-    **settings: Any,
 ) -> Compression:
     """Like `compress_`, and returns all that was done."""
-    report = progress or silent
+    settings, report = settings or SearchSettings(), progress or silent
     plan, metric = search_with_statistics(
         model,
         budget,
+        settings,
         example_input=example_input,
         calibration=calibration,
-        objective=objective,
-        seed=seed,
+        statistics=statistics,
         progress=progress,
-        **settings,
     )
-    statistics = _inputs_for_healing(model, metric, example_input, calibration, seed, report) if heal else None
+    seed = settings.seed
+    inputs = _inputs_for_healing(model, metric, example_input, calibration, seed, report) if heal else None
     start = time.perf_counter()
     if current_share().rank:  # the first process's factors are everyone's
         replacements = apply_shells_(model, plan)
-        kept = shared_state(model, replacements) if statistics is not None else ()
+        kept = shared_state(model, replacements) if inputs is not None else ()
         return Compression(plan, replacements, None, kept, plan.timings)
-    dense = detached_copy(model) if statistics is not None else None
+    dense = detached_copy(model) if inputs is not None else None
     replacements = apply_plan_(model, plan, statistics=metric, progress=progress)
     seconds = {
-        **(statistics.seconds if statistics is not None else {}),
+        **(inputs.seconds if inputs is not None else {}),
         **plan.timings,
         "swap": time.perf_counter() - start,
     }
-    if dense is None or statistics is None or not replacements:
+    if dense is None or inputs is None or not replacements:
         return Compression(plan, replacements, None, (), seconds)
     kept = shared_state(model, replacements)
     try:
-        healing = heal_(dense, model, replacements, statistics, seed=seed, progress=report)
+        healing = heal_(dense, model, replacements, inputs, seed=seed, progress=report)
     except BaseException:
         uninstall(model, replacements)
         restore_(kept)

@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import Budget, Compress
 from lightning_compress.analysis import synthetic as synthesis
+from lightning_compress.compress import Compression, compress_model_
+from lightning_compress.core.settings import SearchSettings
 from lightning_compress.kinds import shrinkage
 from lightning_compress.search import end_to_end
 from lightning_compress.surgery import repair as heal
@@ -31,8 +33,17 @@ def _one_thread_and_a_fixed_seed(monkeypatch) -> None:
     torch.manual_seed(0)
 
 
+BESIDE_SETTINGS = ("example_input", "calibration", "statistics", "heal", "progress")
+
+
+def compressed_model(model: nn.Module, budget, **arguments) -> Compression:
+    """All that `compress_` does, with its keywords."""
+    beside = {name: arguments.pop(name) for name in BESIDE_SETTINGS if name in arguments}
+    return compress_model_(model, budget, SearchSettings(**arguments), **beside)
+
+
 def compress(params: float = 0.4, **settings) -> Compress:
-    return Compress(Budget(params=params), **{"search": "exact", "kinds": CLOSED_FORM, **WEIGHTS_ALONE, **settings})
+    return Compress(Budget(params=params), **{"method": "exact", "kinds": CLOSED_FORM, **WEIGHTS_ALONE, **settings})
 
 
 class TinyNet(nn.Module):

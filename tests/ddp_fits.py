@@ -122,7 +122,7 @@ def defaults():
     # Each rank makes a module of its own; DDP gives all the first one's weights.
     return fit(
         task_of(seed=int(os.environ.get("LOCAL_RANK", "0"))),
-        compress(search="continuous", kinds="auto", **DEFAULTS),
+        compress(method="continuous", kinds="auto", **DEFAULTS),
         epochs=1,
     )
 
@@ -223,7 +223,7 @@ def in_share(rank):
 def out_of_step():
     task = task_of()
     budget = Budget(params=0.4)
-    settings = {"search": "exact", "heal": False}
+    settings = {"method": "exact", "heal": False}
     objective = "moments" if os.environ.get("LOCAL_RANK", "0") == "1" else "weight"
     return error_of(lambda: fit(task, Compress(budget, objective=objective, **settings)))
 
@@ -246,7 +246,7 @@ def shared():
 
     search.tabulate, synthesis._match = counted_tabulate, counted_match
     try:
-        return {**fit(task_of(), compress(search="continuous", kinds="auto", **DEFAULTS), epochs=1), **done}
+        return {**fit(task_of(), compress(method="continuous", kinds="auto", **DEFAULTS), epochs=1), **done}
     finally:
         search.tabulate, synthesis._match = tabulate, match
 

@@ -44,7 +44,7 @@ QUICK = (
     "data.module.limit=160",
     "dense.epochs=2",
     "finetune.epochs=2",
-    "compression.search=exact",
+    "compression.method=exact",
 )
 TINY_CNN = (*QUICK, "model.net.width=8")
 TINY_MLP = (*QUICK, "model=mlp", "model.net.hidden=[32,32]")
@@ -258,7 +258,7 @@ def test_plot_is_a_png_of_sensible_size(job):
 
 @pytest.mark.slow
 def test_job_repeats_under_its_seed_and_trains_the_dense_net_first(tmp_path, capsys):
-    settings = (*TINY_MLP, "seed=3", "plot=false", "compression.search=continuous")
+    settings = (*TINY_MLP, "seed=3", "plot=false", "compression.method=continuous")
     first = run(compose(*settings), tmp_path / "a")
     out = capsys.readouterr().out
     second = run(compose(*settings), tmp_path / "b")
@@ -364,7 +364,7 @@ def test_brackets_in_the_folder_are_printed_as_they_are(tmp_path, capsys):
 )
 def test_every_model_goes_through(tmp_path, model, compression):
     budget = {"params_50": {"params": 0.5}, "edge": {"params": 0.25, "macs": 0.3, "bytes": 0.3}}[compression]
-    overrides = [o for o in QUICK if not o.startswith(("compression.search", "dense", "finetune"))]
+    overrides = [o for o in QUICK if not o.startswith(("compression.method", "dense", "finetune"))]
     cfg = compose(*overrides, "dense.epochs=1", "finetune.epochs=1", f"model={model}", f"compression={compression}")
     report = run(cfg, tmp_path)
     content = json.loads((tmp_path / "report.json").read_text("utf-8"))
@@ -414,7 +414,7 @@ def edited(overrides, key, value):
         ("compression.budget.params", 1.5, BudgetError, ["Budget(params=1.5)", "(0, 1]"]),
         ("compression.budget.params", 0, BudgetError, ["Budget(params=0)", "(0, 1]"]),
         ("compression.budget.parms", 0.1, ConfigurationError, ["unknown key 'parms'", "Did you mean 'params'?"]),
-        ("compression.search", "exakt", ConfigurationError, ["'exakt'", "Did you mean 'exact'?"]),
+        ("compression.method", "exakt", ConfigurationError, ["'exakt'", "Did you mean 'exact'?"]),
         ("compression.schedule.warmup_steps", -5, ConfigurationError, ["warmup_steps=-5", "at least 0"]),
         ("compression.distill.weight", 2, ConfigurationError, ["Distill(weight=2)", "(0, 1]"]),
         ("data.module.limit", 0, ConfigurationError, ["DigitsDataModule(limit=0)", "at least 1"]),

@@ -11,9 +11,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import Budget, Compress, FactorisedLayer, compress_, search_ranks
-from lightning_compress.compress import compress_model_
 from lightning_compress.core.errors import CompressionWarning
-from tests.conftest import InMode, TinyTask, Unchanged, interrupting
+from tests.conftest import InMode, TinyTask, Unchanged, compressed_model, interrupting
 
 IMAGE = (1, 3, 5, 5)
 VECTOR = (1, 8)
@@ -76,7 +75,7 @@ class Everything:
 def check(model: nn.Module, example, *, keep: float = 0.7, objective: str = "end_to_end", source: str | None = None):
     """Compresses with the defaults and without a warning, and takes it back; returns what was done."""
     before = Everything(model)
-    done = compress_model_(model, Budget(params=keep), example_input=example)
+    done = compressed_model(model, Budget(params=keep), example_input=example)
     plan = done.plan
     assert plan.objective == objective
     assert plan.kept["params"] <= keep
@@ -110,7 +109,7 @@ def test_search_alone_leaves_the_model_as_it_was():
     before = Everything(model)
     plan = search_ranks(model, Budget(params=0.7), example_input=IMAGE)
     before.check()
-    done = compress_model_(model, Budget(params=0.7), example_input=IMAGE)
+    done = compressed_model(model, Budget(params=0.7), example_input=IMAGE)
     assert [(p.kind, p.ranks) for p in done.plan.layers] == [(p.kind, p.ranks) for p in plan.layers]
 
 

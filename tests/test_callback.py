@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
 from lightning_compress import Budget, Compress, Distill, FactorisedLayer, Override, Schedule, apply_plan_, search_ranks
-from lightning_compress.compress import compress_model_
 from lightning_compress.core.errors import (
     BudgetError,
     CompressionWarning,
@@ -34,7 +33,7 @@ from lightning_compress.core.errors import (
     OrphanParameterError,
     UnsupportedError,
 )
-from tests.conftest import CLOSED_FORM, DEFAULTS, WEIGHTS_ALONE, TinyTask, compress
+from tests.conftest import CLOSED_FORM, DEFAULTS, WEIGHTS_ALONE, TinyTask, compress, compressed_model
 
 # TinyTask has a validation_step; most fits here need no validation data.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no .val_dataloader.")
@@ -115,7 +114,7 @@ def test_fit_leaves_a_smaller_trained_module(make_trainer, loader, search):
     task = TinyTask()
     dense = copy.deepcopy(task)
     biases = {name: p for name, p in task.named_parameters() if name.endswith("bias")}
-    callback = compress(search=search)
+    callback = compress(method=search)
     trainer = make_trainer(callback)
     trainer.fit(task, loader)
 
@@ -150,7 +149,7 @@ def test_the_plan_on_the_callback_is_that_of_search_ranks(make_trainer, loader, 
     task = TinyTask()
     budget = Budget(params=0.5, macs=0.7)
     expected = search_ranks(copy.deepcopy(task), budget, example_input=torch.zeros(1, 3, 8, 8), method=search, seed=3)
-    callback = Compress({"params": 0.5, "macs": 0.7}, search=search, seed=3)
+    callback = Compress({"params": 0.5, "macs": 0.7}, method=search, seed=3)
     assert callback.plan is None
     make_trainer(callback).fit(task, loader)
     assert callback.plan.layers == expected.layers
@@ -166,7 +165,7 @@ def test_defaults_are_compress_and_then_a_plain_fit(make_trainer, loader):
     plain = copy.deepcopy(task)
     callback = Compress(Budget(params=0.4))
     make_trainer(callback, logger=logger, log_every_n_steps=1).fit(task, loader)
-    done = compress_model_(plain, Budget(params=0.4), example_input=torch.zeros(1, 3, 8, 8))
+    done = compressed_model(plain, Budget(params=0.4), example_input=torch.zeros(1, 3, 8, 8))
     make_trainer().fit(plain, loader)
     assert same_state(task, plain)
     assert callback.plan.layers == done.plan.layers
@@ -189,7 +188,7 @@ def test_defaults_work_in_half_precision(make_trainer, loader):
     plain = copy.deepcopy(task)
     make_trainer(callback, precision="bf16-true").fit(task, loader)
     example = torch.zeros(1, 3, 8, 8, dtype=torch.bfloat16)
-    done = compress_model_(plain.to(torch.bfloat16), Budget(params=0.4), example_input=example, method="exact")
+    done = compressed_model(plain.to(torch.bfloat16), Budget(params=0.4), example_input=example, method="exact")
     make_trainer(precision="bf16-true").fit(plain, loader)
     assert {p.dtype for p in task.parameters()} == {torch.bfloat16}
     assert (callback.plan.objective, callback.plan.layers) == ("moments", done.plan.layers)
@@ -300,7 +299,7 @@ OLD = Version(L.__version__) < Version("2.5")
 def test_a_progress_bar_changes_nothing(make_trainer, loader, bar, capsys):
     task = TinyTask()
     tasks = [task, copy.deepcopy(task)]
-    callbacks = [compress(search="continuous"), compress(search="continuous")]
+    callbacks = [compress(method="continuous"), compress(method="continuous")]
     bars = [RichProgressBar()] if bar == "rich" else []
     make_trainer(callbacks[0]).fit(tasks[0], loader)
     assert "Compress" not in capsys.readouterr().out
@@ -470,7 +469,7 @@ def test_example_input_array_of_the_module_comes_second(make_trainer, loader, va
 
 
 def test_shape_of_the_first_training_batch_comes_last(make_trainer, loader):
-    callback = Compress(Budget(macs=0.5), search="exact", **WEIGHTS_ALONE)
+    callback = Compress(Budget(macs=0.5), method="exact", **WEIGHTS_ALONE)
     make_trainer(callback).fit(without_example(), loader)
     assert callback.plan.dense.macs == dense_macs(8)
     assert callback.plan.compressed.macs <= 0.5 * dense_macs(8)
@@ -720,8 +719,8 @@ def test_omegaconf_arguments_are_plain_afterwards(make_trainer, loader):
         }
     )
     plain = OmegaConf.to_container(settings)
-    ours = Compress(**{name: settings[name] for name in settings}, search="exact", **WEIGHTS_ALONE)
-    theirs = Compress(**plain, search="exact", **WEIGHTS_ALONE)
+    ours = Compress(**{name: settings[name] for name in settings}, method="exact", **WEIGHTS_ALONE)
+    theirs = Compress(**plain, method="exact", **WEIGHTS_ALONE)
     assert (ours.budget, ours.schedule, ours.distill) == (
         Budget(params=0.5, macs=0.8),
         Schedule(2, 1),
@@ -747,7 +746,7 @@ def test_dataclass_arguments_equal_their_mappings(make_trainer, loader):
     )
     theirs = Compress(
         {"ratio": "2x"},
-        search="exact",
+        method="exact",
         overrides={"net.fc1": {"max_rank": 3}},
         schedule={"warmup_steps": 3},
         distill={"weight": 0.2},
@@ -768,7 +767,7 @@ def test_dataclass_arguments_equal_their_mappings(make_trainer, loader):
         ({"kinds": "svdd"}, ConfigurationError, r"'svdd'.*Did you mean.*svd"),
         ({"search": "exactly"}, ConfigurationError, r"'exactly' is unknown\. Did you mean 'exact'\?"),
         (
-            {"objective": "end_to_end", "search": "exact"},
+            {"objective": "end_to_end", "method": "exact"},
             ConfigurationError,
             r"objective='end_to_end' needs method='continuous', not 'exact'",
         ),

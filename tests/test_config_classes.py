@@ -6,7 +6,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from lightning_compress.core.errors import BudgetError, ConfigurationError, LightningCompressError, UnsupportedError
-from lightning_compress.core.settings import RESOURCES, Budget, Distill, Override, Schedule
+from lightning_compress.core.fine_tuning import Distill, Schedule
+from lightning_compress.core.settings import RESOURCES, Budget, Override
 
 NAN, INFINITE = float("nan"), float("inf")
 

@@ -17,7 +17,8 @@ from lightning_compress.cli.config import CONFIG_FOLDER
 from lightning_compress.cli.demo.data import DigitsDataModule, FashionMNISTDataModule
 from lightning_compress.cli.demo.models import MLP, VGG, ResNet20, SmallCNN
 from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.core.settings import Budget, Distill, Plateau, Schedule
+from lightning_compress.core.fine_tuning import Distill, Plateau, Schedule
+from lightning_compress.core.settings import Budget
 from lightning_compress.surgery.save import load_weights_
 from lightning_compress.training.callback import Compress
 
@@ -142,13 +143,17 @@ def test_compression_is_a_callback_with_the_budget_of_the_file(option):
     callback = instantiate(compose(f"compression={option}", "seed=7").compression, _convert_="all")
     assert type(callback) is Compress
     assert callback.budget == Budget(**raw["budget"])
-    assert callback.rank_multiple == raw.get("rank_multiple", 1)
-    assert (callback.search, callback.objective, callback.kinds) == ("continuous", "auto", "auto")
+    assert callback.settings.rank_multiple == raw.get("rank_multiple", 1)
+    assert (callback.settings.method, callback.settings.objective, callback.settings.kinds) == (
+        "continuous",
+        "auto",
+        "auto",
+    )
     assert (callback.heal, callback.calibration) == (True, None)
-    assert (callback.include, callback.exclude, callback.overrides) == (None, None, None)
+    assert (callback.settings.include, callback.settings.exclude, callback.settings.overrides) == (None, None, None)
     assert callback.schedule == Schedule(warmup_steps=20, freeze_epochs=0)
     assert callback.distill == Distill(weight=0.9, temperature=2.0)
-    assert callback.seed == 7
+    assert callback.settings.seed == 7
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,10 @@ import lightning as L
 import pytest
 import torch
 
-from lightning_compress.compress import compress_model_
 from lightning_compress.core.errors import DivergedRanksError, UnsupportedError
 from lightning_compress.core.parallel import Share, current_share, from_first, shared_map, sharing
 from tests import ddp_fits
-from tests.conftest import DEFAULTS, TinyTask, compress
+from tests.conftest import DEFAULTS, TinyTask, compress, compressed_model
 
 slow = pytest.mark.slow
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no .val_dataloader.")
@@ -104,8 +103,8 @@ def test_defaults_give_all_ranks_the_plan_of_one_process_for_the_first_ranks_mod
     assert not same(first["start"], second["start"])  # each rank had made a module of its own
     task = TinyTask()
     task.load_state_dict(first["start"])
-    callback = compress(search="continuous", kinds="auto", **DEFAULTS)
-    done = compress_model_(task, callback.budget, example_input=torch.zeros(1, 3, 8, 8), method="continuous")
+    callback = compress(method="continuous", kinds="auto", **DEFAULTS)
+    done = compressed_model(task, callback.budget, example_input=torch.zeros(1, 3, 8, 8), method="continuous")
     assert first["layers"] == second["layers"] == done.plan.layers
     assert first["healing"]
     assert not second["healing"]  # only the first rank repairs

@@ -803,7 +803,7 @@ def test_quality_target_through_compress_in_place():
 
 def test_quality_target_through_the_callback(make_trainer, loader):
     task = TinyTask()
-    callback = Compress(Budget(max_error=0.5), search="exact", objective="moments", heal=False)
+    callback = Compress(Budget(max_error=0.5), method="exact", objective="moments", heal=False)
     make_trainer(callback).fit(task, loader, loader)
     assert callback.plan.output_distance <= 0.5
     assert any(isinstance(m, FactorisedLayer) for m in task.modules())

@@ -9,10 +9,9 @@ import torch
 
 from lightning_compress import Budget, Compress, FactorisedLayer, apply_plan_, compress_, search_ranks
 from lightning_compress.analysis.statistics import gather_statistics
-from lightning_compress.compress import compress_model_
 from lightning_compress.core.errors import CompressionWarning, ConfigurationError, UnsupportedError
 from lightning_compress.surgery.repair import heal_, output_distance
-from tests.conftest import TinyTask, interrupting
+from tests.conftest import TinyTask, compressed_model, interrupting
 from tests.test_statistics import SHAPE, trained_like
 
 
@@ -110,7 +109,7 @@ def test_healing_keeps_structure_modes_and_the_dense_model():
 def test_compress_heals_in_one_call_and_is_deterministic():
     first, again = trained_like(), trained_like()
     plan = compress_(first, Budget(params=0.3), example_input=SHAPE)
-    done = compress_model_(again, Budget(params=0.3), example_input=SHAPE, objective="auto", heal=True)
+    done = compressed_model(again, Budget(params=0.3), example_input=SHAPE, objective="auto", heal=True)
     assert plan.objective == done.plan.objective == "end_to_end"
     assert done.healing.after < done.healing.before
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
@@ -119,7 +118,7 @@ def test_compress_heals_in_one_call_and_is_deterministic():
 def test_without_an_example_input_a_warning_says_there_is_no_healing(net):
     other = copy.deepcopy(net)
     with pytest.warns(CompressionWarning, match=r"the factors are not healed\. Pass an example_input, or heal=False"):
-        done = compress_model_(net, Budget(params=0.5))
+        done = compressed_model(net, Budget(params=0.5))
     assert (done.healing, done.plan.objective) == (None, "weight")
     compress_(other, Budget(params=0.5), heal=False)
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), other.state_dict().values(), strict=True))
@@ -144,14 +143,14 @@ def test_interrupted_compression_leaves_the_dense_model(unchanged):
     before = unchanged(model)
     progress = interrupting("healing: regression", 0.5)
     with pytest.raises(KeyboardInterrupt):
-        compress_model_(model, Budget(params=0.5), example_input=SHAPE, heal=True, progress=progress)
+        compressed_model(model, Budget(params=0.5), example_input=SHAPE, heal=True, progress=progress)
     before.check()
 
 
 @pytest.mark.slow
 def test_healing_with_the_weight_objective_starts_from_the_weights():
     healed = trained_like()
-    done = compress_model_(healed, Budget(params=0.5), example_input=SHAPE, objective="weight")
+    done = compressed_model(healed, Budget(params=0.5), example_input=SHAPE, objective="weight")
     assert (done.plan.objective, done.plan.source) == ("weight", "weight")
     assert done.healing.after < done.healing.before
 

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_compress import Budget, FactorisedLayer, apply_plan_, search_ranks
 from lightning_compress.analysis.statistics import Statistics, gather_statistics, input_moments, output_moments
-from lightning_compress.compress import Compression, compress_model_
+from lightning_compress.compress import Compression
 from lightning_compress.surgery.repair import (
     EVERY,
     LEARNING_RATE,
@@ -30,7 +30,7 @@ from lightning_compress.surgery.repair import (
     restore_,
     shared_state,
 )
-from tests.conftest import CLOSED_FORM, TinyNet, Unchanged
+from tests.conftest import CLOSED_FORM, TinyNet, Unchanged, compressed_model
 from tests.test_statistics import SHAPE
 
 FEW = 40
@@ -473,7 +473,7 @@ def test_undo_of_a_healed_compression_restores_every_bit(training):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     before = Unchanged(model)
-    done = compress_model_(model, Budget(params=0.5), example_input=SHAPE)
+    done = compressed_model(model, Budget(params=0.5), example_input=SHAPE)
     assert done.healing.after < done.healing.before
     assert any(not torch.equal(tensor, value) for tensor, value in done.kept)
     done.undo_(model)

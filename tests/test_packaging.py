@@ -56,7 +56,7 @@ def test_own_application_composes_our_compression(app_folder):
     callback = instantiate(cfg.compression, _convert_="all")
     assert type(callback) is Compress
     assert callback.budget == Budget(params=0.2)
-    assert callback.seed == 11
+    assert callback.settings.seed == 11
 
 
 def test_own_application_switches_our_options_on_the_command_line(app_folder):

@@ -585,7 +585,7 @@ def test_checkpoint_holds_primitives_and_tensors_only(make_trainer, loader, tmp_
     settings = OmegaConf.create({"exclude": ["net.fc2"], "overrides": {"net.fc1": {"max_rank": 4}}, "distill": {}})
     task = TinyTask(one_cycle)
     names = [name for name, _ in copy.deepcopy(task).named_parameters()]
-    callback = Compress(OmegaConf.create({"params": 0.5}), search="continuous", **WEIGHTS_ALONE, **settings)
+    callback = Compress(OmegaConf.create({"params": 0.5}), method="continuous", **WEIGHTS_ALONE, **settings)
     path = first_epoch(make_trainer, loader, tmp_path, task, callback)
     checkpoint = torch.load(path, weights_only=True)
     require_primitive(checkpoint, "checkpoint")

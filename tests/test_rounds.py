@@ -11,13 +11,12 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
 from lightning_compress import Budget, Compress, FactorisedLayer, Phase, Plateau, Schedule, merge_
-from lightning_compress.compress import compress_model_
 from lightning_compress.core.errors import BudgetError, ConfigurationError, InfeasibleBudgetError
-from lightning_compress.core.settings import Distill
+from lightning_compress.core.fine_tuning import Distill
 from lightning_compress.training.optimizers import exchange_parameters_
 from lightning_compress.training.rounds import compress_again_, reconcile_
 from lightning_compress.training.schedule import Course
-from tests.conftest import CLOSED_FORM, WEIGHTS_ALONE, TinyNet, TinyTask, TwoManual, compress
+from tests.conftest import CLOSED_FORM, WEIGHTS_ALONE, TinyNet, TinyTask, TwoManual, compress, compressed_model
 from tests.test_resume import factorised, groups, lbfgs, momentum, named, one_cycle, require_identical_resume
 
 pytestmark = [
@@ -40,7 +39,7 @@ IN_STEPS = {
 
 def smaller(net, params=0.5, example_input=None):
     settings = {"method": "exact", "kinds": CLOSED_FORM, **WEIGHTS_ALONE}
-    return compress_model_(net, Budget(params=params), example_input=example_input, **settings)
+    return compressed_model(net, Budget(params=params), example_input=example_input, **settings)
 
 
 def held(optimizers) -> list[int]:
@@ -147,7 +146,7 @@ def test_a_layer_that_a_round_leaves_dense_gets_its_weight_into_the_optimizer():
     was = factorised(net)
     compressed = compress_again_(
         net,
-        lambda n: compress_model_(n, {"params": 0.95}, method="exact", objective="weight", heal=False, include="fc1"),
+        lambda n: compressed_model(n, {"params": 0.95}, method="exact", objective="weight", heal=False, include="fc1"),
     )
     exchange_parameters_([optimizer], compressed.exchanges)
     assert len(was) > len(factorised(net))

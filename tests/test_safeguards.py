@@ -23,7 +23,6 @@ from lightning_compress.analysis.statistics import (
 )
 from lightning_compress.analysis.synthetic import COUNT, LEAST_SIDE, synthesise
 from lightning_compress.analysis.trace import trace
-from lightning_compress.compress import compress_model_
 from lightning_compress.core.errors import CompressionWarning
 from lightning_compress.core.plan import BETTER_ELSEWHERE, DENSE, LayerPlan
 from lightning_compress.core.progress import silent
@@ -32,7 +31,7 @@ from lightning_compress.search.end_to_end import Outputs, output_distance
 from lightning_compress.search.exact import solve
 from lightning_compress.search.safeguards import gives_up_most, spend_what_is_left
 from lightning_compress.search.sensitivity import weighted
-from tests.conftest import CLOSED_FORM, TinyNet, Unchanged
+from tests.conftest import CLOSED_FORM, TinyNet, Unchanged, compressed_model
 
 IMAGE = (1, 3, 16, 16)
 
@@ -129,7 +128,7 @@ def test_small_images_are_not_drawn_and_their_factors_are_repaired(monkeypatch):
     assert made.source == "batch norm"
     assert sum(len(batch[0][0]) for batch in made.batches) < COUNT
     assert made.drawn == ()
-    done = compress_model_(net, Budget(params=0.6), example_input=IMAGE)
+    done = compressed_model(net, Budget(params=0.6), example_input=IMAGE)
     assert done.healing is not None
 
 
@@ -140,9 +139,9 @@ def test_factors_are_not_repaired_on_scarce_inputs_and_a_warning_says_so(scarce,
     example = torch.empty(1, 3, 2 * LEAST_SIDE, 2 * LEAST_SIDE)
     healed, plain = copy.deepcopy(net), copy.deepcopy(net)
     with pytest.warns(CompressionWarning, match="not healed.*calibration"):
-        done = compress_model_(healed, Budget(params=0.6), example_input=example, **settings)
+        done = compressed_model(healed, Budget(params=0.6), example_input=example, **settings)
     assert done.healing is None
-    compress_model_(plain, Budget(params=0.6), example_input=example, heal=False, **settings)
+    compressed_model(plain, Budget(params=0.6), example_input=example, heal=False, **settings)
     for own, other in zip(healed.state_dict().values(), plain.state_dict().values(), strict=True):
         assert torch.equal(own, other)
 

@@ -27,10 +27,10 @@ from lightning_compress.core.errors import (
 from lightning_compress.core.plan import signal_loss
 from lightning_compress.core.settings import RESOURCES
 from lightning_compress.layers.factorised import FactorisedLayer
-from lightning_compress.search.api import STRATEGIES
 from lightning_compress.search.candidates import MAX_RANKS, MAX_RANKS_PER_MODE, Candidates, tabulate
 from lightning_compress.search.exact import search_exact, smallest, solve
 from lightning_compress.search.problem import Problem
+from lightning_compress.search.strategies import STRATEGIES
 from tests.conftest import TinyNet
 
 SHAPE = (1, 3, 8, 8)
@@ -400,7 +400,7 @@ def test_no_better_plan_is_missed_in_a_model_of_many_parameters(strategy, seed):
     for _ in range(3):
         near = search_exact(problem, progress=quiet)
         problem = dataclasses.replace(problem, limits=problem.cost_of(near) - 1)
-        choice = STRATEGIES[strategy](problem, progress=quiet)
+        choice = STRATEGIES[strategy].solve(problem, progress=quiet)
         assert problem.fits(choice)
         assert problem.loss_of(choice) <= 1.01 * brute_force(problem)
 
@@ -410,7 +410,7 @@ def test_no_better_plan_is_missed_in_a_model_of_many_parameters(strategy, seed):
 def test_every_strategy_returns_a_choice_that_fits(method, seed):
     problem = random_problem(seed, budgeted=("params", "bytes"), keep=0.3 + 0.1 * seed)
     assert brute_force(problem) < np.inf
-    choice = STRATEGIES[method](problem, progress=quiet)
+    choice = STRATEGIES[method].solve(problem, progress=quiet)
     assert (problem.cost_of(choice) <= problem.limits).all()
     assert len(choice) == len(problem.layers)
 

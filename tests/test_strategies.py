@@ -15,10 +15,11 @@ from lightning_compress.analysis.inventory import take_inventory
 from lightning_compress.analysis.statistics import gather_statistics
 from lightning_compress.core.settings import RESOURCES
 from lightning_compress.kinds.metric import Metric
-from lightning_compress.search.api import STRATEGIES
 from lightning_compress.search.candidates import Candidates, tabulate
 from lightning_compress.search.problem import Problem
-from lightning_compress.search.strategies.alds import ALDS_KINDS
+from lightning_compress.search.strategies import STRATEGIES
+
+ALDS_KINDS = STRATEGIES["alds"].kinds
 from lightning_compress.search.strategies.paper import (
     BETA,
     GAMMA,
@@ -175,7 +176,7 @@ def test_alds_is_the_brute_force_minimum_of_the_largest_relative_error(seed, bud
     largest = np.max([t.spectral[choices[:, i]] for i, t in enumerate(problem.layers)], axis=0)
     fits = (cost <= problem.limits).all(axis=1)
     assert fits.any()
-    choice = STRATEGIES["alds"](problem, progress=quiet)
+    choice = STRATEGIES["alds"].solve(problem, progress=quiet)
     assert problem.fits(choice)
     assert max(t.spectral[row] for t, row in zip(problem.layers, choice, strict=True)) == largest[fits].min()
     if len(budgeted) == 1:  # and of those choices it is the cheapest: what is left over stays unspent

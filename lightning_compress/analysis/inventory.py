@@ -20,7 +20,7 @@ from lightning_compress.core.errors import (
     NothingToFactoriseError,
     SelectionError,
 )
-from lightning_compress.core.settings import Override
+from lightning_compress.core.settings import Override, Patterns
 from lightning_compress.kinds.registry import DECOMPOSITIONS, LayerCall, Operator, is_automatic, resolve_kinds
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.layers.families import (
@@ -38,8 +38,6 @@ TIED_KINDS = ("svd",)
 
 _TIED_PART = "its weight is tied to another module's, and {!r} is a projection of an opened layer"
 _MOST_LISTED = 20  # layers in an error message
-
-Patterns = str | type | Sequence[str | type]
 
 
 @dataclass(frozen=True)

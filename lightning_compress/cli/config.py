@@ -19,8 +19,8 @@ from rich.markup import escape
 from typing_extensions import override
 
 from lightning_compress.cli.demo.task import ClassificationTask
+from lightning_compress.core.checks import did_you_mean, require_count
 from lightning_compress.core.errors import ConfigurationError, LightningCompressError, OutputFolderError
-from lightning_compress.core.settings import did_you_mean, require_count
 from lightning_compress.training.callback import Compress
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -98,7 +98,7 @@ def check_config(cfg: DictConfig) -> None:
     if "budget" not in cfg.compression:
         msg = f"compression has no budget, only {', '.join(map(str, cfg.compression))}: try compression=params_20."
         raise ConfigurationError(msg)
-    _require_known(cfg.compression, ["_target_", *inspect.signature(Compress).parameters], "compression")
+    _require_known(cfg.compression, ["_target_", *Compress.arguments()], "compression")
     _require_known(cfg.task, list(inspect.signature(ClassificationTask).parameters)[1:], "task")
     for stage in ("dense", "finetune"):
         _check_stage(cfg[stage], stage)

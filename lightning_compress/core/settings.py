@@ -1,4 +1,4 @@
-"""Settings a user passes: budgets, per-layer overrides, schedule and distillation.
+"""Settings a user passes: budgets, per-layer overrides, and how ranks are searched.
 
 Every class is a frozen dataclass that checks itself when it is made, and `from_value`
 accepts what YAML and Hydra deliver (mappings, lists, plain numbers).
@@ -7,65 +7,23 @@ accepts what YAML and Hydra deliver (mappings, lists, plain numbers).
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib
-import itertools
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypedDict, cast, get_args
 
+from lightning_compress.core.checks import (
+    did_you_mean,
+    from_mapping,
+    is_number,
+    require_count,
+    require_known,
+    require_type,
+)
 from lightning_compress.core.errors import BudgetError, ConfigurationError, UnsupportedError
 
 RESOURCES = ("params", "macs", "bytes")
 """What a budget can bound, in the order every cost vector uses."""
-
-_T = TypeVar("_T")
-
-
-def did_you_mean(word: object, known: Iterable[str], *, most: int = 20) -> str:
-    """Returns the end of an error message: a suggestion if one is close, then the known names."""
-    known = list(known)
-    close = difflib.get_close_matches(str(word), known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    more = f", … ({len(known) - most} more)" if len(known) > most else ""
-    return f"{hint} Known: {', '.join(known[:most])}{more}."
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def require_count(what: str, value: object, least: int) -> None:
-    """Checks a whole number.
-
-    Args:
-        what: The input as the user wrote it, for the message.
-        value: Its value.
-        least: The smallest allowed.
-
-    Raises:
-        ConfigurationError: If it is none, or too small.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        msg = f"{what}: expected a whole number of at least {least}."
-        raise ConfigurationError(msg)
-
-
-def _require_type(owner: str, name: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:
-    if not isinstance(value, kind):
-        msg = f"{owner}({name}={value!r}): expected {expected}."
-        raise ConfigurationError(msg)
-
-
-def _from_mapping(cls: type[_T], value: Mapping[Any, Any], owner: str) -> _T:
-    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for key in value:
-        if key not in known:
-            msg = f"{owner}: unknown key {key!r}.{did_you_mean(key, known)}"
-            raise ConfigurationError(msg)
-    return cls(**value)
 
 
 @dataclass(frozen=True)
@@ -113,7 +71,7 @@ class Budget:
             object.__setattr__(self, "ratio", None)  # one spelling from here on: equal budgets compare equal
         for name in RESOURCES:
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 < value <= 1):
+            if value is not None and not (is_number(value) and 0 < value <= 1):
                 msg = (
                     f"Budget({name}={value!r}): expected the fraction of the dense model to keep, a number in (0, 1]; "
                     f"{name}=0.2 keeps at most 20 %."
@@ -129,7 +87,7 @@ class Budget:
         if self.limits():
             msg = f"Budget({self}, max_error={self.max_error!r}): give bounds or a quality target, not both."
             raise BudgetError(msg)
-        if not (_is_number(self.max_error) and 0 < cast(float, self.max_error) < 1):
+        if not (is_number(self.max_error) and 0 < cast(float, self.max_error) < 1):
             msg = (
                 f"Budget(max_error={self.max_error!r}): expected the largest distance of the outputs, a number in "
                 "(0, 1); 0.05 lets 5 % of the outputs' variance go."
@@ -165,7 +123,7 @@ class Budget:
         if isinstance(value, Budget):
             return value
         if isinstance(value, Mapping):
-            return _from_mapping(cls, value, "budget")
+            return from_mapping(cls, value, "budget")
         msg = (
             f"budget={value!r}: expected a Budget or a mapping, as in Budget(params=0.2), "
             "which keeps at most 20 % of the parameters."
@@ -205,7 +163,7 @@ class Override:
     dense: bool | None = None
 
     def __post_init__(self) -> None:
-        _require_type("Override", "dense", self.dense, (bool, type(None)), "true or false")
+        require_type("Override", "dense", self.dense, (bool, type(None)), "true or false")
         for name in ("min_rank", "max_rank"):
             if getattr(self, name) is not None:
                 require_count(f"Override({name}={getattr(self, name)!r})", getattr(self, name), 1)
@@ -225,367 +183,93 @@ class Override:
         if value == "dense":
             return cls(dense=True)
         if isinstance(value, Mapping):
-            return _from_mapping(cls, value, f"overrides[{pattern!r}]")
+            return from_mapping(cls, value, f"overrides[{pattern!r}]")
         msg = f"overrides[{pattern!r}]={value!r}: expected a mapping such as {{'max_rank': 8}}, or 'dense'."
         raise ConfigurationError(msg)
 
 
-@dataclass(frozen=True)
-class Plateau:
-    """When a metric counts as no longer getting better.
+Patterns = str | type | Sequence[str | type]
+"""Names of layers, globs, class names or classes."""
 
-    It is looked at at the end of every epoch, in what the module has logged.
-
-    Attributes:
-        monitor: Name of the metric.
-        mode: "min" if it is to fall, "max" if it is to rise.
-        patience: Epochs in a row without an improvement until the phase is over.
-        min_delta: Least change that counts as an improvement.
-
-    Raises:
-        ConfigurationError: If a value has a wrong type or is out of range.
-    """
-
-    monitor: str
-    mode: str = "min"
-    patience: int = 3
-    min_delta: float = 0.0
-
-    def __post_init__(self) -> None:
-        _require_type("Plateau", "monitor", self.monitor, str, "the name of a logged metric")
-        if self.mode not in ("min", "max"):
-            msg = f"Plateau(mode={self.mode!r}): expected 'min' or 'max'."
-            raise ConfigurationError(msg)
-        require_count(f"Plateau(patience={self.patience!r})", self.patience, 1)
-        if not _is_number(self.min_delta) or self.min_delta < 0:
-            msg = f"Plateau(min_delta={self.min_delta!r}): expected a number of at least 0."
-            raise ConfigurationError(msg)
-
-    def improves(self, value: float, best: float | None) -> bool:
-        """Returns whether a value is better than the best one so far by more than `min_delta`."""
-        if best is None:
-            return not math.isnan(value)
-        return value < best - self.min_delta if self.mode == "min" else value > best + self.min_delta
-
-    @classmethod
-    def from_value(cls, value: object) -> Plateau:
-        """Returns a Plateau from a Plateau, a mapping, or the name of a metric that is to fall.
-
-        Raises:
-            ConfigurationError: If `value` is anything else.
-        """
-        if isinstance(value, Plateau):
-            return value
-        if isinstance(value, str):
-            return cls(value)
-        if isinstance(value, Mapping) and "monitor" in value:
-            return _from_mapping(cls, value, "until_plateau")
-        msg = f"until_plateau={value!r}: expected a metric, as in {{'monitor': 'val_loss', 'patience': 3}}."
-        raise ConfigurationError(msg)
-
-
-TRAINABLE = ("all", "factors")
-"""What `Phase.train` may be besides name patterns."""
+Objective = Literal["auto", "weight", "moments", "end_to_end"]
+OBJECTIVES: tuple[str, ...] = get_args(Objective)
 
 
 @dataclass(frozen=True)
-class Phase:
-    """One part of a fit.
+class SearchSettings:
+    """How ranks are searched, whichever entrance it is asked for through: the keywords of `search_ranks`.
 
     Attributes:
-        budget: Compress down to this budget when the phase begins; fractions of the ORIGINAL dense model.
-            In the first phase the dense model is compressed, in later ones the factors are multiplied
-            out and the search is repeated on the fine-tuned weights.
-        epochs: Length in epochs; the one in which it begins counts, even if only partly.
-        steps: Length in optimizer steps.
-        until_plateau: Length is until a metric stops getting better; a `Plateau`, a mapping, or the
-            name of a metric that is to fall.
-        train: What is updated: "all", "factors" (of the factorised layers), or globs of parameter names.
-            Everything else keeps its value; running statistics of norm layers still follow the data.
-        lr_scale: Factor on the learning rate of every param group, in force only while a step
-            runs: schedulers and checkpoints never see it.
-        warmup_steps: Optimizer steps at the beginning of the phase over which the learning rate of every
-            param group that holds a factor rises linearly.
-        distill: Whether to distil; None for what the callback was told.
+        method: Name of a strategy: "continuous", "exact", "uniform", "energy", "paper" (arXiv 2409.03555), or one that
+            was registered by `register_strategy`.
+        objective: What is minimised: "weight", Σ −log(1 − e) over the relative errors e of the weights; "moments", the
+            same over what the errors do to the model's outputs, for inputs with known second moments; "end_to_end",
+            that plus log D, D the distance of the model's outputs on synthetic inputs. "auto" is the best that the
+            method takes and that inputs allow: with an example input, statistics or calibration "end_to_end", or
+            "moments" for models so large that it would take long; else "weight". "uniform" and "energy" are "weight"
+            too unless statistics are given. Where the model fails on synthetic inputs the search falls back, with a
+            `CompressionWarning`. With an example input a small term for the numbers that factorised layers write is
+            part of all of them, so that where little is lost either way the faster kinds are chosen.
+        kinds: "auto", a kind of decomposition, or a list of kinds to choose from. "auto" is svd, interpolative,
+            channel_svd, spatial_svd, tucker2, tt, cp3, cp for large kernels, tt_linear and tucker_linear for very
+            large linear layers, tt_embedding for such embeddings, or what the method says.
+        include: Layers to factorise, None for all.
+        exclude: Layers to leave alone.
+        overrides: Pattern to `Override`, a mapping of its fields, or "dense".
+        rank_multiple: Ranks are multiples of this number.
+        seed: Of everything random in the search and the repair.
 
     Raises:
-        ConfigurationError: If a value has a wrong type or is out of range, or more than one length is given.
+        ConfigurationError: If the objective is unknown, or a number is out of range. Names of strategies, kinds and
+            layers are checked where they are known.
     """
 
-    budget: Budget | None = None
-    epochs: int | None = None
-    steps: int | None = None
-    until_plateau: Plateau | None = None
-    train: str | Sequence[str] = "all"
-    lr_scale: float = 1.0
-    warmup_steps: int = 0
-    distill: bool | None = None
+    method: str = "continuous"
+    objective: Objective = "auto"
+    kinds: str | Sequence[str] = "auto"
+    include: Patterns | None = None
+    exclude: Patterns | None = None
+    overrides: Mapping[str, Any] | None = None
+    rank_multiple: int = 1
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.budget is not None:
-            object.__setattr__(self, "budget", Budget.from_value(self.budget))
-        if self.until_plateau is not None:
-            object.__setattr__(self, "until_plateau", Plateau.from_value(self.until_plateau))
-        for name in ("epochs", "steps"):
-            if getattr(self, name) is not None:
-                require_count(f"Phase({name}={getattr(self, name)!r})", getattr(self, name), 1)
-        given = [name for name in _LENGTHS if getattr(self, name) is not None]
-        if len(given) > 1:
-            msg = f"Phase({', '.join(f'{name}={getattr(self, name)!r}' for name in given)}): give one length."
+        if self.objective not in OBJECTIVES:
+            msg = f"objective={self.objective!r} is unknown.{did_you_mean(self.objective, OBJECTIVES)}"
             raise ConfigurationError(msg)
-        if self.train not in TRAINABLE:
-            named = not isinstance(self.train, (str, Mapping)) and isinstance(self.train, Sequence) and len(self.train)
-            if not named or not all(isinstance(pattern, str) for pattern in self.train):
-                msg = (
-                    f"Phase(train={self.train!r}): expected 'all', 'factors' or a list of globs of parameter names, "
-                    "as in ['net.head.*']."
-                )
-                raise ConfigurationError(msg)
-            object.__setattr__(self, "train", tuple(self.train))
-        if not _is_number(self.lr_scale) or self.lr_scale < 0:
-            msg = f"Phase(lr_scale={self.lr_scale!r}): expected a number of at least 0."
-            raise ConfigurationError(msg)
-        require_count(f"Phase(warmup_steps={self.warmup_steps!r})", self.warmup_steps, 0)
-        _require_type("Phase", "distill", self.distill, (bool, type(None)), "true, false or null")
+        require_count(f"rank_multiple={self.rank_multiple!r}", self.rank_multiple, 1)
+        require_count(f"seed={self.seed!r}", self.seed, 0)
 
     @property
-    def endless(self) -> bool:
-        """Whether it lasts until the end of the fit."""
-        return all(getattr(self, name) is None for name in _LENGTHS)
+    def selection(self) -> dict[str, Any]:
+        """What says which layers are factorised, and by which kinds."""
+        return {name: getattr(self, name) for name in ("kinds", "include", "exclude", "overrides")}
 
     @classmethod
-    def from_value(cls, value: object) -> Phase:
-        """Returns a Phase from a Phase or a mapping.
+    def of(cls, keywords: Mapping[str, Any], *, owner: str, beside: Iterable[str]) -> SearchSettings:
+        """Returns the settings of keyword arguments.
+
+        Args:
+            keywords: As the user passed them.
+            owner: The function they were passed to, for messages.
+            beside: Names of its other arguments, for suggestions.
 
         Raises:
-            ConfigurationError: If `value` is anything else.
+            ConfigurationError: If a name is unknown, or a value is.
         """
-        if isinstance(value, Phase):
-            return value
-        if isinstance(value, Mapping):
-            return _from_mapping(cls, value, "schedule.phases")
-        msg = f"schedule.phases: {value!r} is no phase, expected a Phase or a mapping such as {{'epochs': 2}}."
-        raise ConfigurationError(msg)
+        known = [field.name for field in dataclasses.fields(cls)]
+        require_known(keywords, [*known, *(name for name in beside if name not in known)], owner)
+        return cls(**keywords)
 
 
-_LENGTHS = ("epochs", "steps", "until_plateau")
+class SearchKeywords(TypedDict, total=False):
+    """The fields of `SearchSettings` as keyword arguments."""
 
-
-@dataclass(frozen=True)
-class Schedule:
-    """How the factorised model is fine-tuned inside the user's own fit.
-
-    Attributes:
-        warmup_steps: Optimizer steps over which the learning rate of every param group that
-            holds a factor rises linearly to what the user's optimizer and scheduler ask for;
-            with several optimizers their steps count together, as in `trainer.global_step`.
-        freeze_epochs: Epochs in which only the factors are updated; all other parameters
-            keep their values (running statistics of norm layers still follow the data).
-        phases: Parts of the fit, one after the other, each a `Phase` or a mapping; after the last one
-            everything trains as the user's optimizer asks for. In the place of `freeze_epochs`.
-
-    Raises:
-        ConfigurationError: If a count is no whole number of at least 0, a phase but the last has no length, or both
-            `freeze_epochs` and phases are given.
-        BudgetError: If only some of the rounds have a budget of their own, or the budgets do not decrease.
-    """
-
-    warmup_steps: int = 0
-    freeze_epochs: int = 0
-    phases: Sequence[Phase] = ()
-
-    def __post_init__(self) -> None:
-        require_count(f"Schedule(warmup_steps={self.warmup_steps!r})", self.warmup_steps, 0)
-        require_count(f"Schedule(freeze_epochs={self.freeze_epochs!r})", self.freeze_epochs, 0)
-        if isinstance(self.phases, (str, Mapping)) or not isinstance(self.phases, Sequence):
-            msg = f"Schedule(phases={self.phases!r}): expected a list of phases, as in [{{'epochs': 2}}]."
-            raise ConfigurationError(msg)
-        object.__setattr__(self, "phases", tuple(Phase.from_value(value) for value in self.phases))
-        if self.phases and self.freeze_epochs:
-            msg = (
-                f"Schedule(freeze_epochs={self.freeze_epochs}, phases=...): give one of the two; a phase that freezes "
-                f"is {{'epochs': {self.freeze_epochs}, 'train': 'factors'}}."
-            )
-            raise ConfigurationError(msg)
-        for number, phase in enumerate(self.phases[:-1]):
-            if phase.endless:
-                msg = (
-                    f"phase {number} of the schedule never ends and {len(self.phases) - number - 1} come after it: "
-                    "give it epochs, steps or until_plateau."
-                )
-                raise ConfigurationError(msg)
-        _require_decreasing(self.phases)
-
-    @property
-    def course(self) -> tuple[Phase, ...]:
-        """The phases, those of `freeze_epochs` where none are given."""
-        if self.freeze_epochs:
-            return (Phase(epochs=self.freeze_epochs, train="factors"),)
-        return tuple(self.phases)
-
-    @property
-    def budgets(self) -> tuple[Budget, ...]:
-        """Those of the phases, in order."""
-        return tuple(phase.budget for phase in self.phases if phase.budget is not None)
-
-    @classmethod
-    def from_value(cls, value: object) -> Schedule:
-        """Returns a Schedule from None (all defaults), a Schedule, or a mapping.
-
-        Raises:
-            ConfigurationError: If `value` is anything else.
-        """
-        if value is None:
-            return cls()
-        if isinstance(value, Schedule):
-            return value
-        if isinstance(value, Mapping):
-            return _from_mapping(cls, value, "schedule")
-        msg = f"schedule={value!r}: expected a Schedule or a mapping such as {{'warmup_steps': 100}}."
-        raise ConfigurationError(msg)
-
-
-def _require_decreasing(phases: Sequence[Phase]) -> None:
-    """Checks the budgets of the rounds."""
-    budgets = [phase.budget for phase in phases if phase.budget is not None]
-    if budgets and phases[0].budget is None:
-        msg = (
-            f"a later phase of the schedule has a budget ({budgets[0]}) and the first has none: give the first one the "
-            "budget the dense model is compressed to."
-        )
-        raise BudgetError(msg)
-    for before, after in itertools.pairwise(budgets):
-        first, second = before.limits(), after.limits()
-        if not first or set(first) != set(second):
-            msg = f"the rounds of the schedule bound different things, {before}, then {after}: bound the same in all."
-            raise BudgetError(msg)
-        if first == second or any(second[name] > first[name] for name in first):
-            msg = f"the budgets of the schedule do not decrease: {before} and then {after}."
-            raise BudgetError(msg)
-
-
-DISTILLED = ("logits", "layers", "blocks")
-"""What `Distill.kind` may be."""
-TEACHER_DTYPES = ("float16", "bfloat16", "float32", "float64")
-
-
-@dataclass(frozen=True)
-class Distill:
-    """Distillation from the dense model, added to the user's own loss.
-
-    - "logits": (1 - weight) * loss + weight * T^2 * KL(teacher || student), with both distributions
-      softened by the temperature T (Hinton et al. 2015, "Distilling the Knowledge in a Neural
-      Network", section 2).
-    - "layers": loss + weight * the mean over all factorised layers of the normalised distance of their
-      outputs from those of the dense ones, ||y - y'||^2 / ||y - mean y||^2, each network on its own
-      activations. Of the fine-tuning loss of arXiv 2409.03555, L_ce + lambda * (distances), that is the
-      distance of the layers' outputs with lambda = weight; that of the weights is left out, because
-      on the layers' inputs it is contained in it.
-    - "blocks": the same for the submodules named in `blocks` (hints: Romero et al. 2015, "FitNets").
-    - a function: loss + weight * function(student's output, teacher's output, batch).
-
-    With manual optimization the term enters `self.manual_backward(loss)`: every call gets that of the
-    model's calls since the one before, a call without any gets none.
-
-    Attributes:
-        weight: Of the distillation term: above 0, and for "logits", where it is a share, at most 1.
-        temperature: T, above 0.
-        module: Name of the submodule whose output is compared, and within which layers and blocks are. By
-            default the LightningModule itself, so its training step must call `self(...)`.
-        kind: "logits", "layers" or "blocks".
-        blocks: Names of submodules of `module`; makes the kind "blocks".
-        function: A function, or its dotted import path; in the place of a kind.
-        dtype: Precision of the teacher, such as "bfloat16"; None for the student's.
-
-    Raises:
-        ConfigurationError: If a value is out of range, or the function cannot be imported.
-    """
-
-    weight: float = 0.5
-    temperature: float = 2.0
-    module: str | None = None
-    kind: str = "logits"
-    blocks: Sequence[str] | None = None
-    function: str | Callable[..., Any] | None = None
-    dtype: str | None = None
-
-    def __post_init__(self) -> None:
-        self._check_kind()
-        if not _is_number(self.weight) or not 0 < self.weight <= (1 if self.is_share else math.inf):
-            expected = "share of the distillation term, a number in (0, 1]" if self.is_share else "weight, above 0"
-            msg = f"Distill(weight={self.weight!r}): expected the {expected}."
-            raise ConfigurationError(msg)
-        if not _is_number(self.temperature) or self.temperature <= 0:
-            msg = f"Distill(temperature={self.temperature!r}): expected a number above 0."
-            raise ConfigurationError(msg)
-        _require_type("Distill", "module", self.module, (str, type(None)), "the name of a submodule")
-        if self.dtype is not None and self.dtype not in TEACHER_DTYPES:
-            msg = (
-                f"Distill(dtype={self.dtype!r}): no precision of the teacher.{did_you_mean(self.dtype, TEACHER_DTYPES)}"
-            )
-            raise ConfigurationError(msg)
-
-    def _check_kind(self) -> None:
-        if self.kind not in DISTILLED:
-            msg = f"Distill(kind={self.kind!r}): unknown.{did_you_mean(self.kind, DISTILLED)}"
-            raise ConfigurationError(msg)
-        if self.blocks is not None:
-            given: Any = self.blocks
-            if (
-                isinstance(given, (str, Mapping))
-                or not isinstance(given, Sequence)
-                or not given
-                or not all(isinstance(name, str) for name in given)
-            ):
-                msg = f"Distill(blocks={given!r}): expected a list of names of submodules, as in ['layer1', 'layer2']."
-                raise ConfigurationError(msg)
-            object.__setattr__(self, "blocks", tuple(given))
-        if self.blocks is not None and self.kind == "logits":
-            object.__setattr__(self, "kind", "blocks")
-        if (self.kind == "blocks") != (self.blocks is not None):
-            msg = f"Distill(kind={self.kind!r}, blocks={self.blocks!r}): 'blocks' needs blocks, other kinds have none."
-            raise ConfigurationError(msg)
-        if self.function is not None and self.kind != "logits":
-            msg = f"Distill(kind={self.kind!r}, function={self.function!r}): give a kind or a function, not both."
-            raise ConfigurationError(msg)
-        self.imported()
-
-    @property
-    def is_share(self) -> bool:
-        """Whether the user's loss gets what the weight leaves over."""
-        return self.kind == "logits" and self.function is None
-
-    def imported(self) -> Callable[..., Any] | None:
-        """Returns the function, imported if it is a path.
-
-        Raises:
-            ConfigurationError: If there is none under that path.
-        """
-        function: Any = self.function
-        if isinstance(function, str):
-            home, _, name = function.rpartition(".")
-            try:
-                function = getattr(importlib.import_module(home), name)
-            except (ImportError, AttributeError, ValueError) as error:
-                msg = f"Distill(function={self.function!r}) cannot be imported: {error}."
-                raise ConfigurationError(msg) from error
-        if function is not None and not callable(function):
-            msg = f"Distill(function={self.function!r}): expected a function or its import path, 'package.module.name'."
-            raise ConfigurationError(msg)
-        return cast("Callable[..., Any] | None", function)
-
-    @classmethod
-    def from_value(cls, value: object) -> Distill | None:
-        """Returns a Distill from None (off), a Distill, a mapping, or the kind "logits" or "layers".
-
-        Raises:
-            ConfigurationError: If `value` is anything else.
-        """
-        if value is None or isinstance(value, Distill):
-            return value
-        if isinstance(value, Mapping):
-            return _from_mapping(cls, value, "distill")
-        if value in ("logits", "layers"):
-            return cls(kind=value)
-        msg = f"distill={value!r}: expected a Distill or a mapping such as {{'weight': 0.5, 'temperature': 2}}."
-        raise ConfigurationError(msg)
+    method: str
+    objective: Objective
+    kinds: str | Sequence[str]
+    include: Patterns | None
+    exclude: Patterns | None
+    overrides: Mapping[str, Any] | None
+    rank_multiple: int
+    seed: int

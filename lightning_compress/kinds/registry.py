@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_compress.core.checks import did_you_mean
 from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.core.settings import did_you_mean
 from lightning_compress.kinds.base import Decomposition, LayerCall, Operator, RankProfile
 from lightning_compress.kinds.cp import Cp, Cp3
 from lightning_compress.kinds.interpolative import Interpolative

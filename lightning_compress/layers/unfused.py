@@ -23,8 +23,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
+from lightning_compress.core.checks import did_you_mean
 from lightning_compress.core.errors import ConfigurationError, ModelError
-from lightning_compress.core.settings import did_you_mean
 from lightning_compress.layers.factorised import FactorisedLayer
 
 P = ParamSpec("P")

@@ -10,11 +10,11 @@ from warnings import warn
 
 import numpy as np
 from torch import nn
+from typing_extensions import Unpack
 
 from lightning_compress.analysis.costs import measure_costs
 from lightning_compress.analysis.inventory import (
     Layer,
-    Patterns,
     require_usable_weights,
     sharing_groups,
     take_inventory,
@@ -24,7 +24,6 @@ from lightning_compress.analysis.trace import ExampleInput, Trace, trace
 from lightning_compress.core.costs import Costs
 from lightning_compress.core.errors import (
     CompressionWarning,
-    ConfigurationError,
     ExampleInputError,
     InfeasibleBudgetError,
 )
@@ -32,7 +31,7 @@ from lightning_compress.core.memory import freed_memory_kept
 from lightning_compress.core.parallel import current_share, from_first, shared_map
 from lightning_compress.core.plan import BETTER_ELSEWHERE, DENSE, LayerPlan, Plan
 from lightning_compress.core.progress import Progress, silent
-from lightning_compress.core.settings import RESOURCES, Budget, did_you_mean, require_count
+from lightning_compress.core.settings import RESOURCES, Budget, SearchKeywords, SearchSettings
 from lightning_compress.kinds.base import Floats, Ints
 from lightning_compress.kinds.registry import is_automatic
 from lightning_compress.layers.unfused import with_opened
@@ -44,29 +43,12 @@ from lightning_compress.search.end_to_end import (
     output_distance,
     search_outputs,
 )
-from lightning_compress.search.exact import search_exact, smallest, solve
-from lightning_compress.search.problem import Problem, Strategy
+from lightning_compress.search.exact import smallest, solve
+from lightning_compress.search.problem import Problem
 from lightning_compress.search.refine import refined
 from lightning_compress.search.safeguards import gives_up_most, spend_what_is_left, weights_alone
 from lightning_compress.search.sensitivity import nearer, weighted
-from lightning_compress.search.strategies.alds import ALDS_KINDS, search_alds
-from lightning_compress.search.strategies.continuous import search_continuous
-from lightning_compress.search.strategies.energy import search_energy
-from lightning_compress.search.strategies.paper import search_paper
-from lightning_compress.search.strategies.uniform import search_uniform
-
-STRATEGIES: dict[str, Strategy] = {
-    "continuous": search_continuous,
-    "exact": search_exact,
-    "uniform": search_uniform,
-    "energy": search_energy,
-    "alds": search_alds,
-    "paper": search_paper,
-}
-"""Method to strategy."""
-
-ON_WEIGHTS = ("alds", "paper")
-"""Published methods whose criterion is on the weights: objective "auto" is "weight" for them."""
+from lightning_compress.search.strategies import RegisteredStrategy, search_continuous, strategy_of
 
 ACTIVATION_WEIGHT = 0.01
 """The signal loss that is accepted to write as many numbers less as all the dense layers write together."""
@@ -74,9 +56,6 @@ ACTIVATION_WEIGHT = 0.01
 CERTIFICATE_GAP = 1e-3
 """Relative gap to which the lower bound of the certificate is worked out."""
 
-OBJECTIVES = ("auto", "weight", "moments", "end_to_end")
-AUTOMATIC_METHODS = ("continuous", "exact")
-"""Methods for which objective "auto" makes synthetic inputs; with others it is "weight" unless statistics are given."""
 BISECTIONS = 12
 """Plans tried for a quality target."""
 
@@ -86,23 +65,16 @@ def search_ranks(
     budget: Budget | Mapping[str, Any],
     *,
     example_input: ExampleInput | None = None,
-    method: str = "continuous",
-    objective: str = "auto",
-    kinds: str | Sequence[str] = "auto",
-    include: Patterns | None = None,
-    exclude: Patterns | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    rank_multiple: int = 1,
-    seed: int = 0,
     calibration: Iterable[Any] | None = None,
     statistics: Statistics | None = None,
     progress: Progress | None = None,
+    **settings: Unpack[SearchKeywords],
 ) -> Plan:
-    """Chooses kind and ranks of every layer, from the weights alone.
+    """Chooses kind and ranks of every layer, without data.
 
     The plan keeps every budget, makes no layer larger than dense or, where MACs are known,
     slower in MACs, and says how far it is at most from the optimum (`plan.optimality_gap`).
-    The projections of attention and recurrent layers are layers of their own in it (see `opening`).
+    The projections of attention and recurrent layers are layers of their own in it (see `layers.unfused`).
 
     Args:
         model: Any module; it is not changed.
@@ -110,32 +82,12 @@ def search_ranks(
         example_input: A tensor, a tuple or dict of a forward pass's arguments, or a shape with
             its batch dimension. Needed for a budget in MACs; used to find layers whose weight
             is used outside their own forward.
-        method: "continuous", "exact", "uniform", "energy", or a published method to compare with:
-            "alds" (Liebenwein et al. 2021), "paper" (arXiv 2409.03555).
-        objective: What is minimised: "weight", Σ −log(1 − e) over the relative errors e of the
-            weights; "moments", the same over what the errors do to the model's outputs, for inputs
-            with the second moments of `statistics`; "end_to_end" (method "continuous" alone), that
-            plus log D, D the distance of the model's outputs on synthetic inputs. "auto" is the best
-            that applies: with an example input, statistics or calibration "end_to_end", or "moments" for
-            "exact" and for models so large that it would take long; else "weight". "uniform" and "energy"
-            are "weight" too unless statistics are given, and the published methods, whose
-            criterion is on the weights, always. Where the
-            model fails on synthetic inputs the search falls back, with a `CompressionWarning`. With an
-            example input a small term for the numbers that factorised layers write is part of all of them, so
-            that where little is lost either way the faster kinds are chosen.
-        kinds: "auto", a kind, or a list of kinds to choose from. "auto" is svd, interpolative, channel_svd,
-            spatial_svd, tucker2, tt, cp3, cp for large kernels, tt_linear and tucker_linear for very
-            large linear layers, tt_embedding for such embeddings; for "alds" svd, channel_svd,
-            split2_svd and split4_svd.
-        include: Names, globs, class names or classes of layers to factorise, None for all.
-        exclude: Likewise for layers to leave alone.
-        overrides: Pattern to `Override`, a mapping of its fields, or "dense".
-        rank_multiple: Ranks are multiples of this number.
-        seed: Of the synthetic inputs.
         calibration: Batches of real inputs, in the place of synthetic ones; the plan then says that it
             is not data-free.
         statistics: From `gather_statistics`; made with `example_input` if they are needed.
         progress: Called with what is being done and the fraction done.
+        **settings: The fields of `SearchSettings`: method, objective, kinds, include, exclude, overrides,
+            rank_multiple, seed.
 
     Returns:
         A frozen plan for `apply_plan_`.
@@ -148,18 +100,12 @@ def search_ranks(
         ModelError: If the model has lazy or non-finite weights, fails on the example input,
             or holds nothing to factorise.
     """
+    beside = ("example_input", "calibration", "statistics", "progress")
     return search_with_statistics(
         model,
         budget,
+        SearchSettings.of(settings, owner="search_ranks", beside=beside),
         example_input=example_input,
-        method=method,
-        objective=objective,
-        kinds=kinds,
-        include=include,
-        exclude=exclude,
-        overrides=overrides,
-        rank_multiple=rank_multiple,
-        seed=seed,
         calibration=calibration,
         statistics=statistics,
         progress=progress,
@@ -171,16 +117,9 @@ def search_ranks(
 def search_with_statistics(
     model: nn.Module,
     budget: Budget | Mapping[str, Any],
+    settings: SearchSettings,
     *,
     example_input: ExampleInput | None = None,
-    method: str = "continuous",
-    objective: str = "auto",
-    kinds: str | Sequence[str] = "auto",
-    include: Patterns | None = None,
-    exclude: Patterns | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    rank_multiple: int = 1,
-    seed: int = 0,
     calibration: Iterable[Any] | None = None,
     statistics: Statistics | None = None,
     progress: Progress | None = None,
@@ -188,11 +127,11 @@ def search_with_statistics(
     """Like `search_ranks`, and returns the statistics the errors were measured in, None for the weights alone."""
     start = time.perf_counter()
     budget = Budget.from_value(budget)
-    check_settings(method, objective, rank_multiple, seed)
+    strategy, rank_multiple = strategy_of(settings), settings.rank_multiple
     require_usable_weights(model)
-    if method == "alds" and is_automatic(kinds):
-        kinds = ALDS_KINDS
-    selection: dict[str, Any] = {"kinds": kinds, "include": include, "exclude": exclude, "overrides": overrides}
+    selection = settings.selection
+    if strategy.kinds is not None and is_automatic(settings.kinds):
+        selection["kinds"] = strategy.kinds
     take_inventory(model, **selection)  # a wrong pattern shows before the model is run
     if "macs" in budget.limits() and example_input is None:
         msg = f"a budget in MACs ({budget}) needs example_input: a tensor, or a shape such as (1, 3, 224, 224)."
@@ -201,17 +140,18 @@ def search_with_statistics(
     layers = take_inventory(model, **selection, trace=traced)
     dense = measure_costs(model, macs=traced.macs if traced else None)
     report = progress or silent
-    automatic = objective == "auto"
     statistics, objective = _statistics(
-        model, method, objective, example_input, calibration, statistics, traced, seed, report
+        model, strategy, settings, example_input, calibration, statistics, traced, report
     )
-    automatic = automatic and objective != "weight" and statistics is not None and statistics.data_free
+    automatic = (
+        settings.objective == "auto" and objective != "weight" and statistics is not None and statistics.data_free
+    )
     searched = time.perf_counter()
     tables = _tabulate(layers, budget.budgeted, rank_multiple, statistics, report)
     if current_share().rank:  # the first process chooses
         return cast(Plan, from_first("the search", None)), statistics
     chosen = [layer for layer in layers if layer.reason is None]
-    if method in AUTOMATIC_METHODS:
+    if strategy.thorough:
         chosen, tables = _shared(chosen, tables, sharing_groups(chosen, traced), budget, rank_multiple, statistics)
     outputs = None
     if statistics is not None:
@@ -219,14 +159,14 @@ def search_with_statistics(
         outputs = Outputs(model, tuple(chosen), statistics, inputs)
         outputs = outputs if outputs.exist else None
     if budget.max_error is not None:
-        problem, choice = _within_error(tables, dense, budget, method, outputs, report)
+        problem, choice = _within_error(tables, dense, budget, strategy, outputs, report)
         found = _Found(
             problem, choice, chosen, "moments" if objective == "end_to_end" else objective, statistics, outputs
         )
     else:
         plain = _problem(tables, dense, budget)
         _require_feasible(plain, dense, budget)
-        problem, choice, objective = _search(plain, method, objective, outputs, report)
+        problem, choice, objective = _search(plain, strategy, objective, outputs, report)
         found = _Found(problem, choice, chosen, objective, statistics, outputs)
         if automatic:
             single = [layer for layer in layers if layer.reason is None]
@@ -237,7 +177,7 @@ def search_with_statistics(
         dense=dense,
         compressed=_costs_after(problem, choice, dense),
         budget=budget,
-        method=method,
+        method=strategy.name,
         objective=found.objective,
         source="weight" if statistics is None or found.objective == "weight" else statistics.source,
         data_free=statistics is None or statistics.data_free,
@@ -245,9 +185,9 @@ def search_with_statistics(
         output_distance=output_distance(outputs, problem, choice) if outputs is not None else None,
         seconds=time.perf_counter() - start,
         timings={**(statistics.seconds if statistics is not None else {}), "search": time.perf_counter() - searched},
-        seed=seed,
+        seed=settings.seed,
     )
-    if method in AUTOMATIC_METHODS:
+    if strategy.thorough:
         _warn_of_given_up_layers(plan)
     return from_first("the search", plan), statistics
 
@@ -274,14 +214,14 @@ class _Found:
 
 
 def _search(
-    problem: Problem, method: str, objective: str, outputs: Outputs | None, progress: Progress
+    problem: Problem, strategy: RegisteredStrategy, objective: str, outputs: Outputs | None, progress: Progress
 ) -> tuple[Problem, Ints, str]:
     """Returns the problem that a method has solved, its choice, and the objective it is of."""
-    if outputs is not None and method in AUTOMATIC_METHODS:
+    if outputs is not None and strategy.thorough:
         problem = refined(problem, outputs, lambda done: progress("fitting layers", done))
         problem = nearer(problem, outputs, progress)
-    choice, objective = _choose(problem, method, objective, outputs, progress)
-    if method in AUTOMATIC_METHODS:
+    choice, objective = _choose(problem, strategy, objective, outputs, progress)
+    if strategy.thorough:
         choice = spend_what_is_left(problem, choice)
     return problem, choice, objective
 
@@ -313,21 +253,20 @@ def _warn_of_given_up_layers(plan: Plan) -> None:
 
 def _statistics(  # noqa: PLR0917
     model: nn.Module,
-    method: str,
-    objective: str,
+    strategy: RegisteredStrategy,
+    settings: SearchSettings,
     example_input: ExampleInput | None,
     calibration: Iterable[Any] | None,
     given: Statistics | None,
     traced: Trace | None,
-    seed: int,
     progress: Progress,
 ) -> tuple[Statistics | None, str]:
     """Returns the statistics an objective needs, and the objective that can be had with them."""
-    automatic = objective == "auto"
-    if objective == "weight" or (automatic and method in ON_WEIGHTS):
+    objective, best = settings.objective, strategy.objectives[-1]
+    if objective == "weight" or best == "weight":
         return None, "weight"
     known = given is not None or example_input is not None or calibration is not None
-    if automatic and given is None and (not known or method not in AUTOMATIC_METHODS):
+    if objective == "auto" and given is None and not (known and strategy.thorough):
         return None, "weight"
     if not known:
         msg = f"objective={objective!r} needs an example_input to make inputs with, statistics or calibration."
@@ -335,21 +274,22 @@ def _statistics(  # noqa: PLR0917
     statistics = given
     if statistics is None:
         try:
-            statistics = gather_statistics(model, example_input, calibration=calibration, seed=seed, progress=progress)
+            statistics = gather_statistics(
+                model, example_input, calibration=calibration, seed=settings.seed, progress=progress
+            )
         except ExampleInputError as error:
             if calibration is not None:
                 raise
             warn(f"the search falls back to objective='weight': {error}", CompressionWarning, stacklevel=3)
             return None, "weight"
-    if objective == "moments" or method != "continuous":
-        return statistics, "moments"
-    if automatic and traced is not None and affordable_inputs(traced.macs) < LEAST_INPUTS:
-        return statistics, "moments"
-    return statistics, "end_to_end"
+    if objective != "auto":
+        return statistics, objective
+    few = traced is not None and affordable_inputs(traced.macs) < LEAST_INPUTS
+    return statistics, "moments" if few else best
 
 
 def _choose(
-    problem: Problem, method: str, objective: str, outputs: Outputs | None, progress: Progress
+    problem: Problem, strategy: RegisteredStrategy, objective: str, outputs: Outputs | None, progress: Progress
 ) -> tuple[Ints, str]:
     """Returns the choice, and the objective it is of."""
     if objective == "end_to_end" and outputs is None:
@@ -357,7 +297,7 @@ def _choose(
         warn(msg, CompressionWarning, stacklevel=3)
         objective = "moments"
     if objective != "end_to_end" or outputs is None:
-        return STRATEGIES[method](problem, progress=progress), objective
+        return strategy.solve(problem, progress=progress), objective
     progress("end-to-end search", 0.0)
     start = solve(problem).choice
     start = start if start is not None else search_continuous(problem, progress=progress)
@@ -379,7 +319,7 @@ def _within_error(  # noqa: PLR0917
     tables: tuple[Candidates, ...],
     dense: Costs,
     budget: Budget,
-    method: str,
+    strategy: RegisteredStrategy,
     outputs: Outputs | None,
     progress: Progress,
 ) -> tuple[Problem, Ints]:
@@ -394,7 +334,7 @@ def _within_error(  # noqa: PLR0917
     full = _problem(tables, dense, Budget(params=1.0))
     floor = _smallest_share(full, dense)
     middle = _problem(tables, dense, Budget(params=floor**0.5))
-    weights = weighted(middle, solve(middle).choice, outputs).weights if method in AUTOMATIC_METHODS else None
+    weights = weighted(middle, solve(middle).choice, outputs).weights if strategy.thorough else None
     best, problem, low, high = np.array([len(t) - 1 for t in tables]), full, floor, 1.0
     for step in range(BISECTIONS):
         progress("quality target", step / BISECTIONS)
@@ -402,7 +342,7 @@ def _within_error(  # noqa: PLR0917
         plain = _problem(tables, dense, Budget(params=min(1.0, share)))
         found = []
         for tried in (plain, replace(plain, weights=weights))[: 1 if weights is None else 2]:
-            choice = STRATEGIES[method](tried, progress=silent)
+            choice = strategy.solve(tried, progress=silent)
             found.append((output_distance(outputs, tried, choice), tried, choice))
         distance, tried, choice = min(found, key=lambda each: each[0])
         if distance <= target:
@@ -419,25 +359,6 @@ def _smallest_share(problem: Problem, dense: Costs) -> float:
     """Returns the smallest fraction of the parameters that can be reached."""
     rest = _rest(problem.layers, dense)[RESOURCES.index("params")]
     return float((problem.cost_of(smallest(problem))[0] + rest + 1) / dense.params)
-
-
-def check_settings(method: object, objective: object, rank_multiple: object, seed: object) -> None:
-    """Checks the settings of a search that need no model.
-
-    Raises:
-        ConfigurationError: If one is unknown or out of range.
-    """
-    if not isinstance(method, str) or method not in STRATEGIES:
-        msg = f"search method {method!r} is unknown.{did_you_mean(method, STRATEGIES)}"
-        raise ConfigurationError(msg)
-    if objective not in OBJECTIVES:
-        msg = f"objective={objective!r} is unknown.{did_you_mean(objective, OBJECTIVES)}"
-        raise ConfigurationError(msg)
-    if objective == "end_to_end" and method != "continuous":
-        msg = f"objective='end_to_end' needs method='continuous', not {method!r}; use objective='moments'."
-        raise ConfigurationError(msg)
-    require_count(f"rank_multiple={rank_multiple!r}", rank_multiple, 1)
-    require_count(f"seed={seed!r}", seed, 0)
 
 
 def _tabulate(
@@ -635,4 +556,4 @@ def _layer_plan(
     )
 
 
-__all__ = ["OBJECTIVES", "STRATEGIES", "Strategy", "check_settings", "search_ranks", "search_with_statistics"]
+__all__ = ["search_ranks", "search_with_statistics"]

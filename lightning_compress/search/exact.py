@@ -14,7 +14,6 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, hstack
 
-from lightning_compress.core.progress import Progress
 from lightning_compress.kinds.base import Floats, Ints
 from lightning_compress.search.problem import Problem
 
@@ -32,14 +31,6 @@ class Solution:
 
     choice: Ints | None
     bound: float
-
-
-def search_exact(problem: Problem, *, progress: Progress) -> Ints:
-    """Returns the optimum (to a relative gap of 1e-4) of the separable problem."""
-    progress("exact search", 0.0)
-    choice = solve(problem).choice
-    progress("exact search", 1.0)
-    return choice if choice is not None else smallest(problem)
 
 
 def solve(problem: Problem, *, rel_gap: float = REL_GAP) -> Solution:

@@ -1,14 +1,12 @@
-"""The separable rank-selection problem every strategy solves, and what a strategy is."""
+"""The separable rank-selection problem every strategy solves."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 
-from lightning_compress.core.progress import Progress
 from lightning_compress.core.settings import RESOURCES
 from lightning_compress.kinds.base import Floats, Ints
 from lightning_compress.search.candidates import Candidates
@@ -73,13 +71,3 @@ class Problem:
             for c, kept in zip(self.layers, rows, strict=True)
         )
         return replace(self, layers=layers)
-
-
-class Strategy(Protocol):
-    """A search strategy: returns one row per layer that keeps every budget.
-
-    It is only called on problems that have such a choice.
-    """
-
-    def __call__(self, problem: Problem, *, progress: Progress) -> Ints:
-        """Returns the chosen row of each layer, shape (number of layers,)."""

@@ -15,11 +15,11 @@ from lightning_compress.analysis.costs import measure_costs
 from lightning_compress.analysis.inventory import Layer, list_layers, require_module, require_usable_weights
 from lightning_compress.analysis.statistics import Statistics
 from lightning_compress.analysis.trace import ExampleInput, Trace, trace
+from lightning_compress.core.checks import did_you_mean
 from lightning_compress.core.costs import Costs
 from lightning_compress.core.errors import ConfigurationError, PlanMismatchError
 from lightning_compress.core.plan import DENSE, LayerPlan, Plan
 from lightning_compress.core.progress import Progress, silent
-from lightning_compress.core.settings import did_you_mean
 from lightning_compress.kinds.base import threads_for
 from lightning_compress.kinds.joint_svd import shared_factors
 from lightning_compress.kinds.metric import Metric

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -15,9 +17,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import Progress as RichProgress
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
-from lightning_compress.analysis.inventory import Patterns
 from lightning_compress.analysis.trace import ExampleInput, is_shape, trace
 from lightning_compress.compress import Compression, compress_model_
 from lightning_compress.core.errors import (
@@ -27,13 +28,15 @@ from lightning_compress.core.errors import (
     ResumeError,
     UnsupportedError,
 )
+from lightning_compress.core.fine_tuning import Distill, Schedule
 from lightning_compress.core.parallel import from_first
 from lightning_compress.core.plan import Plan, percent
 from lightning_compress.core.progress import Progress, silent
-from lightning_compress.core.settings import Budget, Distill, Schedule
+from lightning_compress.core.settings import Budget, SearchKeywords, SearchSettings
 from lightning_compress.kinds.registry import resolve_kinds
 from lightning_compress.layers.factorised import FactorisedLayer
-from lightning_compress.search.api import check_settings, search_ranks
+from lightning_compress.search.api import search_ranks
+from lightning_compress.search.strategies import strategy_of
 from lightning_compress.surgery.merge import merge_layers_
 from lightning_compress.surgery.swap import Replacement, plan_of
 from lightning_compress.training.averages import restart_averages
@@ -71,13 +74,6 @@ class Compress(RestoringCallback):
 
     Args:
         budget: Upper bounds, a `Budget` or a mapping such as `{"params": 0.2}`.
-        kinds: "auto", a kind of decomposition, or a list of kinds to choose from.
-        include: Names, globs, class names or classes of layers to factorise, None for all.
-        exclude: Likewise for layers to leave alone.
-        overrides: Pattern to `Override`, a mapping of its fields, or "dense".
-        search: Strategy: "continuous", "exact", "uniform", "energy", "alds" or "paper".
-        objective: "weight", "moments", "end_to_end" or "auto", the best that applies; see
-            `search_ranks`. All but "weight" use synthetic inputs made from the module's own statistics.
         heal: Whether to repair the factors on synthetic inputs before fine-tuning, see `compress_`.
         calibration: Batches of real inputs, in the place of synthetic ones; the plan then says that it
             is not data-free.
@@ -86,12 +82,13 @@ class Compress(RestoringCallback):
         example_input: A tensor, a tuple or dict of arguments of `forward`, or a shape with its
             batch dimension. By default the module's `example_input_array`, else the shape of
             the first batch of the training data (only its shape is used).
-        rank_multiple: Ranks are multiples of this number.
-        seed: Of the synthetic inputs and the repair.
         require_used: Whether a factor that the first batch sends no gradient to is an error; false for
             models that use some layers in some batches only, such as mixtures of experts.
+        **settings: The fields of `SearchSettings`: method, objective, kinds, include, exclude, overrides,
+            rank_multiple, seed.
 
     Attributes:
+        settings: Those as one `SearchSettings`.
         plan: The plan of the last fit, None before; of its last round.
         seconds: How long each part of its compression took.
 
@@ -104,31 +101,22 @@ class Compress(RestoringCallback):
         self,
         budget: Budget | Mapping[str, Any],
         *,
-        kinds: str | Sequence[str] = "auto",
-        include: Patterns | None = None,
-        exclude: Patterns | None = None,
-        overrides: Mapping[str, Any] | None = None,
-        search: str = "continuous",
-        objective: str = "auto",
         heal: bool = True,
         calibration: Iterable[Any] | None = None,
         schedule: Schedule | Mapping[str, Any] | None = None,
         distill: Distill | Mapping[str, Any] | None = None,
         example_input: ExampleInput | None = None,
-        rank_multiple: int = 1,
-        seed: int = 0,
         require_used: bool = True,
+        **settings: Unpack[SearchKeywords],
     ) -> None:
         self.budget = Budget.from_value(_plain(budget))
-        self.kinds = _plain(kinds)
-        resolve_kinds(self.kinds)
-        self.include, self.exclude, self.overrides = _plain(include), _plain(exclude), _plain(overrides)
-        check_settings(search, objective, rank_multiple, seed)
+        self.settings = SearchSettings.of(_plain(settings), owner="Compress", beside=self.arguments())
+        strategy_of(self.settings)
+        resolve_kinds(self.settings.kinds)
         for name, value in (("heal", cast(Any, heal)), ("require_used", cast(Any, require_used))):
             if not isinstance(value, bool):
                 msg = f"{name}={value!r}: expected true or false."
                 raise ConfigurationError(msg)
-        self.search, self.objective, self.rank_multiple, self.seed = search, objective, rank_multiple, seed
         self.heal, self.calibration, self.require_used = heal, calibration, require_used
         self.schedule = Schedule.from_value(_plain(schedule))
         self.distill = Distill.from_value(_plain(distill))
@@ -151,23 +139,27 @@ class Compress(RestoringCallback):
         self._scaled: ScaledSteps | None = None
         self._liveness: Liveness | None = None
 
+    @classmethod
+    def arguments(cls) -> list[str]:
+        """Returns the names of all arguments, the fields of `SearchSettings` among them."""
+        own = [name for name in inspect.signature(cls).parameters if name != "settings"]
+        return [*own, *(field.name for field in dataclasses.fields(SearchSettings))]
+
     def plan_for(
         self,
         model: nn.Module,
         example_input: ExampleInput | None = None,
         *,
-        method: str | None = None,
-        objective: str | None = None,
         progress: Progress | None = None,
+        **changes: Unpack[SearchKeywords],
     ) -> Plan:
         """Returns the plan that a fit of this model would apply; the model is not changed.
 
         Args:
             model: A module, dense.
             example_input: See `search_ranks`; None for the callback's own.
-            method: Another strategy than the callback's own.
-            objective: Another objective than the callback's own.
             progress: Called with what is being done and the fraction done.
+            **changes: Other settings than the callback's own.
 
         Raises:
             LightningCompressError: As `search_ranks`.
@@ -176,21 +168,9 @@ class Compress(RestoringCallback):
             model,
             self.budget,
             example_input=example_input if example_input is not None else self.example_input,
-            objective=objective if objective is not None else self.objective,
             progress=progress,
-            **{**self._search_settings(), "method": method if method is not None else self.search},
+            **{**vars(self.settings), **changes},
         )
-
-    def _search_settings(self) -> dict[str, Any]:
-        return {
-            "method": self.search,
-            "kinds": self.kinds,
-            "include": self.include,
-            "exclude": self.exclude,
-            "overrides": self.overrides,
-            "rank_multiple": self.rank_multiple,
-            "seed": self.seed,
-        }
 
     # --- hooks -------------------------------------------------------------------------------
 
@@ -321,12 +301,11 @@ class Compress(RestoringCallback):
             return compress_model_(
                 pl_module,
                 budget,
+                self.settings,
                 example_input=from_first("the example input", self._example_input(trainer, module)),
-                objective=self.objective,
-                heal=self.heal,
                 calibration=self.calibration,
+                heal=self.heal,
                 progress=progress,
-                **self._search_settings(),
             )
 
         with _progress(trainer) as progress:

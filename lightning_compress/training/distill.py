@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.analysis.trace import hooked, output_tensors
+from lightning_compress.core.checks import did_you_mean
 from lightning_compress.core.copies import detached_copy, digest_of
 from lightning_compress.core.errors import ConfigurationError, DistillationError
-from lightning_compress.core.settings import Distill, did_you_mean
+from lightning_compress.core.fine_tuning import Distill
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.layers.unfused import open_, openable
 

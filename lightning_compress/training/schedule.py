@@ -10,8 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_compress.core.checks import did_you_mean
 from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.core.settings import Phase, Schedule, did_you_mean
+from lightning_compress.core.fine_tuning import Phase, Schedule
 
 _AFTERWARDS = Phase()
 

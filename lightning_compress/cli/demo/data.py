@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
+from lightning_compress.core.checks import require_count
 from lightning_compress.core.errors import DataNotFoundError
-from lightning_compress.core.settings import require_count
 
 Batch = tuple[Tensor, Tensor]
 

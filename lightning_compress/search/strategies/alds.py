@@ -25,11 +25,10 @@ from lightning_compress.core.progress import Progress
 from lightning_compress.kinds.base import Ints
 from lightning_compress.search.exact import first_that_fits, smallest
 from lightning_compress.search.problem import Problem
-
-ALDS_KINDS = ("svd", "channel_svd", "split2_svd", "split4_svd")
-"""What kinds="auto" stands for in this method."""
+from lightning_compress.search.strategies.registry import register_strategy
 
 
+@register_strategy("alds", objectives=("weight",), kinds=("svd", "channel_svd", "split2_svd", "split4_svd"))
 def search_alds(problem: Problem, *, progress: Progress) -> Ints:
     """Returns the cheapest choice within the smallest relative error that keeps every budget.
 

@@ -28,6 +28,7 @@ from lightning_compress.kinds.base import Ints
 from lightning_compress.search.exact import smallest, solve
 from lightning_compress.search.problem import Problem
 from lightning_compress.search.space import Space, around
+from lightning_compress.search.strategies.registry import register_strategy
 
 STEPS = 300
 LEARNING_RATE = 0.1
@@ -44,6 +45,7 @@ SETTLED = 1e-3
 """The projection stops when a larger window lowers the objective by less than this fraction."""
 
 
+@register_strategy("continuous", objectives=("weight", "moments", "end_to_end"), thorough=True)
 def search_continuous(problem: Problem, *, progress: Progress) -> Ints:
     """Returns the projection of the continuous optimum of the composite loss."""
     with torch.inference_mode(mode=False), torch.enable_grad():  # whatever the caller is in

@@ -8,8 +8,10 @@ from lightning_compress.core.progress import Progress
 from lightning_compress.kinds.base import Ints
 from lightning_compress.search.exact import first_that_fits, smallest
 from lightning_compress.search.problem import Problem
+from lightning_compress.search.strategies.registry import register_strategy
 
 
+@register_strategy("energy")
 def search_energy(problem: Problem, *, progress: Progress) -> Ints:
     """Returns the choice of the smallest error threshold that keeps every budget.
 

@@ -57,6 +57,7 @@ from lightning_compress.kinds.base import Floats, Ints
 from lightning_compress.search.candidates import Candidates
 from lightning_compress.search.exact import first_that_fits, smallest
 from lightning_compress.search.problem import Problem
+from lightning_compress.search.strategies.registry import register_strategy
 
 GAMMA, BETA = 0.4, 0.8
 FACTOR = 10
@@ -98,6 +99,7 @@ class _Path:
         return np.unique(np.abs(self.ranks[:, None] - ranks).argmin(axis=0))
 
 
+@register_strategy("paper", objectives=("weight",))
 def search_paper(problem: Problem, *, progress: Progress) -> Ints:
     """Returns the ranks of the published search, scaled by the largest factor that keeps every budget.
 

@@ -9,8 +9,10 @@ from lightning_compress.core.progress import Progress
 from lightning_compress.kinds.base import Ints
 from lightning_compress.search.exact import smallest
 from lightning_compress.search.problem import Problem
+from lightning_compress.search.strategies.registry import register_strategy
 
 
+@register_strategy("uniform")
 def search_uniform(problem: Problem, *, progress: Progress) -> Ints:
     """Returns, for the largest fraction that keeps every budget, the largest candidates under it.
 

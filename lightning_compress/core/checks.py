@@ -1,0 +1,81 @@
+"""Checks of single values, and the end of messages about unknown names."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from lightning_compress.core.errors import ConfigurationError
+
+_T = TypeVar("_T")
+
+
+def did_you_mean(word: object, known: Iterable[str], *, most: int = 20) -> str:
+    """Returns the end of an error message: a suggestion if one is close, then the known names."""
+    known = list(known)
+    close = difflib.get_close_matches(str(word), known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    more = f", … ({len(known) - most} more)" if len(known) > most else ""
+    return f"{hint} Known: {', '.join(known[:most])}{more}."
+
+
+def is_number(value: object) -> bool:
+    """Returns whether a value is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def require_count(what: str, value: object, least: int) -> None:
+    """Checks a whole number.
+
+    Args:
+        what: The input as the user wrote it, for the message.
+        value: Its value.
+        least: The smallest allowed.
+
+    Raises:
+        ConfigurationError: If it is none, or too small.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        msg = f"{what}: expected a whole number of at least {least}."
+        raise ConfigurationError(msg)
+
+
+def require_type(owner: str, name: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:
+    """Checks the type of one value of a settings class, `owner(name=value)`.
+
+    Raises:
+        ConfigurationError: If it is of another type than `kind`.
+    """
+    if not isinstance(value, kind):
+        msg = f"{owner}({name}={value!r}): expected {expected}."
+        raise ConfigurationError(msg)
+
+
+def from_mapping(cls: type[_T], value: Mapping[Any, Any], owner: str) -> _T:
+    """Returns a settings class made from a mapping of its fields.
+
+    Raises:
+        ConfigurationError: If a key is unknown.
+    """
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in value:
+        if key not in known:
+            msg = f"{owner}: unknown key {key!r}.{did_you_mean(key, known)}"
+            raise ConfigurationError(msg)
+    return cls(**value)
+
+
+def require_known(keywords: Iterable[str], known: Iterable[str], owner: str) -> None:
+    """Checks the names of keyword arguments that a function takes as `**settings`.
+
+    Raises:
+        ConfigurationError: If one is unknown; the message has a suggestion.
+    """
+    known = list(known)
+    for name in keywords:
+        if name not in known:
+            msg = f"{owner}: unknown argument {name!r}.{did_you_mean(name, known)}"
+            raise ConfigurationError(msg)
