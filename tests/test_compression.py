@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import lightning_compress
 from lightning_compress import (
     Budget,
+    Compress,
     FactorisedLayer,
     LightningCompressError,
     Plan,
@@ -147,12 +148,17 @@ def test_error_leaves_the_model_as_it_was(net, unchanged, budget, settings, erro
         (Budget(params=0.5), {"method": "x"}, ConfigurationError, "search method 'x' is unknown"),
         (Budget(params=0.5), {"kinds": "tuker2"}, ConfigurationError, "unknown kind 'tuker2'"),
         (Budget(params=0.5), {"include": "nope"}, SelectionError, "include: 'nope' matches no layer"),
-        (Budget(params=0.5), {"rank_multiples": 8}, TypeError, "rank_multiples"),
+        (
+            Budget(params=0.5),
+            {"rank_multiples": 8},
+            ConfigurationError,
+            "compress_: unknown argument 'rank_multiples'.*'rank_multiple'",
+        ),
         (
             Budget(params=0.5),
             {"method": "exact", "objective": "end_to_end"},
             ConfigurationError,
-            "objective='end_to_end' needs method='continuous', not 'exact'",
+            "objective='end_to_end' is nothing for method='exact'",
         ),
     ],
 )
@@ -166,10 +172,25 @@ def test_wrong_argument_is_an_error_before_synthetic_inputs_are_made(net, unchan
     assert len(calls) <= 1  # at most the trace
 
 
-def test_unknown_setting_is_a_type_error(net, unchanged):
+@pytest.mark.parametrize(
+    ("entrance", "call"),
+    [
+        ("search_ranks", lambda net, **settings: search_ranks(net, Budget(params=0.5), **settings)),
+        ("compress_", lambda net, **settings: compress_(net, Budget(params=0.5), **settings)),
+        ("Compress", lambda net, **settings: Compress(Budget(params=0.5), **settings)),
+    ],
+)
+@pytest.mark.parametrize(
+    ("settings", "meant"),
+    [({"seeds": 1}, "seed"), ({"metod": "exact"}, "method"), ({"example_inputs": SHAPE}, "example_input")],
+)
+def test_misspelt_setting_is_our_own_error_with_a_suggestion_whatever_the_entrance(
+    net, unchanged, entrance, call, settings, meant
+):
     before = unchanged(net)
-    with pytest.raises(TypeError, match="rank_multiples"):
-        compress_(net, Budget(params=0.5), rank_multiples=8, **WEIGHTS_ALONE)
+    (name,) = settings
+    with pytest.raises(ConfigurationError, match=rf"^{entrance}: unknown argument '{name}'\. Did you mean '{meant}'\?"):
+        call(net, **settings)
     before.check()
 
 

@@ -144,11 +144,8 @@ def test_compression_is_a_callback_with_the_budget_of_the_file(option):
     assert type(callback) is Compress
     assert callback.budget == Budget(**raw["budget"])
     assert callback.settings.rank_multiple == raw.get("rank_multiple", 1)
-    assert (callback.settings.method, callback.settings.objective, callback.settings.kinds) == (
-        "continuous",
-        "auto",
-        "auto",
-    )
+    chosen = callback.settings
+    assert (chosen.method, chosen.objective, chosen.kinds) == ("continuous", "auto", "auto")
     assert (callback.heal, callback.calibration) == (True, None)
     assert (callback.settings.include, callback.settings.exclude, callback.settings.overrides) == (None, None, None)
     assert callback.schedule == Schedule(warmup_steps=20, freeze_epochs=0)

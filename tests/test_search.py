@@ -28,9 +28,9 @@ from lightning_compress.core.plan import signal_loss
 from lightning_compress.core.settings import RESOURCES
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.search.candidates import MAX_RANKS, MAX_RANKS_PER_MODE, Candidates, tabulate
-from lightning_compress.search.exact import search_exact, smallest, solve
+from lightning_compress.search.exact import smallest, solve
 from lightning_compress.search.problem import Problem
-from lightning_compress.search.strategies import STRATEGIES
+from lightning_compress.search.strategies import STRATEGIES, search_exact
 from tests.conftest import TinyNet
 
 SHAPE = (1, 3, 8, 8)
@@ -635,14 +635,14 @@ def test_wrong_budget_argument_is_an_error(net, unchanged, value, error, message
 
 BAD_SETTINGS = [
     ({"method": "exakt"}, ConfigurationError, r"search method 'exakt' is unknown. Did you mean 'exact'.*uniform"),
-    ({"method": None}, ConfigurationError, r"search method None is unknown.*continuous, exact, uniform, energy"),
+    ({"method": None}, ConfigurationError, r"search method None is unknown.*continuous, energy, exact, paper, uniform"),
     ({"method": ["exact"]}, ConfigurationError, r"search method \['exact'\] is unknown"),
     ({"objective": "weights"}, ConfigurationError, r"objective='weights' is unknown. Did you mean 'weight'"),
     ({"objective": 1}, ConfigurationError, r"objective=1 is unknown"),
     (
         {"objective": "end_to_end", "method": "exact"},
         ConfigurationError,
-        r"objective='end_to_end' needs method='continuous', not 'exact'; use objective='moments'",
+        r"objective='end_to_end' is nothing for method='exact', which takes 'weight', 'moments'",
     ),
     ({"rank_multiple": 0}, ConfigurationError, r"rank_multiple=0: expected a whole number of at least 1"),
     ({"rank_multiple": 2.0}, ConfigurationError, r"rank_multiple=2.0: expected a whole number"),

@@ -18,8 +18,6 @@ from lightning_compress.kinds.metric import Metric
 from lightning_compress.search.candidates import Candidates, tabulate
 from lightning_compress.search.problem import Problem
 from lightning_compress.search.strategies import STRATEGIES
-
-ALDS_KINDS = STRATEGIES["alds"].kinds
 from lightning_compress.search.strategies.paper import (
     BETA,
     GAMMA,
@@ -33,6 +31,7 @@ from lightning_compress.search.strategies.paper import (
 )
 from tests.conftest import TinyNet, planned_error
 
+ALDS_KINDS = STRATEGIES["alds"].kinds
 SHAPE = (1, 3, 8, 8)
 
 
