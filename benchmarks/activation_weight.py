@@ -1,4 +1,4 @@
-"""Accuracy and latency over the weight λ of what factorised layers write (`search.ACTIVATION_WEIGHT`).
+"""Accuracy and latency over the weight λ of what factorised layers write (`search.problem.ACTIVATION_WEIGHT`).
 
 python -m benchmarks.activation_weight [--networks vgg resnet20] [--keep 0.5 0.2] [--weights 0 0.02 0.1]
 
@@ -21,7 +21,7 @@ from benchmarks.zero_shot import accuracy
 from lightning_compress import Budget, apply_plan_, search_ranks
 from lightning_compress.analysis.costs import measure_latency
 from lightning_compress.analysis.statistics import gather_statistics
-from lightning_compress.search import api as search
+from lightning_compress.search import problem
 
 BATCHES = (1, 16)
 
@@ -37,7 +37,7 @@ def main(networks: list[str], keeps: list[float], weights: list[float]) -> None:
         for keep in keeps:
             models, start = [net], len(rows)
             for weight in weights:
-                with mock.patch.object(search, "ACTIVATION_WEIGHT", weight):
+                with mock.patch.object(problem, "ACTIVATION_WEIGHT", weight):
                     plan = search_ranks(
                         net, Budget(params=keep), example_input=IMAGE, statistics=found, objective="moments"
                     )

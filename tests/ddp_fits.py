@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import Budget, Compress
-from lightning_compress.search.api import shared_map
+from lightning_compress.core.parallel import shared_map
 from lightning_compress.training import distributed
 from tests.conftest import DEFAULTS, TinyTask, compress
 
@@ -231,10 +231,10 @@ def out_of_step():
 def shared():
     # who decomposed what, and who made which inputs
     from lightning_compress.analysis import synthetic as synthesis
-    from lightning_compress.search import api as search
+    from lightning_compress.search import units
 
     done = {"tables": [], "inputs": 0}
-    tabulate, match = search.tabulate, synthesis._match
+    tabulate, match = units.tabulate, synthesis._match
 
     def counted_tabulate(layer, **settings):
         done["tables"].append(layer.name)
@@ -244,7 +244,7 @@ def shared():
         done["inputs"] += 1
         return match(*args)
 
-    search.tabulate, synthesis._match = counted_tabulate, counted_match
+    units.tabulate, synthesis._match = counted_tabulate, counted_match
     try:
         return {**fit(task_of(), compress(method="continuous", kinds="auto", **DEFAULTS), epochs=1), **done}
     finally:

@@ -29,7 +29,6 @@ from lightning_compress.kinds.registry import (
     profile_in,
     weighted_energy,
 )
-from lightning_compress.search.api import BISECTIONS
 from lightning_compress.search.candidates import tabulate
 from lightning_compress.search.end_to_end import (
     GROUP,
@@ -44,7 +43,9 @@ from lightning_compress.search.end_to_end import (
 )
 from lightning_compress.search.exact import solve
 from lightning_compress.search.problem import Problem
+from lightning_compress.search.quality_target import BISECTIONS
 from lightning_compress.search.refine import refined
+from lightning_compress.search.units import units_of
 from tests.conftest import InMode, TinyTask, Unchanged
 from tests.test_statistics import SHAPE, trained_like
 
@@ -202,7 +203,7 @@ def test_correction_scales_the_rough_kinds_alone_and_by_what_is_found(known):
     tables = tuple(tabulate(own, budgeted=("params",), metric=statistics.metric(own.name)) for own in layers)
     limit = 0.4 * sum(table.costs[-1, 0] for table in tables)
     problem = Problem(tables, ("params",), np.array([limit]))
-    outputs = Outputs(net, layers, statistics)
+    outputs = Outputs(net, units_of(layers), statistics)
     corrected = refined(problem, outputs, lambda _: None)
     rough = {kind for kind, decomposition in DECOMPOSITIONS.items() if decomposition.fits_roughly}
     changed = set()
@@ -436,7 +437,7 @@ def test_layers_before_a_detach_keep_the_separable_objective_alone(unchanged):
     assert [statistics.moments[name].outputs is None for name in ("0", "2", "4", "6")] == [True, True, False, False]
     layers = tuple(layer for layer in take_inventory(net) if layer.reason is None)
     mixed = {i: 1.1 * layer.weight.detach() for i, layer in enumerate(layers)}
-    gradients = _gradient_of_log_distance(Outputs(net, layers, statistics), mixed, 0)
+    gradients = _gradient_of_log_distance(Outputs(net, units_of(layers), statistics), mixed, 0)
     assert [bool(gradients[i].any()) for i in range(4)] == [False, False, True, True]
 
 
@@ -577,7 +578,7 @@ def test_gradient_of_the_log_distance_is_that_of_finite_differences_and_of_all_i
     batches = [torch.randn(50, *shape, generator=generator, dtype=torch.float64) for _ in range(2)]
     layers = tuple(layer for layer in take_inventory(model) if layer.reason is None)
     statistics = Statistics(tuple(((b,), {}) for b in batches), "noise", {})
-    outputs = Outputs(model, layers, statistics, inputs=40)
+    outputs = Outputs(model, units_of(layers), statistics, inputs=40)
     assert [len(args[0]) for args, _ in outputs.groups(0)] == [16, 16, 8]
     mixed = {
         i: layer.weight.detach() + 0.1 * torch.randn(layer.weight.shape, generator=generator, dtype=torch.float64)

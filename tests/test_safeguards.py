@@ -26,11 +26,13 @@ from lightning_compress.analysis.trace import trace
 from lightning_compress.core.errors import CompressionWarning
 from lightning_compress.core.plan import BETTER_ELSEWHERE, DENSE, LayerPlan
 from lightning_compress.core.progress import silent
-from lightning_compress.search.api import _problem, _tabulate
 from lightning_compress.search.end_to_end import Outputs, output_distance
 from lightning_compress.search.exact import solve
+from lightning_compress.search.problem import problem_of
 from lightning_compress.search.safeguards import gives_up_most, spend_what_is_left
 from lightning_compress.search.sensitivity import weighted
+from lightning_compress.search.tables import tabulate_units
+from lightning_compress.search.units import units_of
 from tests.conftest import CLOSED_FORM, TinyNet, Unchanged, compressed_model
 
 IMAGE = (1, 3, 16, 16)
@@ -160,10 +162,9 @@ def test_layers_are_weighed_by_what_they_do_to_the_outputs():
     torch.manual_seed(0)
     net = Branches()
     statistics = gather_statistics(net, (1, 20))
-    layers = take_inventory(net, kinds="svd")
-    dense = measure_costs(net)
-    problem = _problem(_tabulate(layers, ("params",), 1, statistics, silent), dense, Budget(params=0.7))
-    outputs = Outputs(net, layers, statistics)
+    units, budget = units_of(take_inventory(net, kinds="svd")), Budget(params=0.7)
+    problem = problem_of(tabulate_units(units, budget, 1, statistics, silent), measure_costs(net), budget)
+    outputs = Outputs(net, units, statistics)
     found = weighted(problem, solve(problem).choice, outputs)
     assert found.weights[0] > 50 * found.weights[1]
     choices = [solve(each).choice for each in (problem, found)]
@@ -180,10 +181,10 @@ def test_the_whole_budget_is_used_where_errors_are_left(keep):
 
 def test_what_is_left_goes_to_larger_ranks_of_the_same_kinds():
     net = TinyNet().eval()
-    layers = [layer for layer in take_inventory(net, kinds=CLOSED_FORM) if layer.reason is None]
-    dense = measure_costs(net)
-    problem = _problem(_tabulate(layers, ("params",), 1, None, silent), dense, Budget(params=0.9))
-    small = solve(_problem(problem.layers, dense, Budget(params=0.5))).choice
+    dense, budget = measure_costs(net), Budget(params=0.9)
+    tables = tabulate_units(units_of(take_inventory(net, kinds=CLOSED_FORM)), budget, 1, None, silent)
+    problem = problem_of(tables, dense, budget)
+    small = solve(problem_of(problem.layers, dense, Budget(params=0.5))).choice
     spent = spend_what_is_left(problem, small)
     assert problem.fits(spent)
     assert problem.loss_of(spent) < problem.loss_of(small)
@@ -235,9 +236,9 @@ def test_factors_of_a_plan_of_the_weights_are_fitted_to_the_weights_whatever_sta
 def test_layers_of_a_large_model_are_measured_on_few_inputs_or_not_at_all(monkeypatch):
     net = pooled()
     statistics = gather_statistics(net, IMAGE)
-    layers = tuple(layer for layer in take_inventory(net, kinds=["svd", "channel_svd"]) if layer.reason is None)
+    layers, budget = units_of(take_inventory(net, kinds=["svd", "channel_svd"])), Budget(params=0.7)
     outputs = Outputs(net, layers, statistics)
-    problem = _problem(_tabulate(layers, ("params",), 1, statistics, silent), measure_costs(net), Budget(params=0.7))
+    problem = problem_of(tabulate_units(layers, budget, 1, statistics, silent), measure_costs(net), budget)
     choice, macs = solve(problem).choice, trace(net, IMAGE).macs
     seen: list[int] = []
     with net[8].register_forward_pre_hook(lambda _m, args: seen.append(len(args[0]))):

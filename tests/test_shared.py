@@ -116,7 +116,7 @@ def test_layers_with_a_common_row_space_share(model, inputs, settings):
 def test_sharing_keeps_more_at_the_same_budget(model, inputs, monkeypatch):
     settings = {"example_input": inputs, "objective": "weight"}
     together = search_ranks(model, Budget(params=0.4), **settings)
-    monkeypatch.setattr("lightning_compress.search.api.sharing_groups", lambda *_: [])
+    monkeypatch.setattr("lightning_compress.search.tables.joint_units", lambda *_: [])
     apart = search_ranks(model, Budget(params=0.4), **settings)
     assert not shares(apart)
     assert together.signal_loss < apart.signal_loss

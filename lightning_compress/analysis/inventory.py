@@ -56,8 +56,6 @@ class Layer:
         reason: Why the layer stays dense, None if it can be factorised.
         partners: Modules that hold the same weight (an embedding and the output layer of a language
             model), each with its names: they become factorised layers of the same factors.
-        members: Linear layers that read the same and may share their first factor; `module` then
-            holds their stacked weights, and name and aliases are those of the first.
         whole: Names of the opened attention or recurrent layer it is a projection of, none otherwise.
         whole_type: The torch class of that.
     """
@@ -72,7 +70,6 @@ class Layer:
     calls: tuple[LayerCall, ...] | None = None
     reason: str | None = None
     partners: tuple[tuple[tuple[str, ...], nn.Module], ...] = ()
-    members: tuple[Layer, ...] = ()
     whole: tuple[str, ...] = ()
     whole_type: type[nn.Module] | None = None
 
@@ -259,40 +256,6 @@ def _why_tied(
     if trace is not None and not any(trace.calls[name] for name, _ in (first, *others)):
         return "it is not called in the forward pass on the example input"
     return None
-
-
-def sharing_groups(layers: Sequence[Layer], trace: Trace | None) -> list[Layer]:
-    """Returns, as layers of several members, the nn.Linear of one module that read the same tensor."""
-    if trace is None:
-        return []
-    groups: dict[tuple[Any, ...], list[Layer]] = {}
-    for layer in layers:
-        if layer.reason is None and "svd" in layer.kinds and type(layer.module) is nn.Linear and not layer.partners:
-            key = (
-                trace.inputs.get(layer.name),
-                layer.name.rpartition(".")[0],
-                layer.min_rank,
-                layer.max_rank,
-                layer.weight.dtype,
-                layer.weight.device,
-            )
-            groups.setdefault(key, []).append(layer)
-    return [stacked(group) for key, group in groups.items() if key[0] is not None and len(group) > 1]
-
-
-def stacked(members: Sequence[Layer]) -> Layer:
-    """Returns one layer of the stacked weights of linear layers."""
-    weight = torch.cat([member.weight.detach() for member in members])
-    module = nn.Linear(weight.shape[1], len(weight), bias=False, device="meta")
-    module.weight = nn.Parameter(weight, requires_grad=False)
-    return replace(
-        members[0],
-        module=module,
-        parameters=sum(member.parameters for member in members),
-        kinds=("svd",),
-        calls=members[0].calls,
-        members=tuple(members),
-    )
 
 
 def matches(layer: Layer, pattern: str | type) -> bool:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.analysis.inventory import list_layers
+from lightning_compress.analysis.inventory import Layer, list_layers
 from lightning_compress.analysis.synthetic import running_norms, synthesise
 from lightning_compress.analysis.trace import (
     Arguments,
@@ -126,6 +126,7 @@ def gather_statistics(
     calibration: Iterable[Any] | None = None,
     seed: int = 0,
     progress: Progress = silent,
+    layers: Sequence[Layer] | None = None,
 ) -> Statistics:
     """Returns moments of every layer that can be factorised and that the inputs reach; the model is not changed.
 
@@ -136,6 +137,7 @@ def gather_statistics(
             `forward`; then no inputs are made up and the result is not data-free.
         seed: Of the synthetic inputs and the gradients' directions.
         progress: Called with what is being done and the fraction done.
+        layers: Those of the model whose moments are wanted, None for all that can be factorised.
 
     Raises:
         ExampleInputError: If there is neither an example input nor calibration, or the model fails on an input, or
@@ -154,11 +156,11 @@ def gather_statistics(
         msg = "there are no moments without inputs: pass an example_input to make synthetic ones with, or calibration."
         raise ExampleInputError(msg)
     made = time.perf_counter()
-    chosen = [layer for layer in list_layers(model) if layer.reason is None]
-    layers = {layer.name: layer.module for layer in chosen}
+    chosen = [layer for layer in (list_layers(model) if layers is None else layers) if layer.reason is None]
+    modules = {layer.name: layer.module for layer in chosen}
     partners = {aliases[0]: layer.name for layer in chosen for aliases, _ in layer.partners}
     progress("moments", 0.0)
-    names = (*layers, *partners)
+    names = (*modules, *partners)
     found = dict(input_moments(model, drawn or batches, names, source=source))
     if drawn:
         with batch_statistics(model):
@@ -167,7 +169,7 @@ def gather_statistics(
     found = {name: replace(moments, outputs=gradients.get(name)) for name, moments in found.items()}
     for partner, name in partners.items():
         if (moments := found.pop(partner, None)) is not None:
-            found[name] = _with_partner(found.get(name), layers[name], moments)
+            found[name] = _with_partner(found.get(name), modules[name], moments)
     progress("moments", 1.0)
     seconds = {"synthetic inputs": made - start, "moments": time.perf_counter() - made}
     return Statistics(batches, source, found, seconds, judging, scarce=bool(drawn))

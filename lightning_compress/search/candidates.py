@@ -156,35 +156,36 @@ def _spectral(profile: RankProfile) -> Floats:
 
 
 def tabulate_shared(
-    layer: Layer, *, budgeted: Sequence[str], rank_multiple: int = 1, metrics: Sequence[Metric | None]
+    layers: Sequence[Layer], *, budgeted: Sequence[str], rank_multiple: int = 1, metrics: Sequence[Metric | None]
 ) -> Candidates:
-    """Like `tabulate`, for linear layers that share their first factor.
+    """Like `tabulate`, for linear layers with a joint first factor.
 
-    An error of the group is 1 − Π_i (1 − e_i), so that its loss is the sum of its members'.
+    Their error is 1 − Π_i (1 − e_i), so that their loss is the sum of each layer's.
 
     Args:
-        layer: A layer of several members.
+        layers: Linear layers that read the same.
         budgeted: See `tabulate`.
         rank_multiple: See `tabulate`.
-        metrics: Of each member.
+        metrics: Of each layer.
     """
-    weights = [member.double_weight() for member in layer.members]
+    first, weights = layers[0], [layer.double_weight() for layer in layers]
     columns = [RESOURCES.index(name) for name in budgeted]
     with threads_for(weights[0]):
         errors = unseen_shared_errors(weights, metrics)
     ranks = np.arange(1, len(errors) + 1)[:, None]
-    rows = np.flatnonzero(_allowed(layer, ranks, rank_multiple))
+    rows = np.flatnonzero(_allowed(first, ranks, rank_multiple))
     rows = rows[_thinned(ranks[rows])]
     outputs, inputs = np.array([len(w) for w in weights]), weights[0].shape[1]
-    positions = sum(call.positions for call in layer.calls or ())
+    positions = sum(call.positions for call in first.calls or ())
     params = ranks[rows, 0] * (inputs + outputs.sum())
     macs = ranks[rows, 0] * (len(weights) * inputs + outputs.sum()) * positions  # each computes the shared factor
-    costs = np.column_stack([params, macs, params * layer.weight.element_size()]).astype(np.float64)
-    together, dense = 1 - np.prod(1 - errors[rows], axis=1), _dense_costs(layer)
+    costs = np.column_stack([params, macs, params * first.weight.element_size()]).astype(np.float64)
+    together = 1 - np.prod(1 - errors[rows], axis=1)
+    dense = np.sum([_dense_costs(layer) for layer in layers], axis=0)
     kept = np.flatnonzero((costs[:, 0] < dense[0]) & (costs[:, 1] <= dense[1]))
     kept = kept[_undominated(together[kept], costs[kept][:, columns])]
     return Candidates(
-        name=layer.name,
+        name=first.name,
         kinds=(*("svd" for _ in kept), DENSE),
         ranks=(*((int(rank),) for rank in ranks[rows[kept], 0]), ()),
         errors=np.append(np.clip(together[kept], 0, 1), 0.0),
@@ -192,7 +193,7 @@ def tabulate_shared(
         energy=1.0,
         costs=np.concatenate([costs[kept], dense[None]]),
         activations=np.append(len(weights) * ranks[rows[kept], 0] * positions, 0.0).astype(np.float64),
-        dense_activations=_dense_activations(layer),
+        dense_activations=sum(_dense_activations(layer) for layer in layers),
     )
 
 

@@ -34,24 +34,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from lightning_compress.analysis.inventory import Layer
+from lightning_compress.analysis.inspection import Inspection
 from lightning_compress.analysis.statistics import Statistics
 from lightning_compress.analysis.synthetic import WORK
 from lightning_compress.analysis.trace import Arguments, inference, output_tensors, sample_counts
 from lightning_compress.core.parallel import in_threads
 from lightning_compress.core.plan import DENSE
-from lightning_compress.kinds.base import Ints, threads_for
-from lightning_compress.kinds.joint_svd import shared_factors
-from lightning_compress.kinds.registry import (
-    DECOMPOSITIONS,
-    factorise_in,
-    gated_weight,
-    multiplied_out,
-    weighted_energy,
-)
+from lightning_compress.kinds.base import Ints
+from lightning_compress.kinds.registry import DECOMPOSITIONS, Operator, gated_weight
 from lightning_compress.search.exact import solve
 from lightning_compress.search.problem import Problem
 from lightning_compress.search.space import Space, around
+from lightning_compress.search.units import SingleLayer, Unit
 
 STEPS = 20
 LEARNING_RATE = 0.05
@@ -86,7 +80,7 @@ class Outputs:
 
     Attributes:
         model: The dense model.
-        layers: Those of the problem, in its order.
+        units: Those of the problem, in its order.
         statistics: With the synthetic inputs, and the metric in which factors are fitted.
         inputs: Synthetic inputs per step.
         measured: Distances that were worked out, by kinds and ranks: a search asks for some twice.
@@ -95,7 +89,7 @@ class Outputs:
     """
 
     model: nn.Module
-    layers: tuple[Layer, ...]
+    units: tuple[Unit, ...]
     statistics: Statistics
     inputs: int = INPUTS
     measured: dict[tuple[Any, ...], float] = field(default_factory=dict, compare=False, repr=False)
@@ -148,36 +142,24 @@ class Outputs:
 
     def dense_weight(self, layer: int, kind: str, ranks: tuple[int, ...]) -> Tensor:
         """Returns the canonical weight that a layer's fitted factors are equivalent to."""
-        operator = self.layers[layer].operator
-        factors = self.kept_factors(layer, kind, ranks)
-        return multiplied_out(DECOMPOSITIONS[kind], factors, operator.shape, operator.groups)
+        return self.units[layer].multiplied_out(kind, self.kept_factors(layer, kind, ranks))
 
     def lost_energy(self, layer: int, kind: str, ranks: tuple[int, ...]) -> float:
         """Returns ‖G^½ (W − Ŵ) S^½‖² of a layer's fitted factors; see `Candidates.energy`."""
-        entry = self.layers[layer]
-        with threads_for(entry.weight), torch.no_grad():
-            weight, metric = entry.double_weight(), self.statistics.metric(entry.name)
-            lost = weight - self.dense_weight(layer, kind, ranks).to(weight)
-            return weighted_energy(lost, metric, entry.operator.groups)
+        unit = cast(SingleLayer, self.units[layer])
+        return unit.lost_energy(self.dense_weight(layer, kind, ranks), self.statistics)
 
     def factors(self, layer: int, kind: str, ranks: tuple[int, ...], *, draft: bool = False) -> dict[str, Tensor]:
-        """Returns a layer's factors in the metric, in the weight's dtype; for `draft` see `factorise_in`."""
-        entry = self.layers[layer]
-        if entry.members:
-            return self._shared_factors(entry, ranks[0])
-        with threads_for(entry.weight), torch.no_grad():
-            weight = entry.double_weight()
-            metric = self.statistics.metric(entry.name)
-            found = factorise_in(kind, weight, ranks, metric, entry.operator.groups, draft=draft)
-        return {name: value.to(entry.weight.device, entry.weight.dtype) for name, value in found.items()}
+        """Returns a layer's factors in the metric, in the weight's dtype; for `draft` see `Unit.fit`."""
+        return self.units[layer].fit(kind, ranks, self.statistics, draft=draft)
 
-    def _shared_factors(self, entry: Layer, rank: int) -> dict[str, Tensor]:
-        with threads_for(entry.weight), torch.no_grad():
-            weights = [member.double_weight() for member in entry.members]
-            metrics = [self.statistics.metric(member.name) for member in entry.members]
-            reduce, expand = shared_factors(weights, metrics, rank)
-        found = {"reduce": reduce, "expand": torch.cat(expand)}
-        return {name: value.to(entry.weight.device, entry.weight.dtype) for name, value in found.items()}
+
+def outputs_of(inspection: Inspection, units: tuple[Unit, ...], statistics: Statistics) -> Outputs | None:
+    """Returns the outputs of a model on as many inputs as it can afford, None if it returns no float tensor."""
+    traced = inspection.trace
+    inputs = max(LEAST_INPUTS, affordable_inputs(traced.macs)) if traced is not None else LEAST_INPUTS
+    outputs = Outputs(inspection.model, units, statistics, inputs)
+    return outputs if outputs.exist else None
 
 
 def search_outputs(problem: Problem, outputs: Outputs, start: Ints, progress: Callable[[float], None]) -> Ints:
@@ -226,10 +208,8 @@ def output_distance(outputs: Outputs, problem: Problem, choice: Ints) -> float:
 def _measure(outputs: Outputs, problem: Problem, choice: Ints) -> float:
 
     def weight_of(index: int) -> Tensor | None:
-        layer, row, entry = problem.layers[index], choice[index], outputs.layers[index]
-        if layer.kinds[row] == DENSE:
-            return None
-        return entry.own_layout(outputs.dense_weight(index, layer.kinds[row], layer.ranks[row]))
+        table, row = problem.layers[index], choice[index]
+        return None if table.kinds[row] == DENSE else outputs.dense_weight(index, table.kinds[row], table.ranks[row])
 
     found_weights = in_threads(weight_of, range(len(choice)))
     weights = {index: weight for index, weight in enumerate(found_weights) if weight is not None}
@@ -289,7 +269,7 @@ class _Paths:
             kind, layer = space.kinds[path], int(space.layer_of[path])
             if kind == DENSE:
                 return None
-            limits = DECOMPOSITIONS[kind].max_ranks(outputs.layers[layer].operator.shape)
+            limits = DECOMPOSITIONS[kind].max_ranks(outputs.units[layer].operator.shape)
             largest = tuple(min(m, math.ceil(r) + 1) for m, r in zip(limits, ranks[path].tolist(), strict=False))
             return outputs.factors(layer, kind, largest, draft=True)
 
@@ -304,19 +284,19 @@ class _Paths:
         mixed: dict[int, Tensor] = {}
         for path, factors in enumerate(self.factors):
             layer = int(self.space.layer_of[path])
-            entry = outputs.layers[layer]
-            weight = entry.weight.detach()
+            unit = outputs.units[layer]
             if factors is not None:
-                weight = _gated(self.space.kinds[path], factors, ranks[path], temperature, entry)
+                weight = _gated(self.space.kinds[path], factors, ranks[path], temperature, unit.operator)
+            else:
+                weight = unit.canonical_weight().detach()
             part = probability[path].to(weight.dtype) * weight
             mixed[layer] = mixed[layer] + part if layer in mixed else part
         return mixed
 
 
-def _gated(kind: str, factors: dict[str, Tensor], ranks: Tensor, temperature: float, layer: Layer) -> Tensor:
-    """Returns the weight with soft gates on its components."""
-    weight = gated_weight(kind, factors, layer.operator, lambda rank, count: _gates(ranks[rank], count, temperature))
-    return layer.own_layout(weight)
+def _gated(kind: str, factors: dict[str, Tensor], ranks: Tensor, temperature: float, operator: Operator) -> Tensor:
+    """Returns the canonical weight with soft gates on its components."""
+    return gated_weight(kind, factors, operator, lambda rank, count: _gates(ranks[rank], count, temperature))
 
 
 def _gates(rank: Tensor, count: int, temperature: float) -> Tensor:
@@ -391,11 +371,9 @@ def _distances(
     """Returns ‖f − f̂‖² and ‖f − mean f‖² with some weights in the place of the layers' own."""
     names = {}  # of aliases one is enough: they share the module
     for index, weight in weights.items():
-        layer = outputs.layers[index]
-        members = layer.members or (layer,)
-        parts = torch.split_with_sizes(weight, [m.weight_shape[0] for m in members]) if layer.members else (weight,)
-        names.update({f"{member.name}.weight": part for member, part in zip(members, parts, strict=True)})
-    tied = any(outputs.layers[i].partners for i in weights)
+        own = outputs.units[index].dense_weights(weight)
+        names.update({f"{name}.weight": part for name, part in own.items()})
+    tied = any(outputs.units[index].is_tied for index in weights)
     model = outputs.model
     args, kwargs = arguments
     differentiable = torch.is_grad_enabled()

@@ -7,9 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lightning_compress.core.settings import RESOURCES
+from lightning_compress.core.costs import Costs
+from lightning_compress.core.settings import RESOURCES, Budget
 from lightning_compress.kinds.base import Floats, Ints
 from lightning_compress.search.candidates import Candidates
+
+ACTIVATION_WEIGHT = 0.01
+"""The signal loss that is accepted to write as many numbers less as all the dense layers write together."""
 
 
 @dataclass(frozen=True)
@@ -71,3 +75,38 @@ class Problem:
             for c, kept in zip(self.layers, rows, strict=True)
         )
         return replace(self, layers=layers)
+
+
+def problem_of(tables: tuple[Candidates, ...], dense: Costs, budget: Budget) -> Problem:
+    """Returns the problem of keeping a budget.
+
+    Args:
+        tables: Candidates of each unit.
+        dense: Costs of the whole dense model.
+        budget: With bounds.
+    """
+    totals, rest = cost_vector(dense), cost_of_the_rest(tables, dense)
+    budgeted = tuple(budget.limits())
+    columns = [RESOURCES.index(name) for name in budgeted]
+    fractions = np.array(list(budget.limits().values()))
+    limits = np.floor(totals[columns] * fractions + 1e-6) - rest[columns]
+    written = sum(table.dense_activations for table in tables)
+    return Problem(tables, budgeted, limits, activation_weight=ACTIVATION_WEIGHT / written if written else 0.0)
+
+
+def cost_vector(costs: Costs) -> Floats:
+    """Returns costs in the order of `RESOURCES`, 0 where unknown, shape (3,)."""
+    return np.array([costs.params, costs.macs or 0, costs.bytes], dtype=np.float64)
+
+
+def cost_of_the_rest(tables: Sequence[Candidates], dense: Costs) -> Floats:
+    """Returns what everything but the layers costs, shape (3,)."""
+    rest: Floats = cost_vector(dense) - np.sum([table.costs[-1] for table in tables], axis=0)
+    return rest
+
+
+def costs_after(problem: Problem, choice: Ints, dense: Costs) -> Costs:
+    """Returns what the whole model costs with a choice."""
+    saved = np.sum([t.costs[-1] - t.costs[row] for t, row in zip(problem.layers, choice, strict=True)], axis=0)
+    params, macs, size = (cost_vector(dense) - saved).round().astype(int).tolist()
+    return Costs(params, macs if dense.macs is not None else None, size)

@@ -12,16 +12,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lightning_compress.analysis.inventory import Layer
 from lightning_compress.analysis.trace import Arguments
 from lightning_compress.core.parallel import in_threads
 from lightning_compress.core.plan import BETTER_ELSEWHERE, DENSE, LayerPlan
 from lightning_compress.kinds.base import Ints
 from lightning_compress.kinds.registry import DECOMPOSITIONS
-from lightning_compress.search.candidates import tabulate
 from lightning_compress.search.end_to_end import Outputs, output_distance
 from lightning_compress.search.exact import solve
 from lightning_compress.search.problem import Problem
+from lightning_compress.search.units import SingleLayer
 
 LEAST_GAIN = 1e-4
 """Loss of a layer that more ranks must save to be worth what they write."""
@@ -73,7 +72,7 @@ def weights_alone(
     problem: Problem,
     choice: Ints,
     outputs: Outputs,
-    layers: Sequence[Layer],
+    units: Sequence[SingleLayer],
     judging: tuple[Arguments, ...],
     *,
     rank_multiple: int,
@@ -87,21 +86,20 @@ def weights_alone(
         problem: That of the choice.
         choice: What the search found.
         outputs: With the metric and the factors of the choice.
-        layers: Those of the model that can be factorised, each on its own.
+        units: The layers that can be factorised, each on its own.
         judging: Inputs of another kind.
         rank_multiple: See `tabulate`.
         settings: The problem of the layers on their own, for its budgets and limits.
     """
-    plain = [replace(layer, kinds=_closed_form(layer.kinds)) for layer in layers]
-    budgeted = problem.budgeted
-    tables = tuple(in_threads(lambda own: tabulate(own, budgeted=budgeted, rank_multiple=rank_multiple), plain))
+    plain = tuple(unit.with_kinds(_closed_form(unit.kinds)) for unit in units)
+    tables = tuple(in_threads(lambda unit: unit.tabulate(problem.budgeted, rank_multiple, None), plain))
     alone = replace(settings, layers=tables, weights=None)
     found = solve(alone).choice
     if found is None:
         return None
     found = spend_what_is_left(alone, found)
     own = outputs.on(judging)
-    bare = Outputs(outputs.model, tuple(plain), replace(own.statistics, moments={}), outputs.inputs)
+    bare = Outputs(outputs.model, plain, replace(own.statistics, moments={}), outputs.inputs)
     return Alternative(alone, found, output_distance(bare, alone, found), output_distance(own, problem, choice))
 
 

@@ -104,7 +104,7 @@ def _affordable(outputs: Outputs) -> Outputs | None:
     with flop_counter() as flops, inference(outputs.model):
         outputs.model(*args, **kwargs)
     each = flops.get_total_flops() // 2 // min(sample_counts((args, kwargs)), default=1)
-    inputs = WORK // max(1, each * len(outputs.layers))
+    inputs = WORK // max(1, each * len(outputs.units))
     return outputs.within(inputs) if inputs >= LEAST_INPUTS else None
 
 

@@ -1,0 +1,71 @@
+"""Which objective can be had, and the statistics it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+from warnings import warn
+
+from lightning_compress.analysis.inspection import Inspection
+from lightning_compress.analysis.statistics import Statistics, gather_statistics
+from lightning_compress.analysis.trace import ExampleInput
+from lightning_compress.core.errors import CompressionWarning, ExampleInputError
+from lightning_compress.core.progress import Progress
+from lightning_compress.core.settings import SearchSettings
+from lightning_compress.search.end_to_end import LEAST_INPUTS, affordable_inputs
+from lightning_compress.search.strategies import RegisteredStrategy
+
+
+def statistics_for(  # noqa: PLR0917
+    inspection: Inspection,
+    strategy: RegisteredStrategy,
+    settings: SearchSettings,
+    example_input: ExampleInput | None,
+    calibration: Iterable[Any] | None,
+    given: Statistics | None,
+    progress: Progress,
+) -> tuple[Statistics | None, str]:
+    """Returns the statistics an objective needs, and the objective that can be had with them.
+
+    Args:
+        inspection: Of the model.
+        strategy: That was chosen.
+        settings: With the objective that was asked for.
+        example_input: See `search_ranks`.
+        calibration: See `search_ranks`.
+        given: Statistics that the user has.
+        progress: Called with what is being done and the fraction done.
+
+    Raises:
+        ExampleInputError: If the objective needs inputs and there are none, or the model fails on real ones.
+    """
+    objective, best = settings.objective, strategy.objectives[-1]
+    if objective == "weight" or best == "weight":
+        return None, "weight"
+    known = given is not None or example_input is not None or calibration is not None
+    if objective == "auto" and given is None and not (known and strategy.thorough):
+        return None, "weight"
+    if not known:
+        msg = f"objective={objective!r} needs an example_input to make inputs with, statistics or calibration."
+        raise ExampleInputError(msg)
+    statistics = given
+    if statistics is None:
+        try:
+            statistics = gather_statistics(
+                inspection.model,
+                example_input,
+                calibration=calibration,
+                seed=settings.seed,
+                progress=progress,
+                layers=inspection.chosen,
+            )
+        except ExampleInputError as error:
+            if calibration is not None:
+                raise
+            warn(f"the search falls back to objective='weight': {error}", CompressionWarning, stacklevel=3)
+            return None, "weight"
+    if objective != "auto":
+        return statistics, objective
+    traced = inspection.trace
+    few = traced is not None and affordable_inputs(traced.macs) < LEAST_INPUTS
+    return statistics, "moments" if few else best

@@ -1,0 +1,76 @@
+"""The smallest model within a distance of the dense model's outputs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import cast
+
+import numpy as np
+
+from lightning_compress.core.costs import Costs
+from lightning_compress.core.errors import ExampleInputError
+from lightning_compress.core.progress import Progress, silent
+from lightning_compress.core.settings import Budget
+from lightning_compress.kinds.base import Ints
+from lightning_compress.search.candidates import Candidates
+from lightning_compress.search.end_to_end import Outputs, output_distance
+from lightning_compress.search.exact import solve
+from lightning_compress.search.feasibility import smallest_share
+from lightning_compress.search.problem import Problem, problem_of
+from lightning_compress.search.sensitivity import weighted
+from lightning_compress.search.strategies import RegisteredStrategy
+
+BISECTIONS = 12
+"""Plans tried for a quality target."""
+
+
+def within_error(  # noqa: PLR0917
+    tables: tuple[Candidates, ...],
+    dense: Costs,
+    budget: Budget,
+    strategy: RegisteredStrategy,
+    outputs: Outputs | None,
+    progress: Progress,
+) -> tuple[Problem, Ints]:
+    """Returns the smallest choice whose output distance stays under the target, by bisection, and its problem.
+
+    Args:
+        tables: Candidates of each unit.
+        dense: Costs of the whole dense model.
+        budget: With `max_error`.
+        strategy: That chooses at every share.
+        outputs: Of the model, None if none are known.
+        progress: Called with what is being done and the fraction done.
+
+    Raises:
+        ExampleInputError: If no outputs are known.
+    """
+    if outputs is None:
+        msg = (
+            f"{budget} is judged on synthetic inputs: pass an example_input (or calibration), and another objective "
+            "than 'weight'."
+        )
+        raise ExampleInputError(msg)
+    target = cast(float, budget.max_error)
+    full = problem_of(tables, dense, Budget(params=1.0))
+    floor = smallest_share(full, dense)
+    middle = problem_of(tables, dense, Budget(params=floor**0.5))
+    weights = weighted(middle, solve(middle).choice, outputs).weights if strategy.thorough else None
+    best, problem, low, high = np.array([len(t) - 1 for t in tables]), full, floor, 1.0
+    for step in range(BISECTIONS):
+        progress("quality target", step / BISECTIONS)
+        share = low if step == 0 else (low * high) ** 0.5
+        plain = problem_of(tables, dense, Budget(params=min(1.0, share)))
+        found = []
+        for tried in (plain, replace(plain, weights=weights))[: 1 if weights is None else 2]:
+            choice = strategy.solve(tried, progress=silent)
+            found.append((output_distance(outputs, tried, choice), tried, choice))
+        distance, tried, choice = min(found, key=lambda each: each[0])
+        if distance <= target:
+            best, problem, high = choice, tried, share
+            if step == 0:
+                break
+        else:
+            low = share
+    progress("quality target", 1.0)
+    return problem, best

@@ -1,0 +1,78 @@
+"""From a choice to the plan that says it."""
+
+from __future__ import annotations
+
+from warnings import warn
+
+from lightning_compress.analysis.inspection import Inspection
+from lightning_compress.core.errors import CompressionWarning
+from lightning_compress.core.plan import LayerPlan, Plan
+from lightning_compress.core.settings import Budget, SearchSettings
+from lightning_compress.kinds.base import Ints
+from lightning_compress.search.choice import Choice
+from lightning_compress.search.end_to_end import output_distance
+from lightning_compress.search.exact import solve
+from lightning_compress.search.problem import Problem, costs_after
+from lightning_compress.search.safeguards import gives_up_most
+from lightning_compress.search.units import planned_layer
+
+CERTIFICATE_GAP = 1e-3
+"""Relative gap to which the lower bound of the certificate is worked out."""
+
+
+def to_plan(
+    found: Choice, inspection: Inspection, budget: Budget, settings: SearchSettings, timings: dict[str, float]
+) -> Plan:
+    """Returns the plan of a choice.
+
+    Args:
+        found: The choice.
+        inspection: Of the model.
+        budget: That it keeps.
+        settings: Of the search.
+        timings: Seconds by part.
+    """
+    statistics, outputs, weighs = found.statistics, found.outputs, found.objective == "weight"
+    return Plan(
+        layers=tuple(_layer_plans(found, inspection)),
+        dense=inspection.costs,
+        compressed=costs_after(found.problem, found.rows, inspection.costs),
+        budget=budget,
+        method=settings.method,
+        objective=found.objective,
+        source="weight" if statistics is None or weighs else statistics.source,
+        data_free=statistics is None or statistics.data_free,
+        optimality_gap=_gap(found.problem, found.rows),
+        output_distance=output_distance(outputs, found.problem, found.rows) if outputs is not None else None,
+        timings=timings,
+        seed=settings.seed,
+    )
+
+
+def warn_of_layers_given_up(plan: Plan) -> None:
+    """Warns of each layer that loses most of itself while most of the model stays dense."""
+    for layer in gives_up_most(plan.layers):
+        msg = (
+            f"layer {layer.name!r} loses {100 * layer.error:.0f} % of its energy ({layer.kind}, ranks {layer.ranks}) "
+            "while most of the model stays dense: let more layers be factorised (include, exclude, kinds), raise its "
+            "min_rank by overrides, or raise the budget."
+        )
+        warn(msg, CompressionWarning, stacklevel=4)
+
+
+def _layer_plans(found: Choice, inspection: Inspection) -> list[LayerPlan]:
+    planned: dict[str, LayerPlan] = {}
+    for unit, table, row in zip(found.units, found.problem.layers, found.rows, strict=True):
+        for plan in unit.plans(table, int(row), inspection.trace, found.statistics):
+            planned[plan.name] = plan
+    return [
+        planned[layer.name] if layer.name in planned else planned_layer(layer, None, 0, inspection.trace, None)
+        for layer in inspection.layers
+    ]
+
+
+def _gap(problem: Problem, choice: Ints) -> float:
+    value, bound = problem.loss_of(choice), solve(problem, rel_gap=CERTIFICATE_GAP).bound
+    if value <= max(bound, 2.3e-16):
+        return 0.0
+    return (value - bound) / bound if bound > 0 else float("inf")
