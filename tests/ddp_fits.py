@@ -248,7 +248,7 @@ def shared():
     try:
         return {**fit(task_of(), compress(method="continuous", kinds="auto", **DEFAULTS), epochs=1), **done}
     finally:
-        search.tabulate, synthesis._match = tabulate, match
+        units.tabulate, synthesis._match = tabulate, match
 
 
 CASES = [

@@ -155,7 +155,9 @@ class Outputs:
 
 
 def outputs_of(inspection: Inspection, units: tuple[Unit, ...], statistics: Statistics) -> Outputs | None:
-    """Returns the outputs of a model on as many inputs as it can afford, None if it returns no float tensor."""
+    """Returns the outputs of a model on as many inputs as it can afford, None if it has none."""
+    if not statistics.batches:
+        return None
     traced = inspection.trace
     inputs = max(LEAST_INPUTS, affordable_inputs(traced.macs)) if traced is not None else LEAST_INPUTS
     outputs = Outputs(inspection.model, units, statistics, inputs)
