@@ -32,7 +32,7 @@ from lightning_compress.core.progress import Progress, silent
 from lightning_compress.kinds.metric import Metric
 from lightning_compress.kinds.shrinkage import Folds, SampleSums, shrunk
 from lightning_compress.layers.families import canonical, family_of, operator_of
-from lightning_compress.layers.unfused import with_opened
+from lightning_compress.layers.unfused import unfused
 
 POSITIONS = 2**14
 """Rows of an unfolded input that are taken at most per layer and batch, evenly spread."""
@@ -117,8 +117,6 @@ class Statistics:
         return moments.source if moments is not None else None
 
 
-@with_opened
-@freed_memory_kept()
 def gather_statistics(
     model: nn.Module,
     example_input: ExampleInput | None = None,
@@ -141,6 +139,17 @@ def gather_statistics(
         ExampleInputError: If there is neither an example input nor calibration, or the model fails on an input, or
             its activations are not finite; the message names the layer.
     """
+    with unfused(model), freed_memory_kept():
+        return _gather(model, example_input, calibration, seed, progress)
+
+
+def _gather(
+    model: nn.Module,
+    example_input: ExampleInput | None,
+    calibration: Iterable[Any] | None,
+    seed: int,
+    progress: Progress,
+) -> Statistics:
     start = time.perf_counter()
     drawn: tuple[Arguments, ...] = ()
     judging: tuple[Arguments, ...] = ()

@@ -34,7 +34,7 @@ from lightning_compress.core.progress import Progress, silent
 from lightning_compress.core.settings import RESOURCES, Budget, SearchKeywords, SearchSettings
 from lightning_compress.kinds.base import Floats, Ints
 from lightning_compress.kinds.registry import is_automatic
-from lightning_compress.layers.unfused import with_opened
+from lightning_compress.layers.unfused import unfused
 from lightning_compress.search.candidates import Candidates, dense_macs, tabulate, tabulate_shared, unseen_shared_errors
 from lightning_compress.search.end_to_end import (
     LEAST_INPUTS,
@@ -112,8 +112,6 @@ def search_ranks(
     )[0]
 
 
-@with_opened
-@freed_memory_kept()
 def search_with_statistics(
     model: nn.Module,
     budget: Budget | Mapping[str, Any],
@@ -125,6 +123,19 @@ def search_with_statistics(
     progress: Progress | None = None,
 ) -> tuple[Plan, Statistics | None]:
     """Like `search_ranks`, and returns the statistics the errors were measured in, None for the weights alone."""
+    with unfused(model), freed_memory_kept():
+        return _search_unfused(model, budget, settings, example_input, calibration, statistics, progress or silent)
+
+
+def _search_unfused(  # noqa: PLR0917
+    model: nn.Module,
+    budget: Budget | Mapping[str, Any],
+    settings: SearchSettings,
+    example_input: ExampleInput | None,
+    calibration: Iterable[Any] | None,
+    statistics: Statistics | None,
+    report: Progress,
+) -> tuple[Plan, Statistics | None]:
     start = time.perf_counter()
     budget = Budget.from_value(budget)
     strategy, rank_multiple = strategy_of(settings), settings.rank_multiple
@@ -139,7 +150,6 @@ def search_with_statistics(
     traced = trace(model, example_input) if example_input is not None else None
     layers = take_inventory(model, **selection, trace=traced)
     dense = measure_costs(model, macs=traced.macs if traced else None)
-    report = progress or silent
     statistics, objective = _statistics(
         model, strategy, settings, example_input, calibration, statistics, traced, report
     )
