@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress import Budget, Compress, apply_plan_, compress_, load_compressed, save_compressed, search_ranks
 from lightning_compress.analysis.costs import measure_costs
-from lightning_compress.analysis.inventory import list_layers, take_inventory
+from lightning_compress.analysis.inventory import list_layers, require_module, take_inventory
 from lightning_compress.analysis.statistics import gather_statistics
 from lightning_compress.core.costs import Costs
 from lightning_compress.core.errors import ConfigurationError, ModelError, PlanMismatchError
@@ -491,6 +491,12 @@ def test_unfused_gives_everything_back_after_an_error(unchanged):
         fail()
     before.modules = [(name, m, False) for name, m, _ in before.modules]  # the mode it was left in is kept
     before.check()
+
+
+def test_unfused_leaves_what_is_no_module_to_the_code_inside():
+    for model in (None, 3, nn.LSTM):
+        with pytest.raises(ConfigurationError, match=r"nn\.Module"), unfused(model):
+            require_module(model)
 
 
 def test_a_failing_parent_leaves_everything_as_it_was(unchanged):
