@@ -38,7 +38,7 @@ from lightning_compress.analysis.inventory import Layer, take_inventory
 from lightning_compress.analysis.trace import trace, whole_arguments
 from lightning_compress.core.errors import InfeasibleBudgetError
 from lightning_compress.kinds.registry import DECOMPOSITIONS
-from lightning_compress.layers.unfused import opened
+from lightning_compress.layers.unfused import unfused
 
 KEEP = 0.5
 EXACT = 1e-4
@@ -215,7 +215,7 @@ def _at_full_rank(specimen: Specimen, dense: Any) -> tuple[str, float]:
 
 def _full_rank_outputs(specimen: Specimen) -> Any:
     twin = copy.deepcopy(specimen.model)
-    with opened(twin):
+    with unfused(twin):
         layers = take_inventory(twin, trace=trace(twin, specimen.example))
     costs = measure_costs(twin)
     apply_plan_(twin, Plan(tuple(_full_rank(layer) for layer in layers if layer.reason is None), costs, costs))
@@ -279,7 +279,7 @@ def _require(condition: bool, message: str) -> None:
 def _counted(model: nn.Module, plan: Plan) -> str:
     """Returns how many layers were left for which reason; those without a matrix, norms and the like, as one."""
     counts: collections.Counter[str] = collections.Counter()
-    with opened(model):
+    with unfused(model):
         modules = dict(model.named_modules(remove_duplicate=False))
     for layer in plan.layers:
         if not layer.is_dense:

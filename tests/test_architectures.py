@@ -20,7 +20,7 @@ from lightning_compress.analysis.trace import trace
 from lightning_compress.core.costs import Costs
 from lightning_compress.core.errors import ModelError
 from lightning_compress.kinds.registry import DECOMPOSITIONS
-from lightning_compress.layers.unfused import opened
+from lightning_compress.layers.unfused import unfused
 
 
 class Encoder(nn.Module):
@@ -375,7 +375,7 @@ def count(model):
 
 
 def open_layers(model, example):
-    with opened(model):
+    with unfused(model):
         layers = take_inventory(model, trace=trace(model, example))
     return {layer.name: layer for layer in layers if layer.reason is None}, {
         layer.name: layer.reason for layer in layers if layer.reason is not None

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from lightning_compress import Budget, Compress, FactorisedLayer, Plan, apply_plan_, compress_, search_ranks
 from lightning_compress.analysis.inventory import take_inventory
-from lightning_compress.analysis.statistics import PROBES, Statistics, gather_statistics, output_moments
+from lightning_compress.analysis.moments import PROBES, output_moments
+from lightning_compress.analysis.statistics import Statistics, gather_statistics
 from lightning_compress.analysis.synthetic import WORK
 from lightning_compress.core.errors import BudgetError, CompressionWarning, ConfigurationError, ExampleInputError
 from lightning_compress.kinds.metric import OUTPUT_FLOOR, Metric

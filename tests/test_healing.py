@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_compress import Budget, FactorisedLayer, apply_plan_, search_ranks
-from lightning_compress.analysis.statistics import Statistics, gather_statistics, input_moments, output_moments
+from lightning_compress.analysis.moments import input_moments, output_moments
+from lightning_compress.analysis.statistics import Statistics, gather_statistics
 from lightning_compress.compress import Compression
 from lightning_compress.surgery.repair import (
     EVERY,

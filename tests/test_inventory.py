@@ -18,7 +18,7 @@ from lightning_compress.core.errors import (
     SelectionError,
 )
 from lightning_compress.layers.families import layer_type
-from lightning_compress.layers.unfused import opened
+from lightning_compress.layers.unfused import unfused
 
 
 class With(nn.Module):
@@ -175,10 +175,10 @@ def test_lookups_that_do_more_than_look_up_stay_dense(layer, reason):
     assert reasons_of(With(layer))["layer"] == reason
 
 
-def test_attention_projections_can_be_factorised_once_opened():
+def test_attention_projections_can_be_factorised_once_unfused():
     model = With(nn.MultiheadAttention(8, 2))
     assert reasons_of(model)["layer"] == "no kind factorises MultiheadAttention"
-    with opened(model):
+    with unfused(model):
         assert reasons_of(model) == {"other": None, "layer.in_proj": None, "layer.out_proj": None}
 
 

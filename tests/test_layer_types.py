@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_compress import Budget, FactorisedLayer, apply_plan_, compress_, search_ranks
 from lightning_compress.analysis.costs import measure_costs
 from lightning_compress.analysis.inventory import take_inventory
-from lightning_compress.analysis.statistics import gather_statistics, input_moments, output_moments
+from lightning_compress.analysis.moments import input_moments, output_moments
+from lightning_compress.analysis.statistics import gather_statistics
 from lightning_compress.analysis.trace import trace
 from lightning_compress.core.errors import UnsupportedError
 from lightning_compress.kinds.metric import OUTPUT_FLOOR, Metric

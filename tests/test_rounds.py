@@ -178,7 +178,7 @@ class Attention(nn.Module):
         return self.head(self.rnn(x)[0])
 
 
-def test_rounds_of_attention_and_recurrent_layers_open_and_close_them():
+def test_rounds_of_attention_and_recurrent_layers_unfuse_and_fuse_them():
     net = Attention()
     smaller(net, 0.9)
     optimizer = SGD(net.parameters(), lr=0.1)

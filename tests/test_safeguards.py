@@ -13,14 +13,8 @@ from lightning_compress import Budget, apply_plan_, search_ranks
 from lightning_compress.analysis.costs import measure_costs
 from lightning_compress.analysis.drawing import leaves, noise, textured
 from lightning_compress.analysis.inventory import take_inventory
-from lightning_compress.analysis.statistics import (
-    OTHER_KIND,
-    Moments,
-    Statistics,
-    batch_statistics,
-    gather_statistics,
-    input_moments,
-)
+from lightning_compress.analysis.moments import OTHER_KIND, Moments, batch_statistics, input_moments
+from lightning_compress.analysis.statistics import Statistics, gather_statistics
 from lightning_compress.analysis.synthetic import COUNT, LEAST_SIDE, synthesise
 from lightning_compress.analysis.trace import trace
 from lightning_compress.core.errors import CompressionWarning

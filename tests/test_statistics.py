@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_compress import Budget, apply_plan_, search_ranks
-from lightning_compress.analysis.statistics import gather_statistics, input_moments
+from lightning_compress.analysis.moments import input_moments
+from lightning_compress.analysis.statistics import gather_statistics
 from lightning_compress.analysis.synthetic import LEAST_COUNT, LEAST_STEPS, WORK, affordable, synthesise
 from lightning_compress.core.errors import ExampleInputError
 from lightning_compress.layers.families import family_of

@@ -31,12 +31,12 @@ from lightning_compress.layers.families import (
     operator_of,
     own_layout,
 )
-from lightning_compress.layers.unfused import STATE_DICT_HOOKS, OpenModule, openable
+from lightning_compress.layers.unfused import STATE_DICT_HOOKS, UnfusedModule, unfusable
 
 TIED_KINDS = ("svd",)
 """Kinds whose factors can serve a weight and its transpose."""
 
-_TIED_PART = "its weight is tied to another module's, and {!r} is a projection of an opened layer"
+_TIED_PART = "its weight is tied to another module's, and {!r} is a projection of an unfused layer"
 _MOST_LISTED = 20  # layers in an error message
 
 
@@ -56,7 +56,7 @@ class Layer:
         reason: Why the layer stays dense, None if it can be factorised.
         partners: Modules that hold the same weight (an embedding and the output layer of a language
             model), each with its names: they become factorised layers of the same factors.
-        whole: Names of the opened attention or recurrent layer it is a projection of, none otherwise.
+        whole: Names of the unfused attention or recurrent layer it is a projection of, none otherwise.
         whole_type: The torch class of that.
     """
 
@@ -192,22 +192,22 @@ def list_layers(model: nn.Module, trace: Trace | None = None) -> list[Layer]:
     """Returns every parameterised module in order, with a reason where it cannot be factorised."""
     aliases: dict[int, list[str]] = {}
     inside: set[int] = set()
-    wholes: dict[int, OpenModule] = {}
+    wholes: dict[int, UnfusedModule] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         aliases.setdefault(id(module), []).append(name)
         if isinstance(module, FactorisedLayer):
             inside.update(id(child) for child in module.modules())
             inside.discard(id(module))
-        elif isinstance(module, OpenModule):
+        elif isinstance(module, UnfusedModule):
             wholes.update({id(child): module for child in module.children()})
-    holders, ties, closed = _holders(model), _ties(model), openable(model)
+    holders, ties, fused = _holders(model), _ties(model), unfusable(model)
     shared = {key for key, count in holders.items() if count > 1}
     layers = []
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=isinstance(module, FactorisedLayer)))
         if own and id(module) not in inside:
             count = sum(p.numel() for p in own)
-            reason = f"it cannot be opened: {closed[name]}" if closed.get(name) else None
+            reason = f"it cannot be unfused: {fused[name]}" if fused.get(name) else None
             reason = reason or _why_dense(module, shared, trace, name)
             partners: list[tuple[tuple[str, ...], nn.Module]] = []
             first, *others = ties.get(id(module), [(name, module)])
@@ -221,7 +221,7 @@ def list_layers(model: nn.Module, trace: Trace | None = None) -> list[Layer]:
             names = tuple(aliases[id(module)])
             layer = Layer(name, names, module, count, reason=reason, partners=tuple(partners))
             if (whole := wholes.get(id(module))) is not None:
-                layer = replace(layer, whole=tuple(aliases[id(whole)]), whole_type=whole.closed_type)
+                layer = replace(layer, whole=tuple(aliases[id(whole)]), whole_type=whole.fused_type)
             layers.append(layer)
     return layers
 
@@ -355,8 +355,8 @@ def _why_dense(module: nn.Module, shared: set[int], trace: Trace | None, name: s
     if isinstance(module, FactorisedLayer):
         return f"already factorised ({module.kind}, ranks {module.ranks})"
     if layer_type(module) is None:
-        opened = "its projections are layers of their own, and it holds nothing but their biases"
-        return opened if isinstance(module, OpenModule) else _why_unknown(module)
+        unfused = "its projections are layers of their own, and it holds nothing but their biases"
+        return unfused if isinstance(module, UnfusedModule) else _why_unknown(module)
     if not name:
         return "it is the model itself, which has no parent to swap it in; wrap it, as in nn.Sequential(layer)"
     if "forward" in module.__dict__:

@@ -23,7 +23,7 @@ from lightning_compress.core.errors import ExampleInputError
 from lightning_compress.kinds.registry import LayerCall
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.layers.families import family_of, layer_type
-from lightning_compress.layers.unfused import with_opened
+from lightning_compress.layers.unfused import unfused
 
 ExampleInput: TypeAlias = "Tensor | Mapping[str, Any] | Sequence[Any]"
 """A tensor, a tuple or dict of positional or keyword arguments, or a shape with its batch dimension."""
@@ -52,16 +52,20 @@ class Trace:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
-@with_opened
 def trace(model: nn.Module, example_input: ExampleInput) -> Trace:
     """Runs the model once in eval mode and records every layer that can be or is factorised.
 
-    MACs are those of `torch.utils.flop_counter`, halved. Attention and recurrent layers are opened for it,
+    MACs are those of `torch.utils.flop_counter`, halved. Attention and recurrent layers are unfused for it,
     so names are those of their projections, and dense and compressed models are counted alike.
 
     Raises:
         ExampleInputError: If the example input has a wrong type or the model fails on it.
     """
+    with unfused(model):
+        return _trace(model, example_input)
+
+
+def _trace(model: nn.Module, example_input: ExampleInput) -> Trace:
     args, kwargs = as_arguments(model, example_input)
     named = model.named_modules()
     layers = {name: m for name, m in named if layer_type(m) is not None or isinstance(m, FactorisedLayer)}

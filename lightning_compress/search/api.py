@@ -21,7 +21,7 @@ from lightning_compress.core.plan import Plan
 from lightning_compress.core.progress import Progress, silent
 from lightning_compress.core.settings import Budget, SearchKeywords, SearchSettings
 from lightning_compress.kinds.registry import is_automatic
-from lightning_compress.layers.unfused import with_opened
+from lightning_compress.layers.unfused import unfused
 from lightning_compress.search.candidates import Candidates
 from lightning_compress.search.choice import Choice, choose, never_behind_the_weights
 from lightning_compress.search.end_to_end import outputs_of
@@ -87,8 +87,6 @@ def search_ranks(
     )[0]
 
 
-@with_opened
-@freed_memory_kept()
 def search_with_statistics(
     model: nn.Module,
     budget: Budget | Mapping[str, Any],
@@ -100,8 +98,21 @@ def search_with_statistics(
     progress: Progress | None = None,
 ) -> tuple[Plan, Statistics | None]:
     """Like `search_ranks`, and returns the statistics the errors were measured in, None for the weights alone."""
+    with unfused(model), freed_memory_kept():
+        return _search_unfused(model, budget, settings, example_input, calibration, statistics, progress or silent)
+
+
+def _search_unfused(  # noqa: PLR0917
+    model: nn.Module,
+    budget: Budget | Mapping[str, Any],
+    settings: SearchSettings,
+    example_input: ExampleInput | None,
+    calibration: Iterable[Any] | None,
+    statistics: Statistics | None,
+    report: Progress,
+) -> tuple[Plan, Statistics | None]:
     start = time.perf_counter()
-    budget, report = Budget.from_value(budget), progress or silent
+    budget = Budget.from_value(budget)
     strategy = strategy_of(settings)
     require_usable_weights(model)
     if "macs" in budget.limits() and example_input is None:

@@ -11,7 +11,7 @@ from lightning_compress.analysis.inventory import list_layers, require_module
 from lightning_compress.core.errors import ModelError
 from lightning_compress.core.progress import Progress, silent
 from lightning_compress.layers.factorised import FactorisedLayer
-from lightning_compress.layers.unfused import Opening, close_, redo_, share_hooks
+from lightning_compress.layers.unfused import Unfusing, fuse_, redo_, share_hooks
 from lightning_compress.surgery.swap import Replacement, install, owners_of, uninstall
 
 
@@ -45,15 +45,15 @@ class Merged:
 
     Attributes:
         replacements: The factorised layers that were there, each with the dense one there is now.
-        closings: The attention and recurrent layers that became torch's again.
+        fusings: The attention and recurrent layers that became torch's again.
     """
 
     replacements: tuple[Replacement, ...]
-    closings: tuple[Opening, ...]
+    fusings: tuple[Unfusing, ...]
 
     def undo_(self, model: nn.Module) -> None:
         """Puts the factorised layers back."""
-        redo_(model, self.closings)
+        redo_(model, self.fusings)
         install(model, self.replacements)
 
 
@@ -88,4 +88,4 @@ def merge_layers_(model: nn.Module, *, progress: Progress | None = None) -> Merg
         share_hooks(module, dense[layer.name])
     replacements = tuple(Replacement(layer.aliases, dense[layer.name], module) for layer, module in found)
     uninstall(model, replacements)
-    return Merged(replacements, close_(model))
+    return Merged(replacements, fuse_(model))

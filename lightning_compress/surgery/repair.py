@@ -48,7 +48,7 @@ from lightning_compress.kinds.base import threads_for
 from lightning_compress.kinds.metric import Metric
 from lightning_compress.kinds.registry import factorise_in
 from lightning_compress.layers.families import canonical, family_of
-from lightning_compress.layers.unfused import with_opened
+from lightning_compress.layers.unfused import unfused
 from lightning_compress.search.end_to_end import NEGLIGIBLE
 from lightning_compress.surgery.swap import Replacement
 
@@ -93,8 +93,6 @@ class Healing:
     skipped: str | None = None
 
 
-@freed_memory_kept()
-@with_opened  # the dense model, which is to have the layers that are compared
 def heal_(
     dense: nn.Module,
     model: nn.Module,
@@ -117,6 +115,20 @@ def heal_(
         seed: Of the order of the inputs.
         progress: Called with what is being done and the fraction done.
     """
+    with freed_memory_kept(), unfused(dense):  # so that it has the layers that are compared
+        return _heal(dense, model, replacements, statistics, steps=steps, seed=seed, progress=progress)
+
+
+def _heal(
+    dense: nn.Module,
+    model: nn.Module,
+    replacements: Sequence[Replacement],
+    statistics: Statistics,
+    *,
+    steps: int,
+    seed: int,
+    progress: Progress,
+) -> Healing:
     batches = statistics.batches
     held_out = max(1, len(batches) // 4)
     fitting, judging = batches[:-held_out] or batches, batches[-held_out:]

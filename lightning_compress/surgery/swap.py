@@ -33,7 +33,7 @@ from lightning_compress.layers.factorised import (
     channels_last_format,
 )
 from lightning_compress.layers.families import TransposedLinear, children_of, operator_of, stored_factor
-from lightning_compress.layers.unfused import Opening, open_, openable, put_, redo_, share_hooks, undo_, with_opened
+from lightning_compress.layers.unfused import Unfusing, put_, redo_, share_hooks, undo_, unfusable, unfuse_, unfused
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Replacement:
         aliases: Every name the layer is registered under.
         dense: The module that was there.
         factorised: The module that is there now; both hold the same bias Parameter.
-        opening: Of the attention or recurrent layer that was opened for it, None if none was.
+        unfusing: Of the attention or recurrent layer that was unfused for it, None if none was.
     """
 
     aliases: tuple[str, ...]
     dense: nn.Module
     factorised: FactorisedLayer
-    opening: Opening | None = None
+    unfusing: Unfusing | None = None
 
 
 def apply_plan_(
@@ -62,7 +62,7 @@ def apply_plan_(
     failure leaves the model as it was. Biases stay the same Parameters and forward and backward
     hooks move along with their handles; dtype, device, memory format, mode and `requires_grad`
     are inherited; the global random state is not used. Layers that are already factorised as
-    planned are left alone. Attention and recurrent layers are opened if one of their projections
+    planned are left alone. Attention and recurrent layers are unfused if one of their projections
     is factorised; the others stay as they are.
 
     Args:
@@ -97,7 +97,7 @@ def _replace(
     if not isinstance(cast(Any, plan), Plan):
         msg = f"plan={plan!r}: expected a Plan, as search_ranks returns it."
         raise ConfigurationError(msg)
-    openings = _open_for(model, plan)
+    unfusings = _unfuse_for(model, plan)
     try:
         pairs = _checked(model, plan)
         replacements = []
@@ -106,19 +106,19 @@ def _replace(
             with torch.inference_mode(mode=False):
                 made = _build_shared(group, metrics, decompose=decompose)
             replacements += [
-                replace(r, opening=_opening_of(layer, openings)) for r, (layer, _) in zip(made, group, strict=True)
+                replace(r, unfusing=_unfusing_of(layer, unfusings)) for r, (layer, _) in zip(made, group, strict=True)
             ]
         pairs = [(layer, planned) for layer, planned in pairs if planned.shares is None]
         for index, (layer, planned) in enumerate(pairs):
             progress("factorising layers", index / len(pairs))
             with torch.inference_mode(mode=False):  # parameters made in inference mode could never be trained
                 new = _build(layer, planned, _metric_of(layer, planned, statistics), decompose=decompose)
-            replacements.append(Replacement(layer.aliases, layer.module, new, _opening_of(layer, openings)))
+            replacements.append(Replacement(layer.aliases, layer.module, new, _unfusing_of(layer, unfusings)))
             for aliases, partner in layer.partners:
                 replacements.append(Replacement(aliases, partner, _sharing(partner, new)))
         progress("factorising layers", 1.0)
     except BaseException:
-        undo_(model, openings)
+        undo_(model, unfusings)
         raise
     install(model, replacements)
     return tuple(replacements)
@@ -129,23 +129,23 @@ def _metric_of(layer: Layer, planned: LayerPlan, statistics: Statistics | None) 
     return statistics.metric(layer.name) if statistics is not None and planned.source != "weight" else None
 
 
-def _open_for(model: nn.Module, plan: Plan) -> tuple[Opening, ...]:
-    """Opens the attention and recurrent layers of which the plan factorises a projection."""
+def _unfuse_for(model: nn.Module, plan: Plan) -> tuple[Unfusing, ...]:
+    """Unfuses the attention and recurrent layers of which the plan factorises a projection."""
     parts = {planned.name.rpartition(".")[0] for planned in plan.factorised}
-    return open_(model, [name for name, reason in openable(model).items() if reason is None and name in parts])
+    return unfuse_(model, [name for name, reason in unfusable(model).items() if reason is None and name in parts])
 
 
-def _opening_of(layer: Layer, openings: Sequence[Opening]) -> Opening | None:
-    return next((opening for opening in openings if set(layer.whole) & set(opening.aliases)), None)
+def _unfusing_of(layer: Layer, unfusings: Sequence[Unfusing]) -> Unfusing | None:
+    return next((unfusing for unfusing in unfusings if set(layer.whole) & set(unfusing.aliases)), None)
 
 
-def _openings(replacements: Sequence[Replacement]) -> list[Opening]:
-    return list({id(r.opening): r.opening for r in replacements if r.opening is not None}.values())
+def _unfusings(replacements: Sequence[Replacement]) -> list[Unfusing]:
+    return list({id(r.unfusing): r.unfusing for r in replacements if r.unfusing is not None}.values())
 
 
 def install(model: nn.Module, replacements: Sequence[Replacement]) -> None:
     """Puts the factorised layers in, under every name."""
-    redo_(model, _openings(replacements))
+    redo_(model, _unfusings(replacements))
     for replacement in replacements:
         put_(model, replacement.aliases, replacement.factorised)
 
@@ -154,10 +154,9 @@ def uninstall(model: nn.Module, replacements: Sequence[Replacement]) -> None:
     """Puts the dense layers back, under every name."""
     for replacement in replacements:
         put_(model, replacement.aliases, replacement.dense)
-    undo_(model, _openings(replacements))
+    undo_(model, _unfusings(replacements))
 
 
-@with_opened
 def plan_of(model: nn.Module, example_input: ExampleInput | None = None) -> Plan:
     """Returns the plan that an already factorised model embodies; without budget and search.
 
@@ -168,6 +167,11 @@ def plan_of(model: nn.Module, example_input: ExampleInput | None = None) -> Plan
     Raises:
         ExampleInputError: If the model fails on the example input.
     """
+    with unfused(model):
+        return _embodied(model, example_input)
+
+
+def _embodied(model: nn.Module, example_input: ExampleInput | None) -> Plan:
     traced = trace(model, example_input) if example_input is not None else None
     listed = list_layers(model)
     owners = owners_of(listed)

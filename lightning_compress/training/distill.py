@@ -19,7 +19,7 @@ from lightning_compress.core.copies import detached_copy, digest_of
 from lightning_compress.core.errors import ConfigurationError, DistillationError
 from lightning_compress.core.fine_tuning import Distill
 from lightning_compress.layers.factorised import FactorisedLayer
-from lightning_compress.layers.unfused import open_, openable
+from lightning_compress.layers.unfused import unfusable, unfuse_
 
 _IMAGE_NDIM = 4
 SMALLEST_SPREAD = 1e-6
@@ -84,7 +84,7 @@ class Teacher:
         if settings.dtype is not None:
             self.module.to(getattr(torch, settings.dtype))
         if settings.kind == "layers":  # the projections of attention and recurrent layers are layers too
-            open_(self.module, [name for name, reason in openable(self.module).items() if reason is None])
+            unfuse_(self.module, [name for name, reason in unfusable(self.module).items() if reason is None])
 
     def targets(self, call: Call, names: Sequence[str]) -> Call:
         """Returns what the teacher makes of the same arguments, with the outputs of some submodules."""

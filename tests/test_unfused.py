@@ -1,4 +1,4 @@
-"""Attention and recurrent layers opened into nn.Linear projections: the same function, factorisable."""
+"""Attention and recurrent layers unfused into nn.Linear projections: the same function, factorisable."""
 
 from __future__ import annotations
 
@@ -19,13 +19,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress import Budget, Compress, apply_plan_, compress_, load_compressed, save_compressed, search_ranks
 from lightning_compress.analysis.costs import measure_costs
-from lightning_compress.analysis.inventory import list_layers, take_inventory
+from lightning_compress.analysis.inventory import list_layers, require_module, take_inventory
 from lightning_compress.analysis.statistics import gather_statistics
 from lightning_compress.core.costs import Costs
 from lightning_compress.core.errors import ConfigurationError, ModelError, PlanMismatchError
 from lightning_compress.core.plan import LayerPlan, Plan
 from lightning_compress.layers.factorised import FactorisedLayer
-from lightning_compress.layers.unfused import OpenAttention, OpenRecurrent, close_, open_, openable, opened, undo_
+from lightning_compress.layers.unfused import (
+    UnfusedAttention,
+    UnfusedRecurrent,
+    fuse_,
+    undo_,
+    unfusable,
+    unfuse_,
+    unfused,
+)
 from lightning_compress.surgery.repair import heal_
 from lightning_compress.surgery.swap import apply_shells_, install, plan_of, uninstall
 from tests.conftest import WEIGHTS_ALONE, Unchanged
@@ -50,7 +58,9 @@ class Wrapped(nn.Module):
         self.layer, self.kwargs = layer, kwargs
 
     def forward(self, *args):
-        args = args * 3 if isinstance(self.layer, (nn.MultiheadAttention, OpenAttention)) and len(args) == 1 else args
+        args = (
+            args * 3 if isinstance(self.layer, (nn.MultiheadAttention, UnfusedAttention)) and len(args) == 1 else args
+        )
         return self.layer(*args, **self.kwargs)[0]
 
 
@@ -121,7 +131,7 @@ def results_and_gradients(layer, inputs, parameters, *args, seed=0, **kwargs):
 
 def plan_for(model, rank=None, kind="svd", chosen=lambda name: True):
     """A plan that factorises the chosen projections, at full rank by default."""
-    with opened(model):
+    with unfused(model):
         planned = tuple(
             LayerPlan(layer.name, "Linear", kind, (rank or min(layer.weight_shape),), layer.weight_shape, 0.0, 1, 1)
             for layer in list_layers(model)
@@ -179,34 +189,34 @@ def attention_arguments(inputs, batch, mask, sizes, targets=4, sources=5, count=
 def test_attention_is_torchs_with_gradients_and_dropout(inputs, batch, mask, settings):
     sizes = (6, 7) if inputs == "sizes" else (E, E)
     settings = {**settings, "kdim": sizes[0], "vdim": sizes[1], "batch_first": batch == "first", "dropout": 0.3}
-    closed = randomised(nn.MultiheadAttention(E, HEADS, **settings))
-    twin = OpenAttention(closed)
-    parameters = list(closed.parameters())
+    fused = randomised(nn.MultiheadAttention(E, HEADS, **settings))
+    twin = UnfusedAttention(fused)
+    parameters = list(fused.parameters())
     assert {id(p) for p in twin.parameters()} == {id(p) for p in parameters}
     args, masks = attention_arguments(inputs, batch, mask, sizes)
     for training, (need, average) in itertools.product((True, False), ((True, True), (True, False), (False, True))):
-        closed.train(training)
+        fused.train(training)
         twin.train(training)
         options = {**masks, "need_weights": need, "average_attn_weights": average}
-        expected = results_and_gradients(closed, args, parameters, *args, **options)
+        expected = results_and_gradients(fused, args, parameters, *args, **options)
         same(results_and_gradients(twin, args, parameters, *args, **options), expected)
         assert (twin(*args, **options)[1] is None) == (not need)
         with torch.no_grad():
             torch.manual_seed(1)
-            expected = closed(*args, **options)
+            expected = fused(*args, **options)
             torch.manual_seed(1)
             same(twin(*args, **options), expected)
 
 
 def test_attention_keeps_the_attributes_and_reads_like_the_torch_module():
-    closed = nn.MultiheadAttention(E, HEADS, dropout=0.1, batch_first=True)
-    twin = OpenAttention(closed)
+    fused = nn.MultiheadAttention(E, HEADS, dropout=0.1, batch_first=True)
+    twin = UnfusedAttention(fused)
     for name in ("embed_dim", "num_heads", "head_dim", "batch_first", "dropout", "kdim", "vdim", "_qkv_same_embed_dim"):
-        assert getattr(twin, name) == getattr(closed, name)
-    assert twin.in_proj_bias is closed.in_proj_bias is twin.in_proj.bias
-    assert twin.in_proj.weight is closed.in_proj_weight
-    assert torch.equal(F.linear(normal(2, E), twin.in_proj_weight), F.linear(normal(2, E), closed.in_proj_weight))
-    assert torch.equal(twin.in_proj_weight[:3].T, closed.in_proj_weight[:3].T)
+        assert getattr(twin, name) == getattr(fused, name)
+    assert twin.in_proj_bias is fused.in_proj_bias is twin.in_proj.bias
+    assert twin.in_proj.weight is fused.in_proj_weight
+    assert torch.equal(F.linear(normal(2, E), twin.in_proj_weight), F.linear(normal(2, E), fused.in_proj_weight))
+    assert torch.equal(twin.in_proj_weight[:3].T, fused.in_proj_weight[:3].T)
     assert twin.in_proj_weight.shape == (3 * E, E)
     assert list(twin.state_dict()) == ["in_proj.weight", "in_proj.bias", "out_proj.weight", "out_proj.bias"]
     assert twin.q_proj_weight is None
@@ -214,9 +224,9 @@ def test_attention_keeps_the_attributes_and_reads_like_the_torch_module():
         twin.nonsense  # noqa: B018
     with pytest.raises(AttributeError):
         copy.copy(twin.in_proj_weight).nonsense  # noqa: B018
-    assert OpenAttention(nn.MultiheadAttention(E, HEADS, bias=False)).in_proj_bias is None
+    assert UnfusedAttention(nn.MultiheadAttention(E, HEADS, bias=False)).in_proj_bias is None
     separate = nn.MultiheadAttention(E, HEADS, kdim=5)
-    twin = OpenAttention(separate)
+    twin = UnfusedAttention(separate)
     assert twin.in_proj_weight is None
     assert twin.in_proj_bias is separate.in_proj_bias
     assert twin.k_proj_weight is separate.k_proj_weight is twin.k_proj.weight
@@ -224,8 +234,8 @@ def test_attention_keeps_the_attributes_and_reads_like_the_torch_module():
 
 
 def test_attention_refuses_what_torch_refuses():
-    closed, x = nn.MultiheadAttention(E, HEADS, batch_first=True), normal(2, 4, E)
-    twin = OpenAttention(closed)
+    fused, x = nn.MultiheadAttention(E, HEADS, batch_first=True), normal(2, 4, E)
+    twin = UnfusedAttention(fused)
     nested = torch.nested.nested_tensor([x[0], x[1]], layout=torch.jagged)
     with pytest.raises(ModelError, match="nested tensor"):
         twin(nested, nested, nested)
@@ -237,7 +247,7 @@ def test_attention_refuses_what_torch_refuses():
         ({"attn_mask": torch.zeros(4, 4).long()}, AssertionError),
         ({"key_padding_mask": torch.zeros(3, 4)}, (RuntimeError, AssertionError)),
     ):
-        for layer in (closed, twin):
+        for layer in (fused, twin):
             with pytest.raises(error):
                 layer(x, x, x, **wrong)
 
@@ -249,7 +259,7 @@ def test_watched_attention_computes_the_same_in_one_call_of_the_projection(input
     model = Wrapped(randomised(nn.MultiheadAttention(E, HEADS, batch_first=batch == "first")))
     args, _ = attention_arguments(inputs, batch, "no", (E, E))
     expected = model.layer(*args)
-    open_(model, ["layer"])
+    unfuse_(model, ["layer"])
     if kind == "svd":
         apply_plan_(model, plan_for(model))
     same(model.layer(*args), expected)
@@ -261,8 +271,8 @@ def test_watched_attention_computes_the_same_in_one_call_of_the_projection(input
 
 
 def test_cross_attention_computes_only_the_thirds_it_needs():
-    closed = nn.MultiheadAttention(E, HEADS)
-    twin, query, key = OpenAttention(closed), normal(4, 1, E), normal(5, 1, E)
+    fused = nn.MultiheadAttention(E, HEADS)
+    twin, query, key = UnfusedAttention(fused), normal(4, 1, E), normal(5, 1, E)
 
     def macs(layer):
         with FlopCounterMode(display=False) as flops:
@@ -270,7 +280,7 @@ def test_cross_attention_computes_only_the_thirds_it_needs():
         return flops.get_total_flops() // 2
 
     attention = 2 * 4 * 5 * E
-    assert macs(closed) == macs(twin) == E * E * (4 + 2 * 5 + 4) + attention
+    assert macs(fused) == macs(twin) == E * E * (4 + 2 * 5 + 4) + attention
     model = Wrapped(twin)
     apply_plan_(model, plan_for(model, rank=2, chosen=lambda name: "in_proj" in name))
     assert macs(model.layer) == 2 * E * (4 + 5) + 2 * E * (4 + 2 * 5) + E * E * 4 + attention
@@ -286,7 +296,7 @@ def transformers():
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True", "ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize(("what", "first", "make", "layer"), list(transformers()))
-def test_torchs_transformers_run_on_opened_attention(what, first, make, layer):
+def test_torchs_transformers_run_on_unfused_attention(what, first, make, layer):
     model = make(16, 2, 2, 2, 32, **layer) if what == "both" else make(layer, 2)
     source, target = normal(3, 6, 16), normal(3, 5, 16, seed=1)
     padding = torch.arange(6) >= torch.tensor([6, 4, 3])[:, None]
@@ -309,8 +319,8 @@ def test_torchs_transformers_run_on_opened_attention(what, first, make, layer):
 
         with torch.set_grad_enabled(differentiable):
             expected = run()
-            with opened(model):
-                assert any(isinstance(m, OpenAttention) for m in model.modules())
+            with unfused(model):
+                assert any(isinstance(m, UnfusedAttention) for m in model.modules())
                 same(run(), expected)
 
 
@@ -325,7 +335,7 @@ def test_code_that_takes_the_fused_weight_gets_it_multiplied_out():
 
     model = ByHand()
     expected = model(normal(4, 1, E))
-    with opened(model):
+    with unfused(model):
         same(model(normal(4, 1, E)), expected)
     apply_plan_(model, plan_for(model))
     assert isinstance(model.other.in_proj, FactorisedLayer)
@@ -363,20 +373,20 @@ def test_recurrent_is_torchs_fused_and_stepwise_with_gradients_and_dropout(kind,
     make, more = RECURRENT[kind]
     for index, (name, given) in enumerate(itertools.product(sequences(False), (False, True))):
         settings = {**more, "bidirectional": bidirectional, "batch_first": index % 2 == 0, "bias": index % 3 > 0}
-        closed = make(4, 5, layers, dropout=0.4 if layers > 1 else 0.0, **settings)
-        twin, parameters = OpenRecurrent(closed), list(closed.parameters())
+        fused = make(4, 5, layers, dropout=0.4 if layers > 1 else 0.0, **settings)
+        twin, parameters = UnfusedRecurrent(fused), list(fused.parameters())
         assert {id(p) for p in twin.parameters()} == {id(p) for p in parameters}
-        x = sequences(closed.batch_first)[name]
-        args = (x, initial(closed, name == "unbatched")) if given else (x,)
-        expected = results_and_gradients(closed, [], parameters, *args)
+        x = sequences(fused.batch_first)[name]
+        args = (x, initial(fused, name == "unbatched")) if given else (x,)
+        expected = results_and_gradients(fused, [], parameters, *args)
         for twin.stepwise in (False, True):
             found = results_and_gradients(twin, [], parameters, *args)
             same(found, expected)
             assert type(found[0][0]) is type(expected[0][0])
         if layers > 1:
-            closed.eval()
+            fused.eval()
             twin.eval()
-            same(twin(*args), closed(*args))
+            same(twin(*args), fused(*args))
 
 
 @NO_ONEDNN
@@ -388,12 +398,12 @@ def test_factorised_recurrent_fused_is_stepwise_and_dense_at_full_rank(kind, cho
     make, more = RECURRENT[kind]
     for name, rank in itertools.product(sequences(False), (None, 2)):
         model = nn.ModuleDict({"layer": make(4, 5, 2, dropout=0.4, bidirectional=True, **more)})
-        x, closed = sequences(False)[name], model["layer"]
+        x, dense = sequences(False)[name], model["layer"]
         torch.manual_seed(0)
-        expected = closed(x)
+        expected = dense(x)
         apply_plan_(model, plan_for(model, rank, chosen=lambda n: chosen in n))
         twin = model["layer"]
-        assert isinstance(twin, OpenRecurrent)
+        assert isinstance(twin, UnfusedRecurrent)
         assert any(isinstance(m, FactorisedLayer) for m in twin.children())
         fused = results_and_gradients(twin, [], list(twin.parameters()), x)
         twin.stepwise = True
@@ -403,7 +413,7 @@ def test_factorised_recurrent_fused_is_stepwise_and_dense_at_full_rank(kind, cho
 
 
 def test_a_hook_makes_a_recurrent_layer_call_its_projections():
-    twin = OpenRecurrent(nn.LSTM(4, 5, batch_first=True))
+    twin = UnfusedRecurrent(nn.LSTM(4, 5, batch_first=True))
     expected, calls = twin(normal(3, 6, 4)), []
     hook = twin.hh_l0.register_forward_hook(lambda _, args, output: calls.append(args[0].shape))
     same(twin(normal(3, 6, 4)), expected)
@@ -414,22 +424,22 @@ def test_a_hook_makes_a_recurrent_layer_call_its_projections():
 
 
 def test_recurrent_keeps_the_attributes_and_refuses_wrong_shapes():
-    closed = nn.LSTM(4, 5, 2, batch_first=True, dropout=0.1, bidirectional=True)
-    twin = OpenRecurrent(closed)
+    fused = nn.LSTM(4, 5, 2, batch_first=True, dropout=0.1, bidirectional=True)
+    twin = UnfusedRecurrent(fused)
     names = "input_size hidden_size num_layers bias batch_first dropout bidirectional proj_size mode"
-    assert all(getattr(twin, name) == getattr(closed, name) for name in names.split())
-    assert twin.weight_hh_l1_reverse is closed.weight_hh_l1_reverse is twin.hh_l1_reverse.weight
+    assert all(getattr(twin, name) == getattr(fused, name) for name in names.split())
+    assert twin.weight_hh_l1_reverse is fused.weight_hh_l1_reverse is twin.hh_l1_reverse.weight
     assert twin.flatten_parameters() is None
     assert "LSTM, 4, 5" in repr(twin)
     x = normal(3, 6, 4)
     wrong = [(x[..., :3],), (x[None],), (x, (x, x))]
     for args in wrong:
-        for layer in (closed, twin):
+        for layer in (fused, twin):
             with pytest.raises((RuntimeError, ValueError)):
                 layer(*args)
 
 
-# --- opening and closing
+# --- unfusing and fusing
 
 
 def nested():
@@ -439,20 +449,20 @@ def nested():
     return model
 
 
-def test_opened_gives_everything_back(unchanged):
+def test_unfused_gives_everything_back(unchanged):
     model = nested()
     model["a"][1].eval()
     model["a"][0].out_proj.bias.requires_grad_(False)
     before, attention = unchanged(model), model["a"][0]
     hook = attention.register_forward_hook(lambda *_: calls.append(0))
     calls = []
-    with opened(model):
-        assert isinstance(model["again"], OpenAttention)
+    with unfused(model):
+        assert isinstance(model["again"], UnfusedAttention)
         assert model["again"] is model["a"][0]
-        assert isinstance(model["a"][1], OpenRecurrent)
+        assert isinstance(model["a"][1], UnfusedRecurrent)
         assert [m.training for m in (model["again"], model["a"][1], model["a"][1].ih_l0)] == [True, False, False]
         twin = model["again"]
-        with opened(model):
+        with unfused(model):
             assert model["again"] is twin
         assert model["again"] is twin
         model["again"](*[normal(3, 1, E)] * 3)
@@ -468,12 +478,12 @@ def test_opened_gives_everything_back(unchanged):
     assert calls == [0, 1]
 
 
-def test_opened_gives_everything_back_after_an_error(unchanged):
+def test_unfused_gives_everything_back_after_an_error(unchanged):
     model = nested()
     before = unchanged(model)
 
     def fail():
-        with opened(model):
+        with unfused(model):
             model.eval()
             raise KeyboardInterrupt
 
@@ -483,10 +493,16 @@ def test_opened_gives_everything_back_after_an_error(unchanged):
     before.check()
 
 
+def test_unfused_leaves_what_is_no_module_to_the_code_inside():
+    for model in (None, 3, nn.LSTM):
+        with pytest.raises(ConfigurationError, match=r"nn\.Module"), unfused(model):
+            require_module(model)
+
+
 def test_a_failing_parent_leaves_everything_as_it_was(unchanged):
     class Strict(nn.Module):
         def __setattr__(self, name, value):
-            if isinstance(value, OpenRecurrent):
+            if isinstance(value, UnfusedRecurrent):
                 msg = "no"
                 raise TypeError(msg)
             super().__setattr__(name, value)
@@ -495,31 +511,31 @@ def test_a_failing_parent_leaves_everything_as_it_was(unchanged):
     model[1].gru = nn.GRU(4, 5)
     before = unchanged(model)
     with pytest.raises(TypeError, match="no"):
-        open_(model, ["0", "1.gru"])
+        unfuse_(model, ["0", "1.gru"])
     before.check()
 
 
-def test_open_by_any_name_undo_and_close():
+def test_unfuse_by_any_name_undo_and_fuse():
     model = nested()
     attention, gru = model["a"]
     names = [(name, id(p)) for name, p in model.named_parameters()]
-    (opening,) = open_(model, ["again"])
-    assert opening == (("a.0", "again"), attention, model["a"][0])
+    (unfusing,) = unfuse_(model, ["again"])
+    assert unfusing == (("a.0", "again"), attention, model["a"][0])
     assert model["a"][1] is gru
-    assert open_(model, ["a.0"]) == ()
-    undo_(model, [opening])
+    assert unfuse_(model, ["a.0"]) == ()
+    undo_(model, [unfusing])
     assert model["a"][0] is model["again"] is attention
-    open_(model, ["again", "a.1"])
+    unfuse_(model, ["again", "a.1"])
     model.eval()
     apply_plan_(model, plan_for(model, rank=1, chosen=lambda name: name == "a.1.hh_l0"))
-    (closing,) = close_(model)
-    closed = model["again"]
-    assert closing.closed is closed is model["a"][0]
-    assert type(closed) is nn.MultiheadAttention
-    assert closed.state_dict().keys() == attention.state_dict().keys()
-    assert {id(p) for p in closed.parameters()} == {id(p) for p in attention.parameters()}
-    assert not closed.training
-    assert isinstance(model["a"][1], OpenRecurrent)
+    (fusing,) = fuse_(model)
+    fused = model["again"]
+    assert fusing.fused is fused is model["a"][0]
+    assert type(fused) is nn.MultiheadAttention
+    assert fused.state_dict().keys() == attention.state_dict().keys()
+    assert {id(p) for p in fused.parameters()} == {id(p) for p in attention.parameters()}
+    assert not fused.training
+    assert isinstance(model["a"][1], UnfusedRecurrent)
     assert [pair for pair in names if "a.0" in pair[0]] == [
         (name, id(p)) for name, p in model.named_parameters() if "a.0" in name
     ]
@@ -527,7 +543,7 @@ def test_open_by_any_name_undo_and_close():
 
 @NO_ONEDNN
 @pytest.mark.parametrize("kind", [*RECURRENT, "attention", "attention of other sizes", "attention without biases"])
-def test_closed_again_is_the_torch_module(kind):
+def test_fused_again_is_the_torch_module(kind):
     if kind in RECURRENT:
         make, more = RECURRENT[kind]
         layer, args = make(4, 5, 2, bidirectional=True, batch_first=True, **more), (normal(3, 6, 4),)
@@ -541,10 +557,10 @@ def test_closed_again_is_the_torch_module(kind):
     model = nn.ModuleDict({"layer": randomised(layer)})
     model["layer"].note = "kept"
     expected, state = layer(*args), {k: id(v) for k, v in layer.state_dict(keep_vars=True).items()}
-    open_(model, ["layer"])
+    unfuse_(model, ["layer"])
     for twin in (model["layer"], copy.deepcopy(model["layer"]), pickle.loads(pickle.dumps(model["layer"]))):
         same(twin(*args), expected)
-    close_(model)
+    fuse_(model)
     assert type(model["layer"]) is type(layer)
     assert {k: id(v) for k, v in model["layer"].state_dict(keep_vars=True).items()} == state
     assert list(model["layer"].state_dict()) == list(layer.state_dict())
@@ -559,7 +575,7 @@ def tree_doubled(values):
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
-def test_what_cannot_be_opened_says_why(unchanged):
+def test_what_cannot_be_unfused_says_why(unchanged):
     class Mine(nn.LSTM):
         pass
 
@@ -581,7 +597,7 @@ def test_what_cannot_be_opened_says_why(unchanged):
     model["twin"].weight_hh_l0 = model["tied"].weight_hh_l0
     torch.nn.utils.prune.l1_unstructured(model["pruned"].out_proj, "weight", 0.5)
     torch.nn.utils.parametrize.register_parametrization(model["parametrised"], "weight_hh_l0", nn.Identity())
-    reasons = openable(model)
+    reasons = unfusable(model)
     expected = {
         "subclass": "subclass",
         "patched": "forward method was replaced",
@@ -594,24 +610,24 @@ def test_what_cannot_be_opened_says_why(unchanged):
     }
     assert reasons["fine"] is None
     assert all(text in reasons[name] for name, text in expected.items())
-    assert "the model itself" in openable(nn.GRU(2, 2))[""]
+    assert "the model itself" in unfusable(nn.GRU(2, 2))[""]
     before = unchanged(model)
-    with opened(model):
+    with unfused(model):
         layers = {layer.name: layer for layer in list_layers(model)}
-        assert isinstance(model["fine"], OpenRecurrent)
-        assert [name for name in expected if isinstance(model[name], (OpenAttention, OpenRecurrent))] == []
-    assert layers["tied"].reason == "it cannot be opened: its weights are tied to another module's"
-    with pytest.raises(ModelError, match=r"'tied' \(RNN\) cannot be opened: its weights are tied"):
-        open_(model, ["fine", "tied"])
+        assert isinstance(model["fine"], UnfusedRecurrent)
+        assert [name for name in expected if isinstance(model[name], (UnfusedAttention, UnfusedRecurrent))] == []
+    assert layers["tied"].reason == "it cannot be unfused: its weights are tied to another module's"
+    with pytest.raises(ModelError, match=r"'tied' \(RNN\) cannot be unfused: its weights are tied"):
+        unfuse_(model, ["fine", "tied"])
     with pytest.raises(ConfigurationError, match=r"'fines' is no attention or recurrent layer.*'fine'"):
-        open_(model, ["fines"])
+        unfuse_(model, ["fines"])
     before.check()
 
 
 def test_weights_tied_inside_of_a_recurrent_layer_stay_tied_and_dense():
     model = nn.ModuleDict({"layer": nn.LSTM(5, 5, 2)})
     model["layer"].weight_hh_l1 = model["layer"].weight_hh_l0
-    with opened(model):
+    with unfused(model):
         reasons = {layer.name: layer.reason for layer in list_layers(model)}
         assert model["layer"].hh_l0.weight is model["layer"].hh_l1.weight
     assert "tied" in reasons["layer.hh_l0"]
@@ -658,11 +674,11 @@ def extra_of_attention(steps):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_full_rank_is_dense_and_uninstalling_undoes_the_opening(name, unchanged):
+def test_full_rank_is_dense_and_uninstalling_undoes_the_unfusing(name, unchanged):
     model, x = MODELS[name]().eval(), normal(4, 6, 12)
     before, expected = unchanged(model), model(x)
     replacements = apply_plan_(model, plan_for(model))
-    assert all(r.opening is not None for r in replacements if "head" not in r.aliases[0] and "_" in r.aliases[0])
+    assert all(r.unfusing is not None for r in replacements if "head" not in r.aliases[0] and "_" in r.aliases[0])
     assert torch.linalg.norm(model(x) - expected) < 1e-4 * torch.linalg.norm(expected)
     uninstall(model, replacements)
     before.check()
@@ -673,16 +689,16 @@ def test_full_rank_is_dense_and_uninstalling_undoes_the_opening(name, unchanged)
     before.check()
 
 
-def test_only_layers_with_a_factorised_projection_are_opened():
+def test_only_layers_with_a_factorised_projection_are_unfused():
     model = Encoder()
     apply_plan_(model, plan_for(model, 2, chosen=lambda name: name == "encoder.layers.1.self_attn.out_proj"))
     kinds = [type(layer.self_attn) for layer in model.encoder.layers]
-    assert kinds == [nn.MultiheadAttention, OpenAttention]
+    assert kinds == [nn.MultiheadAttention, UnfusedAttention]
     assert type(model.encoder.layers[1].self_attn.in_proj) is nn.Linear
 
 
 @pytest.mark.parametrize("apply", [apply_plan_, apply_shells_])
-def test_a_plan_that_does_not_fit_leaves_everything_closed(apply, unchanged):
+def test_a_plan_that_does_not_fit_leaves_everything_fused(apply, unchanged):
     model = Sequences()
     before, plan = unchanged(model), plan_for(model)
     wrong = Plan((*plan.layers, LayerPlan("nowhere", "Linear", "svd", (1,), (2, 2), 0.0, 1, 1)), plan.dense, plan.dense)
@@ -693,7 +709,7 @@ def test_a_plan_that_does_not_fit_leaves_everything_closed(apply, unchanged):
 
 def test_projections_are_chosen_by_the_names_and_types_of_their_whole():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(E, HEADS), "rnn": nn.LSTM(4, 5), "head": nn.Linear(5, 5)})
-    with opened(model):
+    with unfused(model):
 
         def left(**selection):
             return {layer.name for layer in take_inventory(model, **selection) if layer.reason is None}
@@ -708,9 +724,9 @@ def test_projections_are_chosen_by_the_names_and_types_of_their_whole():
     assert all(not p.name.startswith("attention") for p in plan.factorised)
 
 
-def test_biases_of_an_opened_layer_have_a_reason():
+def test_biases_of_an_unfused_layer_have_a_reason():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(E, HEADS, kdim=5), "more": nn.Linear(9, 9)})
-    with opened(model):
+    with unfused(model):
         layers = {layer.name: layer for layer in take_inventory(model)}
     assert "layers of their own" in layers["attention"].reason
     assert layers["attention"].parameters == 3 * E
@@ -748,12 +764,12 @@ def test_callback_trains_the_factors_and_restores_from_its_checkpoint(make_train
     trainer.fit(model, loader)
     held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters()}
-    assert isinstance(model.rnn, OpenRecurrent)
+    assert isinstance(model.rnn, UnfusedRecurrent)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     fresh = Sequences()
     resumed = make_trainer(Compress(Budget(params=0.5), **WEIGHTS_ALONE), max_epochs=3)
     resumed.fit(fresh, loader, ckpt_path=tmp_path / "last.ckpt")
-    assert isinstance(fresh.rnn, OpenRecurrent)
+    assert isinstance(fresh.rnn, UnfusedRecurrent)
     tested = Sequences()
     make_trainer(Compress(Budget(params=0.5), **WEIGHTS_ALONE)).test(tested, loader, ckpt_path=tmp_path / "last.ckpt")
     same(tested.eval()(x), model.eval()(x))
@@ -774,7 +790,7 @@ def test_tracing_exporting_and_compiling(kind, rank, way):
     }
     model, x = Wrapped(layers[kind]()).eval(), normal(3, 6, E)
     if rank is None:
-        open_(model, ["layer"])
+        unfuse_(model, ["layer"])
     else:
         apply_plan_(model, plan_for(model, rank))
     expected = model(x)
@@ -795,7 +811,7 @@ def test_compiled_encoder_steps_aside_from_torchs_fast_path(mask_check):
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     model, x = nn.TransformerEncoder(layer, 1, mask_check=mask_check).eval(), normal(3, 6, 16)
     padding = torch.arange(6) >= torch.tensor([6, 4, 3])[:, None]
-    open_(model, ["layers.0.self_attn"])
+    unfuse_(model, ["layers.0.self_attn"])
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
@@ -816,6 +832,6 @@ def test_half_precision_autocast_and_meta():
 def test_unchanged_checks_something():
     model = nested()
     before = Unchanged(model)
-    open_(model, ["again"])
+    unfuse_(model, ["again"])
     with pytest.raises(AssertionError):
         before.check()
