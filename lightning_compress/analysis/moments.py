@@ -1,0 +1,283 @@
+"""Second moments of what enters each layer and of what its outputs do to the model's, from any inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_compress.analysis.synthetic import running_norms
+from lightning_compress.analysis.trace import (
+    Arguments,
+    hooked,
+    inference,
+    input_of,
+    output_tensors,
+    run,
+    sample_counts,
+)
+from lightning_compress.core.errors import ExampleInputError
+from lightning_compress.kinds.metric import Metric
+from lightning_compress.kinds.shrinkage import Folds, SampleSums, shrunk
+from lightning_compress.layers.families import canonical, family_of, operator_of
+
+POSITIONS = 2**14
+"""Rows of an unfolded input that are taken at most per layer and batch, evenly spread."""
+
+
+OTHER_KIND = 0.2
+"""Share of the covariance of drawn inputs that is put in the place of what real ones may not have."""
+
+
+PROBES = 2
+"""Random combinations of the outputs whose gradients are taken per batch."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What is known of a layer's unfolded inputs and of what its outputs do.
+
+    Attributes:
+        second: S = E[x xᵀ], (D, D) float64, D = in times the kernel's size; (groups, D, D) for
+            several groups; None for indices, all of which count alike.
+        mean: E[x], (D,) or (groups, D); None likewise.
+        outputs: G = Σ g gᵀ, (out, out) or (groups, out, out) float64, of which only the shape
+            matters; g the gradient of a random combination of the model's outputs by those of the
+            layer at one position; None if unknown.
+        source: Where they come from: "batch norm" (synthetic inputs matched to running
+            statistics), "tokens" or "noise" (synthetic inputs of that kind), or "real".
+        samples: How many independent inputs they are made from, positions of one not counted; None if from none.
+        shrinkage: Share of the covariance that was put in the place of what so few samples do not show, see
+            `shrinkage`; the largest of the groups.
+        folds: What says how the error of every rank grows on unseen inputs; None if unknown.
+    """
+
+    second: Tensor | None
+    mean: Tensor | None
+    outputs: Tensor | None = None
+    source: str = "real"
+    samples: int | None = None
+    shrinkage: float = 0.0
+    folds: Folds | None = field(default=None, repr=False)
+
+    @functools.cached_property
+    def metric(self) -> Metric:
+        """The metric in which the layer's errors are measured."""
+        return Metric(self.second, self.outputs, self.folds)
+
+
+@contextlib.contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Lets batch norms take the statistics of each batch, in eval mode too; their own stay as they are."""
+    norms = running_norms(model)
+    kept = [(norm.running_mean, norm.running_var) for norm in norms]
+    try:
+        for norm in norms:
+            norm.running_mean = norm.running_var = None
+        yield
+    finally:
+        for norm, (mean, variance) in zip(norms, kept, strict=True):
+            norm.running_mean, norm.running_var = mean, variance
+
+
+def of_both_kinds(normed: Mapping[str, Moments], plain: Mapping[str, Moments]) -> dict[str, Moments]:
+    """Returns the mean of each layer's moments over drawn inputs in two ways, shrunk further by `OTHER_KIND`.
+
+    What both have in common is likelier to be true of real inputs as well.
+
+    Args:
+        normed: Where norms take the batch's statistics; what says how errors grow is of these.
+        plain: Where they take their own.
+    """
+    pooled = {**plain, **normed}  # a layer that one of the two never reaches has the other's
+    for name in plain.keys() & normed.keys():
+        first, other = normed[name], plain[name]
+        if first.second is None or first.mean is None or other.second is None or other.mean is None:
+            continue
+        second, mean = (first.second + other.second) / 2, (first.mean + other.mean) / 2
+        outer = mean[..., :, None] * mean[..., None, :]
+        kept = (1 - OTHER_KIND) * (1 - (first.shrinkage + other.shrinkage) / 2)
+        pooled[name] = replace(first, second=shrunk(second - outer, OTHER_KIND) + outer, mean=mean, shrinkage=1 - kept)
+    return pooled
+
+
+def _joined(values: Tensor) -> Tensor:
+    """Returns (groups, …) without the first dimension where there is but one group."""
+    return values[0] if len(values) == 1 else values
+
+
+def input_moments(
+    model: nn.Module, batches: Iterable[Arguments], names: Iterable[str], *, source: str = "real"
+) -> Mapping[str, Moments]:
+    """Returns the moments of what enters the named layers over some batches.
+
+    Args:
+        model: Any module; it is run in eval mode and not changed.
+        batches: Arguments of its forward pass.
+        names: Layers that can be factorised.
+        source: What the batches are.
+
+    Raises:
+        ExampleInputError: If the model fails on a batch, or the inputs of a layer are not finite.
+    """
+    gatherer = _InputSums({name: model.get_submodule(name) for name in names})
+    finite, inputs_seen = True, 0
+    with hooked(gatherer.hooks()), inference(model):
+        for arguments in batches:
+            gatherer.running = _samples_in(arguments)
+            inputs_seen += gatherer.running
+            for output in output_tensors(run(model, arguments, f"{source} inputs")):
+                finite = finite and bool(torch.isfinite(output).all())
+    estimates = {name: found.estimate() for name, found in gatherer.sums.items()}
+    _require_finite({name: estimate.second for name, estimate in estimates.items()}, source, outputs=finite)
+    return {name: Moments(None, None, source=source) for name in gatherer.lookups} | {
+        name: Moments(
+            _joined(estimate.second),
+            _joined(estimate.mean),
+            source=source,
+            samples=min(estimate.samples, inputs_seen),  # a layer may be called more than once
+            shrinkage=estimate.shrinkage,
+            folds=estimate.folds,
+        )
+        for name, estimate in estimates.items()
+    }
+
+
+class _InputSums:
+    """Sums over what enters layers.
+
+    Attributes:
+        layers: By name.
+        running: Independent inputs in the batch that is running.
+        sums: By name, of the layers that were called.
+        lookups: Names of layers that are called with indices.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.layers, self.running = layers, 1
+        self.sums: dict[str, SampleSums] = {}
+        self.lookups: set[str] = set()
+
+    def hooks(self) -> Iterator[RemovableHandle]:
+        for name, layer in self.layers.items():
+            yield layer.register_forward_pre_hook(
+                lambda module, args, kwargs, name=name: self.gather(name, module, input_of(args, kwargs)),
+                with_kwargs=True,
+            )
+
+    def gather(self, name: str, layer: nn.Module, inputs: Tensor) -> None:
+        rows = family_of(layer).rows(layer, inputs)
+        if rows is None:
+            self.lookups.add(name)
+            return
+        samples = _by_sample(rows, self.running, POSITIONS)
+        if name not in self.sums:
+            self.sums[name] = SampleSums(samples, _grouped_weight(layer))
+        self.sums[name].add(samples)
+
+
+def _require_finite(moments: Mapping[str, Tensor], source: str, *, outputs: bool) -> None:
+    for name, second in moments.items():
+        if not bool(torch.isfinite(second).all()):
+            msg = (
+                f"the inputs of layer {name!r} are not finite on {source} inputs: use objective='weight', "
+                "or pass real inputs as calibration."
+            )
+            raise ExampleInputError(msg)
+    if not outputs:
+        msg = f"the model's outputs are not finite on {source} inputs: use objective='weight', or calibration."
+        raise ExampleInputError(msg)
+
+
+def _samples_in(arguments: Arguments) -> int:
+    """Returns how many independent inputs a batch holds, 1 if its tensors differ."""
+    counts = sample_counts(arguments)
+    return counts.pop() if len(counts) == 1 else 1
+
+
+def _grouped_weight(layer: nn.Module) -> Tensor:
+    """Returns the weight of a layer that can be factorised as (groups, out, D)."""
+    operator = operator_of(layer)
+    weight = canonical(layer, cast(Tensor, layer.weight)).detach()
+    return weight.reshape(operator.groups, operator.shape[0], -1)
+
+
+def _by_sample(rows: Tensor, samples: int, most: int) -> Tensor:
+    """Returns rows (groups, n, D) as (groups, samples, positions, D), at most so many in all, evenly spread.
+
+    Rows that cannot be told apart by sample count as one each.
+    """
+    samples = samples if rows.shape[1] % samples == 0 else rows.shape[1]
+    rows = rows.reshape(len(rows), samples, -1, rows.shape[2])
+    return rows[:, :, :: max(1, rows.shape[1] * rows.shape[2] // most)]
+
+
+def output_moments(
+    model: nn.Module, batches: Iterable[Arguments], names: Iterable[str], *, seed: int = 0
+) -> Mapping[str, Tensor]:
+    """Returns G = E[g gᵀ] of the named layers, (out, out) float64 each, see `Moments.outputs`.
+
+    Layers that no output depends on differentiably, and those whose gradients are not finite, are
+    missing; so are all if the model cannot be differentiated (in-place updates of what is needed
+    for it, parameters made in inference mode).
+
+    Args:
+        model: Any module; it is run in eval mode and not changed.
+        batches: Arguments of its forward pass.
+        names: Layers that can be factorised.
+        seed: Of the directions.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = {name: model.get_submodule(name) for name in names}
+    sums: dict[str, SampleSums] = {}
+    seen: list[tuple[str, Tensor]] = []
+
+    def probe(name: str, output: Tensor) -> Tensor:
+        probed = output if output.requires_grad else output.detach().requires_grad_()
+        seen.append((name, probed))
+        return probed.clone()  # what follows may change it in place
+
+    with hooked(
+        layer.register_forward_hook(lambda _m, _args, output, name=name: probe(name, output))
+        for name, layer in layers.items()
+    ):
+        for arguments in batches:
+            seen.clear()
+            try:
+                with inference(model), torch.inference_mode(mode=False), torch.enable_grad():
+                    outputs = [out for out in output_tensors(model(*arguments[0], **arguments[1])) if out.requires_grad]
+                    for direction in range(PROBES if outputs and seen else 0):
+                        gradients = _gradients(outputs, [probed for _, probed in seen], generator, direction)
+                        for (name, _), gradient in zip(seen, gradients, strict=True):
+                            if gradient is not None:
+                                rows = _gradient_rows(layers[name], gradient)
+                                samples = _by_sample(rows, _samples_in(arguments), POSITIONS)
+                                sums.setdefault(name, SampleSums(samples, centred=False)).add(samples)
+            except (RuntimeError, NotImplementedError):
+                return {}
+    found = {name: _joined(each.estimate().second) for name, each in sums.items()}
+    return {name: value for name, value in found.items() if bool(torch.isfinite(value).all()) and bool(value.any())}
+
+
+def _gradients(
+    outputs: list[Tensor], inner: list[Tensor], generator: torch.Generator, direction: int
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of a random combination of the outputs, each in units of its own deviation."""
+    combined = torch.zeros(())
+    for output in outputs:
+        scale = output.detach().float().std().clamp_min(torch.finfo(torch.float32).tiny)
+        weights = torch.randn(output.shape, generator=generator).to(output.device) / scale
+        combined = combined + (output.float() * weights).sum().cpu()
+    return torch.autograd.grad(combined, inner, retain_graph=direction < PROBES - 1, allow_unused=True)
+
+
+def _gradient_rows(layer: nn.Module, gradient: Tensor) -> Tensor:
+    """Returns the gradients of all samples and positions, (groups, n, out)."""
+    rows = family_of(layer).output_rows(layer, gradient).float()
+    return rows.reshape(len(rows), operator_of(layer).groups, -1).transpose(0, 1)
