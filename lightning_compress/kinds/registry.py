@@ -17,7 +17,6 @@ from lightning_compress.kinds.base import Decomposition, LayerCall, Operator, Ra
 from lightning_compress.kinds.cp import Cp, Cp3
 from lightning_compress.kinds.interpolative import Interpolative
 from lightning_compress.kinds.metric import Metric, energy
-from lightning_compress.kinds.split_svd import SplitSvd
 from lightning_compress.kinds.svd import ChannelSvd, SpatialSvd, Svd
 from lightning_compress.kinds.tensor_train import TensorTrain
 from lightning_compress.kinds.tensorised import TtEmbedding, TtLinear, TuckerLinear
@@ -26,7 +25,7 @@ from lightning_compress.kinds.tucker import Tucker2
 DECOMPOSITIONS: dict[str, Decomposition] = {
     d.kind: d
     for d in (
-        *(Svd(), Interpolative(), ChannelSvd(), SpatialSvd(), Tucker2(), SplitSvd(2), SplitSvd(4)),
+        *(Svd(), Interpolative(), ChannelSvd(), SpatialSvd(), Tucker2()),
         *(TensorTrain(), Cp(), Cp3(), TtLinear(), TuckerLinear(), TtEmbedding()),
     )
 }

@@ -159,12 +159,12 @@ def search_with_statistics(
         outputs = Outputs(model, tuple(chosen), statistics, inputs)
         outputs = outputs if outputs.exist else None
     if budget.max_error is not None:
-        problem, choice = _within_error(tables, dense, budget, strategy, outputs, report)
+        problem, choice = _within_error(chosen, tables, dense, budget, strategy, outputs, report)
         found = _Found(
             problem, choice, chosen, "moments" if objective == "end_to_end" else objective, statistics, outputs
         )
     else:
-        plain = _problem(tables, dense, budget)
+        plain = _problem(tables, dense, budget, chosen)
         _require_feasible(plain, dense, budget)
         problem, choice, objective = _search(plain, strategy, objective, outputs, report)
         found = _Found(problem, choice, chosen, objective, statistics, outputs)
@@ -316,6 +316,7 @@ def _choose(
 
 
 def _within_error(  # noqa: PLR0917
+    units: Sequence[Layer],
     tables: tuple[Candidates, ...],
     dense: Costs,
     budget: Budget,
@@ -331,15 +332,15 @@ def _within_error(  # noqa: PLR0917
         )
         raise ExampleInputError(msg)
     target = cast(float, budget.max_error)
-    full = _problem(tables, dense, Budget(params=1.0))
+    full = _problem(tables, dense, Budget(params=1.0), units)
     floor = _smallest_share(full, dense)
-    middle = _problem(tables, dense, Budget(params=floor**0.5))
+    middle = _problem(tables, dense, Budget(params=floor**0.5), units)
     weights = weighted(middle, solve(middle).choice, outputs).weights if strategy.thorough else None
     best, problem, low, high = np.array([len(t) - 1 for t in tables]), full, floor, 1.0
     for step in range(BISECTIONS):
         progress("quality target", step / BISECTIONS)
         share = low if step == 0 else (low * high) ** 0.5
-        plain = _problem(tables, dense, Budget(params=min(1.0, share)))
+        plain = _problem(tables, dense, Budget(params=min(1.0, share)), units)
         found = []
         for tried in (plain, replace(plain, weights=weights))[: 1 if weights is None else 2]:
             choice = strategy.solve(tried, progress=silent)
@@ -413,14 +414,15 @@ def _shared(  # noqa: PLR0917
     return list(units.values()), tuple(own[name] for name in units)
 
 
-def _problem(tables: tuple[Candidates, ...], dense: Costs, budget: Budget) -> Problem:
+def _problem(tables: tuple[Candidates, ...], dense: Costs, budget: Budget, units: Sequence[Layer] = ()) -> Problem:
     totals, rest = _vector(dense), _rest(tables, dense)
     budgeted = tuple(budget.limits())
     columns = [RESOURCES.index(name) for name in budgeted]
     fractions = np.array(list(budget.limits().values()))
     limits = np.floor(totals[columns] * fractions + 1e-6) - rest[columns]
     written = sum(table.dense_activations for table in tables)
-    return Problem(tables, budgeted, limits, activation_weight=ACTIVATION_WEIGHT / written if written else 0.0)
+    activation_weight = ACTIVATION_WEIGHT / written if written else 0.0
+    return Problem(tables, budgeted, limits, activation_weight=activation_weight, units=tuple(units))
 
 
 def _vector(costs: Costs) -> Floats:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lightning_compress.analysis.inventory import Layer
 from lightning_compress.core.settings import RESOURCES
 from lightning_compress.kinds.base import Floats, Ints
 from lightning_compress.search.candidates import Candidates
@@ -25,6 +26,10 @@ class Problem:
             costs is already taken off), shape (b,).
         weights: w_l of each layer's term in Σ_l w_l ε_l, None for ones.
         activation_weight: λ.
+        units: The layers of the model that the candidates belong to, in the same order, for a strategy that needs
+            more of them than errors and costs: the weights `unit.double_weight()`, (groups · out, in, *kernel),
+            `unit.operator`, `unit.kinds`. They are to be read, not changed. Those that share a first factor are one,
+            with `unit.members`.
     """
 
     layers: tuple[Candidates, ...]
@@ -32,6 +37,7 @@ class Problem:
     limits: Floats
     weights: tuple[float, ...] | None = None
     activation_weight: float = 0.0
+    units: tuple[Layer, ...] = ()
 
     def losses(self, layer: int) -> Floats:
         """Returns what each candidate of a layer adds to the objective, shape (n,)."""
@@ -64,7 +70,6 @@ class Problem:
                 kinds=tuple(c.kinds[r] for r in kept),
                 ranks=tuple(c.ranks[r] for r in kept),
                 errors=c.errors[kept],
-                spectral=c.spectral[kept],
                 costs=c.costs[kept],
                 activations=c.activations[kept],
             )

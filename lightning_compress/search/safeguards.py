@@ -95,7 +95,7 @@ def weights_alone(
     plain = [replace(layer, kinds=_closed_form(layer.kinds)) for layer in layers]
     budgeted = problem.budgeted
     tables = tuple(in_threads(lambda own: tabulate(own, budgeted=budgeted, rank_multiple=rank_multiple), plain))
-    alone = replace(settings, layers=tables, weights=None)
+    alone = replace(settings, layers=tables, units=tuple(plain), weights=None)
     found = solve(alone).choice
     if found is None:
         return None
