@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
+import benchmarks.baselines  # noqa: F401 registers "alds"
 from benchmarks.common import IMAGE, NETWORKS, RESULTS, earlier_rows, fashion_mnist, publish, reference
 from lightning_compress import Budget, apply_plan_, search_ranks
 from lightning_compress.analysis.statistics import Statistics, gather_statistics

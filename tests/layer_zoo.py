@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_compress import FactorisedLayer, apply_plan_
 from lightning_compress.core.costs import Costs
 from lightning_compress.core.plan import LayerPlan, Plan
-from lightning_compress.kinds.registry import DECOMPOSITIONS
+from lightning_compress.kinds.registry import AUTOMATIC, DECOMPOSITIONS
 from lightning_compress.layers.families import operator_of
 
 SAMPLE_OR_ALL = pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
@@ -116,8 +116,8 @@ LAYERS: dict[str, Example] = {
 
 
 def kinds_for(layer: nn.Module) -> list[str]:
-    """Every kind in the registry that fits the layer."""
-    return [kind for kind, d in DECOMPOSITIONS.items() if d.unsupported(operator_of(layer)) is None]
+    """Every kind of the package that fits the layer."""
+    return [kind for kind in AUTOMATIC if DECOMPOSITIONS[kind].unsupported(operator_of(layer)) is None]
 
 
 def fitting() -> list[Any]:

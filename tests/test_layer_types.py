@@ -20,7 +20,14 @@ from lightning_compress.analysis.statistics import gather_statistics
 from lightning_compress.analysis.trace import trace
 from lightning_compress.core.errors import UnsupportedError
 from lightning_compress.kinds.metric import OUTPUT_FLOOR, Metric
-from lightning_compress.kinds.registry import DECOMPOSITIONS, factorise_in, multiplied_out, profile_in, weighted_energy
+from lightning_compress.kinds.registry import (
+    AUTOMATIC,
+    DECOMPOSITIONS,
+    factorise_in,
+    multiplied_out,
+    profile_in,
+    weighted_energy,
+)
 from lightning_compress.layers.families import (
     canonical,
     family_of,
@@ -52,7 +59,7 @@ TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 ITERATIVE = ("cp", "cp3")  # fitted by sweeps that stop at a relative error of 1e-7; their predictions are bounds
 SLOW = pytest.mark.slow
 TENSORISED = ("tt_linear", "tucker_linear")  # split the outputs: fitted in S alone
-GROUPED = [kind for kind in DECOMPOSITIONS if kind != "tt_embedding"]  # tables have no groups
+GROUPED = [kind for kind in AUTOMATIC if kind != "tt_embedding"]  # tables have no groups
 
 
 def convolutions(dims):

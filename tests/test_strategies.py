@@ -1,4 +1,4 @@
-"""The published strategies "alds" and "paper", and the columns of the candidates they work with."""
+"""The published strategy "paper", and what a strategy is given."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch import nn
 from lightning_compress import Budget, apply_plan_, search_ranks
 from lightning_compress.analysis.inventory import take_inventory
 from lightning_compress.analysis.statistics import gather_statistics
-from lightning_compress.core.settings import RESOURCES
+from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.kinds.metric import Metric
-from lightning_compress.search.candidates import Candidates, tabulate
+from lightning_compress.search.candidates import tabulate
+from lightning_compress.search.exact import smallest
 from lightning_compress.search.problem import Problem
-from lightning_compress.search.strategies import STRATEGIES
+from lightning_compress.search.strategies import STRATEGIES, register_strategy
 from lightning_compress.search.strategies.paper import (
     BETA,
     GAMMA,
@@ -31,12 +32,7 @@ from lightning_compress.search.strategies.paper import (
 )
 from tests.conftest import TinyNet, planned_error
 
-ALDS_KINDS = STRATEGIES["alds"].kinds
 SHAPE = (1, 3, 8, 8)
-
-
-def quiet(*_):
-    pass
 
 
 def normal(*shape, seed=0):
@@ -62,7 +58,7 @@ def random_net(seed):
     return net
 
 
-# --- columns of the candidates
+# --- candidates and problems
 
 
 def unfolding(weight, kind):
@@ -74,189 +70,71 @@ def unfolding(weight, kind):
 
 @pytest.mark.parametrize(
     ("kind", "layer"),
-    [
-        ("svd", nn.Linear(9, 14)),
-        ("svd", nn.Conv2d(12, 10, 1)),
-        ("channel_svd", nn.Conv2d(6, 20, 3)),
-        ("spatial_svd", nn.Conv2d(6, 8, 3)),
-    ],
+    [("svd", nn.Linear(9, 14)), ("svd", nn.Conv2d(12, 10, 1)), ("channel_svd", nn.Conv2d(6, 20, 3))],
 )
-def test_spectral_column_is_the_first_singular_value_left_out(kind, layer):
-    table = table_of(layer, kind)
-    values = np.linalg.svd(unfolding(layer.weight.detach().double(), kind).numpy(), compute_uv=False)
-    expected = [values[rank] / values[0] for (rank,) in table.ranks[:-1]]
-    assert len(expected) > 3
-    assert table.spectral == pytest.approx([*expected, 0.0], abs=1e-7)
-    assert table.energy == pytest.approx(float(layer.weight.detach().double().square().sum()), rel=1e-12)
-
-
-@pytest.mark.parametrize(("kind", "splits"), [("split2_svd", 2), ("split4_svd", 4)])
-def test_spectral_column_of_the_split_kinds_is_the_maximum_over_the_splits(kind, splits):
-    layer = nn.Conv2d(8, 10, 3)
-    table, weight = table_of(layer, kind), layer.weight.detach().double()
-    values = [np.linalg.svd(part.flatten(1).numpy(), compute_uv=False) for part in weight.chunk(splits, dim=1)]
-    largest = np.linalg.norm(weight.flatten(1).numpy(), 2)
-    expected = [max(s[rank] for s in values) / largest for (rank,) in table.ranks[:-1]]
-    assert len(expected) >= 2
-    assert table.spectral == pytest.approx([*expected, 0.0], abs=1e-7)
-
-
-def test_kind_of_several_ranks_has_no_spectrum():
-    table = table_of(nn.Conv2d(8, 10, 3), ["channel_svd", "tucker2"])
-    tucker = table.rows_of("tucker2")
-    assert len(tucker) > 3
-    assert np.isinf(table.spectral[tucker]).all()
-    assert np.isfinite(np.delete(table.spectral, tucker)).all()
-
-
-@pytest.mark.parametrize(("kind", "layer"), [("svd", nn.Linear(9, 14)), ("channel_svd", nn.Conv2d(4, 20, 3))])
-@pytest.mark.parametrize("two_sided", [False, True])
-def test_columns_in_a_metric_are_those_of_the_weight_times_its_roots(kind, layer, two_sided):
+@pytest.mark.parametrize("known", ["weight", "inputs", "inputs and outputs"])
+def test_energy_is_that_of_the_weight_times_the_roots_of_its_metric(kind, layer, known):
     weight = layer.weight.detach().double().flatten(1)
-    root = torch.linalg.cholesky(torch.cov(normal(weight.shape[1], 100, seed=2)))
-    outputs = torch.cov(normal(len(weight), 100, seed=4))
-    table = table_of(layer, kind, metric=Metric(root @ root.T, outputs if two_sided else None))
+    moment, outputs = (torch.cov(normal(n, 100, seed=n)) for n in (weight.shape[1], len(weight)))
+    metric = None if known == "weight" else Metric(moment, outputs if "outputs" in known else None)
     floored = 0.95 * outputs / outputs.diagonal().mean() + 0.05 * torch.eye(len(weight), dtype=torch.float64)
-    left = torch.linalg.cholesky(floored).T if two_sided else torch.eye(len(weight), dtype=torch.float64)
-    values = torch.linalg.svdvals(left @ weight @ root).numpy()
-    assert table.spectral == pytest.approx([*(values[r] / values[0] for (r,) in table.ranks[:-1]), 0.0], abs=1e-7)
-    assert table.energy == pytest.approx(np.square(values).sum(), rel=1e-10)
+    left = torch.linalg.cholesky(floored).T if "outputs" in known else torch.eye(len(weight), dtype=torch.float64)
+    right = torch.linalg.cholesky(moment) if metric is not None else torch.eye(weight.shape[1], dtype=torch.float64)
+    expected = float((left @ weight @ right).square().sum())
+    assert table_of(layer, kind, metric).energy == pytest.approx(expected, rel=1e-10)
 
 
-def test_spectral_column_of_spatial_svd_in_a_metric_is_what_its_components_explain():
-    layer, metric = nn.Conv2d(6, 8, 3), Metric(torch.cov(normal(54, 200, seed=3)))
-    table = table_of(layer, "spatial_svd", metric=metric)
-    shares = 1 - table.errors[0], *(-np.diff(table.errors[:-1]))
-    assert table.ranks[: len(shares)] == tuple((r,) for r in range(1, len(shares) + 1))
-    assert (np.diff(table.spectral) <= 0).all()
-    assert (table.spectral <= 1).all()
-    for row, share in enumerate(shares[1:]):  # at least what the next component explains
-        assert table.spectral[row] >= np.sqrt(share / max(shares)) * (1 - 1e-9)
-
-
-def test_restricted_problem_keeps_the_new_columns():
-    tables = tuple(table_of(layer, "auto") for layer in (nn.Linear(9, 14), nn.Conv2d(8, 10, 3)))
-    problem = Problem(tables, ("params",), np.array([500.0]))
+def test_restricted_problem_keeps_what_is_known_of_the_layers():
+    entries = take_inventory(nn.Sequential(nn.Linear(9, 14), nn.Conv2d(8, 10, 3)))
+    tables = tuple(tabulate(entry, budgeted=("params",)) for entry in entries)
+    problem = Problem(tables, ("params",), np.array([500.0]), units=entries)
     rows = [np.array([1, 0]), np.array([2, len(tables[1]) - 1])]
-    for small, table, kept in zip(problem.restricted(rows).layers, tables, rows, strict=True):
-        assert small.spectral.tolist() == table.spectral[kept].tolist()
-        assert (small.energy, small.name, small.costs.tolist()) == (
+    restricted = problem.restricted(rows)
+    assert restricted.units is entries
+    for small, table, kept in zip(restricted.layers, tables, rows, strict=True):
+        assert (small.energy, small.name, small.costs.tolist(), small.errors.tolist()) == (
             table.energy,
             table.name,
             table.costs[kept].tolist(),
+            table.errors[kept].tolist(),
         )
 
 
-# --- alds
+def test_own_strategy_is_given_the_layers_of_its_candidates(monkeypatch):
+    monkeypatch.setitem(STRATEGIES, "own", None)  # taken out again after the test
+    seen = []
 
+    @register_strategy("own", kinds=("svd", "tucker2"))
+    def search_own(problem, *, progress):
+        seen.append(problem)
+        return smallest(problem)
 
-def random_problem(seed, *, layers=5, rows=6, budgeted=("params",), keep=0.45):
-    """Candidates of no particular kind: errors and spectra unrelated, costs of the budgets opposed."""
-    rng = np.random.default_rng(seed)
-    tables = []
-    for index in range(layers):
-        costs = np.zeros((rows, len(RESOURCES)))
-        for name in budgeted:
-            costs[:, RESOURCES.index(name)] = [*rng.integers(1, 900, size=rows - 1), 1000]
-        errors, spectral = (np.append(rng.random(rows - 1), 0.0) for _ in range(2))
-        ranks = (*((r + 1,) for r in range(rows - 1)), ())
-        kinds = (*("svd",) * (rows - 1), "dense")
-        tables.append(Candidates(str(index), kinds, ranks, errors, spectral, 1.0, costs, np.zeros(rows), 0.0))
-    return Problem(tuple(tables), budgeted, np.full(len(budgeted), np.floor(keep * 1000 * layers)))
-
-
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("budgeted", [("params",), ("params", "macs"), RESOURCES])
-def test_alds_is_the_brute_force_minimum_of_the_largest_relative_error(seed, budgeted):
-    problem = random_problem(seed, budgeted=budgeted, keep=0.45 + 0.05 * seed)
-    columns = [RESOURCES.index(name) for name in budgeted]
-    choices = np.array(list(itertools.product(range(6), repeat=5)))
-    cost = sum(t.costs[:, columns][choices[:, i]] for i, t in enumerate(problem.layers))
-    largest = np.max([t.spectral[choices[:, i]] for i, t in enumerate(problem.layers)], axis=0)
-    fits = (cost <= problem.limits).all(axis=1)
-    assert fits.any()
-    choice = STRATEGIES["alds"].solve(problem, progress=quiet)
-    assert problem.fits(choice)
-    assert max(t.spectral[row] for t, row in zip(problem.layers, choice, strict=True)) == largest[fits].min()
-    if len(budgeted) == 1:  # and of those choices it is the cheapest: what is left over stays unspent
-        assert problem.cost_of(choice)[0] == cost[fits & (largest <= largest[fits].min())].min()
-
-
-@pytest.mark.parametrize("keep", [0.3, 0.5, 0.8])
-def test_alds_plan_of_a_model_is_the_published_rule(keep):
-    net = random_net(1)
-    plan = search_ranks(net, Budget(params=keep), method="alds")
-    dense = sum(p.numel() for p in net.parameters())
-    options = []  # per layer: (parameters, relative error, kind, rank), from numpy alone
-    for layer in net:
-        weight = layer.weight.detach().double().numpy()
-        conv, out, flat = weight.ndim == 4, len(weight), weight.reshape(len(weight), -1)
-        plain = "channel_svd" if conv and weight.shape[2:] != (1, 1) else "svd"
-        own = [(weight.size, 0.0, "dense", ())]
-        for k in (1, 2, 4) if conv else (1,):
-            values = [np.linalg.svd(b, compute_uv=False) for b in np.split(flat, k, axis=1)]
-            for rank in range(1, len(values[0]) + 1):
-                size = rank * (flat.shape[1] + k * out)
-                if size < weight.size:
-                    left = max(s[rank] if rank < len(s) else 0.0 for s in values) / np.linalg.norm(flat, 2)
-                    own.append((size, left, f"split{k}_svd" if k > 1 else plain, (rank,)))
-        options.append(own)
-
-    def at(threshold):
-        return [min(option for option in own if option[1] <= threshold * (1 + 1e-9)) for own in options]
-
-    rest = dense - sum(own[0][0] for own in options)
-    every = sorted({left for own in options for _, left, *_ in own})
-    least = next(t for t in every if sum(o[0] for o in at(t)) + rest <= keep * dense)
-    assert [(p.kind, p.ranks) for p in plan.layers] == [option[2:] for option in at(least)]
-    assert plan.compressed.params == sum(o[0] for o in at(least)) + rest
-
-
-def test_alds_brings_its_own_kinds_and_judges_weights():
     net = TinyNet().eval()
-    assert ALDS_KINDS == ("svd", "channel_svd", "split2_svd", "split4_svd")
     statistics = gather_statistics(net, SHAPE)
-    plain = search_ranks(net, Budget(params=0.5), method="alds")
-    assert {p.kind for p in plain.factorised} <= set(ALDS_KINDS)
-    assert {p.kind for p in plain.factorised} & {"split2_svd", "split4_svd"}
-    auto = search_ranks(net, Budget(params=0.5), method="alds", statistics=statistics, kinds=["auto"])
-    assert (auto.objective, auto.layers) == ("weight", plain.layers)
-    moments = search_ranks(net, Budget(params=0.5), method="alds", statistics=statistics, objective="moments")
-    assert moments.objective == "moments"
-    assert moments.layers != plain.layers
-    named = search_ranks(net, Budget(params=0.5), method="alds", kinds=["svd", "spatial_svd"])
-    assert {p.kind for p in named.factorised} == {"svd", "spatial_svd"}
-    others = search_ranks(net, Budget(params=0.5), method="energy")
-    assert {p.kind for p in others.factorised}.isdisjoint({"split2_svd", "split4_svd"})
-
-
-def test_alds_takes_a_kind_without_spectrum_only_where_nothing_else_keeps_the_budget():
-    net = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3))
-    wide = search_ranks(net, Budget(params=0.5), method="alds", kinds=["channel_svd", "tucker2"])
-    assert {p.kind for p in wide.factorised} == {"channel_svd"}
-    narrow = search_ranks(net, Budget(params=0.05), method="alds", kinds=["channel_svd", "tucker2"])
-    assert {p.kind for p in narrow.factorised} == {"tucker2"}
-    assert narrow.kept["params"] <= 0.05
+    plan = search_ranks(net, Budget(params=0.7), method="own", exclude=["conv2"])
+    assert (plan.method, len(seen)) == ("own", 1)
+    search_ranks(net, Budget(max_error=0.9), method="own", exclude=["conv2"], statistics=statistics)
+    assert len(seen) > 1
+    for problem in seen:
+        assert [unit.name for unit in problem.units] == [table.name for table in problem.layers]
+        assert [unit.name for unit in problem.units] == ["conv1", "point", "fc1", "fc2"]
+        for unit, table in zip(problem.units, problem.layers, strict=True):
+            assert torch.equal(unit.double_weight(), net.get_submodule(unit.name).weight.detach().double())
+            assert unit.operator.shape == tuple(unit.weight.shape)
+            assert set(table.kinds) <= {*unit.kinds, "dense"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["alds", "paper"])
-@pytest.mark.parametrize("objective", ["weight", "moments"])
-def test_published_methods_keep_several_budgets_in_the_real_model(method, objective):
+def test_paper_keeps_several_budgets_in_the_real_model():
     net = TinyNet().eval()
-    statistics = gather_statistics(net, SHAPE) if objective == "moments" else None
     budget = Budget(params=0.5, macs=0.6, bytes=0.55)
-    plan = search_ranks(net, budget, example_input=SHAPE, method=method, objective=objective, statistics=statistics)
+    plan = search_ranks(net, budget, example_input=SHAPE, method="paper")
     weights = {p.name: net.get_submodule(p.name).weight.detach().double().clone() for p in plan.factorised}
-    apply_plan_(net, plan, statistics=statistics)
+    apply_plan_(net, plan)
     assert all(plan.kept[name] <= limit for name, limit in budget.limits().items())
     for planned in plan.factorised:
-        metric = statistics.metric(planned.name) if statistics else None
-        measured = planned_error(metric, weights[planned.name], net.get_submodule(planned.name).weight)
-        if objective == "weight" or not planned.kind.startswith("split"):
-            assert measured == pytest.approx(planned.error, abs=1e-5)
-        else:
-            assert measured <= planned.error + 1e-5  # an upper bound
+        measured = planned_error(None, weights[planned.name], net.get_submodule(planned.name).weight)
+        assert measured == pytest.approx(planned.error, abs=1e-5)
 
 
 # --- paper: its loss
@@ -273,14 +151,11 @@ def truncations(kind, weight):
             return np.einsum("ab,bchw,cd->adhw", p_out, weight, p_in)
 
         return project
-    blocks = np.split(weight.reshape(len(weight), -1), 2 if kind == "split2_svd" else 1, axis=1)
-    if kind == "spatial_svd":
-        blocks = [unfolding(torch.from_numpy(weight), kind).numpy()]
-    factors = [np.linalg.svd(block, full_matrices=False) for block in blocks]
-    return lambda ranks: np.concatenate([(u[:, : ranks[0]] * s[: ranks[0]]) @ v[: ranks[0]] for u, s, v in factors], 1)
+    u, s, v = np.linalg.svd(unfolding(torch.from_numpy(weight), kind).numpy(), full_matrices=False)
+    return lambda ranks: (u[:, : ranks[0]] * s[: ranks[0]]) @ v[: ranks[0]]
 
 
-@pytest.mark.parametrize("kind", ["svd", "channel_svd", "spatial_svd", "split2_svd", "tucker2"])
+@pytest.mark.parametrize("kind", ["svd", "channel_svd", "spatial_svd", "tucker2"])
 def test_mixed_error_is_that_of_the_mixed_matrices(kind):
     layer = (nn.Linear(20, 24) if kind == "svd" else nn.Conv2d(8, 12, 3)).double()
     table, weight = table_of(layer, kind), layer.weight.detach().numpy()
@@ -460,20 +335,21 @@ def test_paper_falls_back_to_other_kinds_only_where_no_factor_fits():
         assert plan.kept["params"] <= 0.05
 
 
-@pytest.mark.parametrize("method", ["alds", "paper"])
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_published_methods_do_not_depend_on_the_callers_gradient_mode(method, context):
+def test_paper_does_not_depend_on_the_callers_gradient_mode(context):
     net = TinyNet()
-    expected = search_ranks(net, Budget(params=0.5), method=method)
+    expected = search_ranks(net, Budget(params=0.5), method="paper")
     with context():
-        assert search_ranks(net, Budget(params=0.5), method=method).layers == expected.layers
+        assert search_ranks(net, Budget(params=0.5), method="paper").layers == expected.layers
 
 
-def test_paper_judges_weights_unless_moments_are_asked_for():
+def test_paper_judges_weights_alone():
     net = TinyNet().eval()
     statistics = gather_statistics(net, SHAPE)
     plain = search_ranks(net, Budget(params=0.5), method="paper")
     auto = search_ranks(net, Budget(params=0.5), method="paper", statistics=statistics)
     assert (auto.objective, auto.layers) == ("weight", plain.layers)
-    moments = search_ranks(net, Budget(params=0.5), method="paper", statistics=statistics, objective="moments")
-    assert moments.objective == "moments"
+    with pytest.raises(
+        ConfigurationError, match="objective='moments' is nothing for method='paper', which takes 'weight'"
+    ):
+        search_ranks(net, Budget(params=0.5), method="paper", statistics=statistics, objective="moments")

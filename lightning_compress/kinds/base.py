@@ -108,13 +108,10 @@ class RankProfile:
     Attributes:
         ranks: Shape (n, number of ranks of the kind), whole numbers.
         errors: Shape (n,), ‖(W − Ŵ) S^½‖²_F / ‖W S^½‖²_F in [0, 1].
-        spectral: Shape (n,), the largest singular value left out, relative to the largest of all;
-            None where it follows from the errors or the kind has no spectrum.
     """
 
     ranks: Ints
     errors: Floats
-    spectral: Floats | None = None
 
 
 def threads_for(weight: Tensor) -> AbstractContextManager[None]:
@@ -287,17 +284,4 @@ def tail_errors(energies: Floats) -> Floats:
         return np.zeros(len(energies))
     tails = np.cumsum(energies[::-1])[::-1]
     errors: Floats = np.clip(np.append(tails[1:], 0.0) / total, 0.0, 1.0)
-    return errors
-
-
-def spectral_errors(energies: Floats, largest: float) -> Floats:
-    """Returns σ_{r+1} / σ_1 after keeping the first r = 1, 2, … n components, 0 after the last.
-
-    Args:
-        energies: Squared singular values, largest first, shape (n,).
-        largest: σ_1², that of the whole weight.
-    """
-    if largest == 0:
-        return np.zeros(len(energies))
-    errors: Floats = np.sqrt(np.append(energies[1:], 0.0) / largest)
     return errors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from lightning_compress.core.checks import did_you_mean
 from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.plan import DENSE
 from lightning_compress.kinds.base import Decomposition, LayerCall, Operator, RankProfile
 from lightning_compress.kinds.cp import Cp, Cp3
 from lightning_compress.kinds.interpolative import Interpolative
 from lightning_compress.kinds.metric import Metric, energy
-from lightning_compress.kinds.split_svd import SplitSvd
 from lightning_compress.kinds.svd import ChannelSvd, SpatialSvd, Svd
 from lightning_compress.kinds.tensor_train import TensorTrain
 from lightning_compress.kinds.tensorised import TtEmbedding, TtLinear, TuckerLinear
@@ -24,7 +25,7 @@ from lightning_compress.kinds.tucker import Tucker2
 DECOMPOSITIONS: dict[str, Decomposition] = {
     d.kind: d
     for d in (
-        *(Svd(), Interpolative(), ChannelSvd(), SpatialSvd(), Tucker2(), SplitSvd(2), SplitSvd(4)),
+        *(Svd(), Interpolative(), ChannelSvd(), SpatialSvd(), Tucker2()),
         *(TensorTrain(), Cp(), Cp3(), TtLinear(), TuckerLinear(), TtEmbedding()),
     )
 }
@@ -35,6 +36,59 @@ AUTOMATIC = (
     *("tt_linear", "tucker_linear", "tt_embedding"),
 )
 """The kinds that "auto" chooses from, where they say so (`Decomposition.automatic`)."""
+
+_D = TypeVar("_D", bound=Decomposition)
+
+
+def register_kind(decomposition: _D) -> _D:
+    """Adds a kind of your own, which can then be named in `kinds=` and in overrides; "auto" does not try it.
+
+        from lightning_compress.kinds.base import Decomposition
+        from lightning_compress.kinds.registry import register_kind
+
+        class Halves(Decomposition):
+            kind = "halves"
+            ...  # the abstract methods of Decomposition
+
+        register_kind(Halves())
+
+    Call it where your module is imported, and import that module before a plan with the kind is applied or a folder
+    with it is loaded, in every process: what is stored is the name alone.
+
+    Args:
+        decomposition: An instance; its `kind` is the name.
+
+    Returns:
+        The same instance.
+
+    Raises:
+        ConfigurationError: If it is no instance of `Decomposition`, or its name is taken or no name.
+    """
+    if not isinstance(cast(Any, decomposition), Decomposition):
+        hint = " Make an instance of the class." if isinstance(decomposition, type) else ""
+        msg = f"register_kind({decomposition!r}): expected an instance of Decomposition.{hint}"
+        raise ConfigurationError(msg)
+    name = getattr(decomposition, "kind", None)
+    where = f"register_kind({type(decomposition).__name__})"
+    if not isinstance(name, str) or not name:
+        msg = f"{where}: its kind is {name!r}, expected a name such as 'svd'."
+        raise ConfigurationError(msg)
+    if name in {"auto", DENSE, *DECOMPOSITIONS}:
+        msg = f"{where}: the name {name!r} is taken. Call it otherwise, and register it only once, in a module."
+        raise ConfigurationError(msg)
+    DECOMPOSITIONS[name] = decomposition
+    return decomposition
+
+
+def known_kinds(name: object, *others: str) -> str:
+    """Returns the end of a message about an unknown kind.
+
+    Args:
+        name: What was given.
+        others: What else could have been.
+    """
+    hint = did_you_mean(name, [*others, *DECOMPOSITIONS])
+    return f"{hint} A kind of your own is known once the module that calls register_kind is imported."
 
 
 def is_automatic(kinds: str | Sequence[str]) -> bool:
@@ -56,7 +110,7 @@ def resolve_kinds(kinds: str | Sequence[str]) -> tuple[str, ...]:
         raise ConfigurationError(msg)
     for name in names:
         if not isinstance(name, str) or name not in DECOMPOSITIONS:
-            msg = f"kinds={kinds!r}: unknown kind {name!r}.{did_you_mean(name, ['auto', *DECOMPOSITIONS])}"
+            msg = f"kinds={kinds!r}: unknown kind {name!r}.{known_kinds(name, 'auto')}"
             raise ConfigurationError(msg)
     return tuple(dict.fromkeys(names))
 
@@ -194,8 +248,10 @@ __all__ = [
     "factorise_in",
     "gated_weight",
     "is_automatic",
+    "known_kinds",
     "multiplied_out",
     "profile_in",
+    "register_kind",
     "resolve_kinds",
     "weighted_energy",
 ]

@@ -154,10 +154,10 @@ def _search(  # noqa: PLR0917
         units, tables = join_where_better(single, tables, inspection, budget, settings.rank_multiple, statistics)
     outputs = outputs_of(inspection, units, statistics) if statistics is not None else None
     if budget.max_error is not None:
-        problem, rows = within_error(tables, inspection.costs, budget, strategy, outputs, progress)
+        problem, rows = within_error(units, tables, inspection.costs, budget, strategy, outputs, progress)
         objective = "moments" if objective == "end_to_end" else objective
         return Choice(problem, rows, units, objective, statistics, outputs)
-    plain = problem_of(tables, inspection.costs, budget)
+    plain = problem_of(tables, inspection.costs, budget, units)
     require_feasible(plain, inspection.costs, budget)
     problem, rows, reached = choose(plain, strategy, objective, outputs, progress)
     found = Choice(problem, rows, units, reached, statistics, outputs)

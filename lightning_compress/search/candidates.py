@@ -13,7 +13,7 @@ from lightning_compress.analysis.inventory import Layer
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.plan import DENSE, signal_loss
 from lightning_compress.core.settings import RESOURCES
-from lightning_compress.kinds.base import Floats, Ints, LayerCall, RankProfile, spectral_errors, threads_for
+from lightning_compress.kinds.base import Floats, Ints, LayerCall, threads_for
 from lightning_compress.kinds.joint_svd import shared_errors
 from lightning_compress.kinds.metric import Metric
 from lightning_compress.kinds.registry import DECOMPOSITIONS, profile_in, weighted_energy
@@ -37,11 +37,6 @@ class Candidates:
         kinds: Kind of each row, length n.
         ranks: Ranks of each row, length n.
         errors: Relative errors in [0, 1] on the inputs that the moments are made from, shape (n,).
-        spectral: σ_{r+1} / σ_1, shape (n,): the largest singular value left out of the kind's unfolding
-            relative to its largest (split kinds: the largest left out of any split, relative to that of
-            the whole unfolding); 0 for dense, infinite for kinds of several ranks, which have no one
-            unfolding. In a metric S it is that of the unfolding times S^½ (split kinds: of each split
-            times its own S_ii^½; spatial_svd: the roots of what its components explain one by one).
         energy: ‖G^½ W S^½‖²_F, what the errors are relative to; ‖W‖²_F without a metric.
         costs: Absolute costs in the order of `RESOURCES`, shape (n, 3); MACs are 0 where unknown.
         activations: How many numbers the layer's stages write beyond those of the dense layer, shape (n,); 0
@@ -54,7 +49,6 @@ class Candidates:
     kinds: tuple[str, ...]
     ranks: tuple[tuple[int, ...], ...]
     errors: Floats
-    spectral: Floats
     energy: float
     costs: Floats
     activations: Floats
@@ -65,7 +59,7 @@ class Candidates:
     def of_dense(cls, name: str) -> Candidates:
         """Returns the one candidate of a layer that stays as it is, whose costs are not looked at."""
         zero = np.zeros(1)
-        return cls(name, (DENSE,), ((),), zero, zero, 0.0, np.zeros((1, len(RESOURCES))), zero, 0.0)
+        return cls(name, (DENSE,), ((),), zero, 0.0, np.zeros((1, len(RESOURCES))), zero, 0.0)
 
     @property
     def losses(self) -> Floats:
@@ -107,7 +101,7 @@ def tabulate(
     groups = layer.operator.groups
     columns = [RESOURCES.index(name) for name in budgeted]
     dense = _dense_costs(layer)
-    found: list[tuple[str, Ints, Floats, Floats, Floats]] = []
+    found: list[tuple[str, Ints, Floats, Floats]] = []
     in_bounds = False
     for kind in layer.kinds:
         with threads_for(weight):
@@ -115,11 +109,11 @@ def tabulate(
         rows = np.flatnonzero(_allowed(layer, profile.ranks, rank_multiple))
         in_bounds = in_bounds or len(rows) > 0
         rows = rows[_thinned(profile.ranks[rows])]
-        ranks, errors, spectral = profile.ranks[rows], profile.errors[rows], _spectral(profile)[rows]
+        ranks, errors = profile.ranks[rows], profile.errors[rows]
         costs = _costs(layer, kind, ranks)
         rows = np.flatnonzero((costs[:, 0] < dense[0]) & ((costs[:, 1] <= dense[1]) | layer.operator.lookup))
         rows = rows[_undominated(errors[rows], costs[rows][:, columns])]
-        found.append((kind, ranks[rows], errors[rows], spectral[rows], costs[rows]))
+        found.append((kind, ranks[rows], errors[rows], costs[rows]))
     if not in_bounds:
         msg = (
             f"layer {layer.name!r}: no rank of {list(layer.kinds)} is a multiple of {rank_multiple} between "
@@ -131,28 +125,13 @@ def tabulate(
         name=layer.name,
         kinds=(*(kind for kind, ranks, *_ in found for _ in ranks), DENSE),
         ranks=(*(tuple(map(int, row)) for _, ranks, *_ in found for row in ranks), ()),
-        errors=np.concatenate([*(errors for *_, errors, _, _ in found), np.zeros(1)]),
-        spectral=np.concatenate([*(spectral for *_, spectral, _ in found), np.zeros(1)]),
+        errors=np.concatenate([*(errors for *_, errors, _ in found), np.zeros(1)]),
         energy=weighted_energy(weight, metric, groups),
         costs=np.concatenate([*(costs for *_, costs in found), dense[None]]),
         activations=np.concatenate([*(_activations(layer, kind, ranks) for kind, ranks, *_ in found), np.zeros(1)]),
         dense_activations=_dense_activations(layer),
         unseen=metric.unseen(groups) if metric is not None else None,
     )
-
-
-def _spectral(profile: RankProfile) -> Floats:
-    """Returns `Candidates.spectral` of one kind.
-
-    Where the profile does not give it: a component's share of the energy is by how much it lowers the error.
-    """
-    if profile.spectral is not None:
-        return profile.spectral
-    if profile.ranks.shape[1] > 1:
-        return np.full(len(profile.ranks), np.inf)
-    shares = -np.diff(profile.errors, prepend=1.0)
-    shares = np.maximum.accumulate(shares[::-1])[::-1]
-    return spectral_errors(shares, float(shares[0]))
 
 
 def tabulate_shared(
@@ -189,7 +168,6 @@ def tabulate_shared(
         kinds=(*("svd" for _ in kept), DENSE),
         ranks=(*((int(rank),) for rank in ranks[rows[kept], 0]), ()),
         errors=np.append(np.clip(together[kept], 0, 1), 0.0),
-        spectral=np.append(np.full(len(kept), np.inf), 0.0),
         energy=1.0,
         costs=np.concatenate([costs[kept], dense[None]]),
         activations=np.append(len(weights) * ranks[rows[kept], 0] * positions, 0.0).astype(np.float64),

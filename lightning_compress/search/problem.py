@@ -11,6 +11,7 @@ from lightning_compress.core.costs import Costs
 from lightning_compress.core.settings import RESOURCES, Budget
 from lightning_compress.kinds.base import Floats, Ints
 from lightning_compress.search.candidates import Candidates
+from lightning_compress.search.units import Unit
 
 ACTIVATION_WEIGHT = 0.01
 """The signal loss that is accepted to write as many numbers less as all the dense layers write together."""
@@ -29,6 +30,9 @@ class Problem:
             costs is already taken off), shape (b,).
         weights: w_l of each layer's term in Σ_l w_l ε_l, None for ones.
         activation_weight: λ.
+        units: What the candidates belong to, in the same order, for a strategy that needs
+            more of them than errors and costs: the weights `unit.double_weight()`, (groups · out, in, *kernel),
+            `unit.operator`, `unit.kinds`. They are to be read, not changed.
     """
 
     layers: tuple[Candidates, ...]
@@ -36,6 +40,7 @@ class Problem:
     limits: Floats
     weights: tuple[float, ...] | None = None
     activation_weight: float = 0.0
+    units: tuple[Unit, ...] = ()
 
     def losses(self, layer: int) -> Floats:
         """Returns what each candidate of a layer adds to the objective, shape (n,)."""
@@ -68,7 +73,6 @@ class Problem:
                 kinds=tuple(c.kinds[r] for r in kept),
                 ranks=tuple(c.ranks[r] for r in kept),
                 errors=c.errors[kept],
-                spectral=c.spectral[kept],
                 costs=c.costs[kept],
                 activations=c.activations[kept],
             )
@@ -77,13 +81,14 @@ class Problem:
         return replace(self, layers=layers)
 
 
-def problem_of(tables: tuple[Candidates, ...], dense: Costs, budget: Budget) -> Problem:
+def problem_of(tables: tuple[Candidates, ...], dense: Costs, budget: Budget, units: tuple[Unit, ...] = ()) -> Problem:
     """Returns the problem of keeping a budget.
 
     Args:
         tables: Candidates of each unit.
         dense: Costs of the whole dense model.
         budget: With bounds.
+        units: What the candidates belong to.
     """
     totals, rest = cost_vector(dense), cost_of_the_rest(tables, dense)
     budgeted = tuple(budget.limits())
@@ -91,7 +96,8 @@ def problem_of(tables: tuple[Candidates, ...], dense: Costs, budget: Budget) -> 
     fractions = np.array(list(budget.limits().values()))
     limits = np.floor(totals[columns] * fractions + 1e-6) - rest[columns]
     written = sum(table.dense_activations for table in tables)
-    return Problem(tables, budgeted, limits, activation_weight=ACTIVATION_WEIGHT / written if written else 0.0)
+    weight = ACTIVATION_WEIGHT / written if written else 0.0
+    return Problem(tables, budgeted, limits, activation_weight=weight, units=units)
 
 
 def cost_vector(costs: Costs) -> Floats:

@@ -19,12 +19,14 @@ from lightning_compress.search.feasibility import smallest_share
 from lightning_compress.search.problem import Problem, problem_of
 from lightning_compress.search.sensitivity import weighted
 from lightning_compress.search.strategies import RegisteredStrategy
+from lightning_compress.search.units import Unit
 
 BISECTIONS = 12
 """Plans tried for a quality target."""
 
 
 def within_error(  # noqa: PLR0917
+    units: tuple[Unit, ...],
     tables: tuple[Candidates, ...],
     dense: Costs,
     budget: Budget,
@@ -35,6 +37,7 @@ def within_error(  # noqa: PLR0917
     """Returns the smallest choice whose output distance stays under the target, by bisection, and its problem.
 
     Args:
+        units: What is factorised.
         tables: Candidates of each unit.
         dense: Costs of the whole dense model.
         budget: With `max_error`.
@@ -52,15 +55,19 @@ def within_error(  # noqa: PLR0917
         )
         raise ExampleInputError(msg)
     target = cast(float, budget.max_error)
-    full = problem_of(tables, dense, Budget(params=1.0))
+
+    def at(share: float) -> Problem:
+        return problem_of(tables, dense, Budget(params=share), units)
+
+    full = at(1.0)
     floor = smallest_share(full, dense)
-    middle = problem_of(tables, dense, Budget(params=floor**0.5))
+    middle = at(floor**0.5)
     weights = weighted(middle, solve(middle).choice, outputs).weights if strategy.thorough else None
     best, problem, low, high = np.array([len(t) - 1 for t in tables]), full, floor, 1.0
     for step in range(BISECTIONS):
         progress("quality target", step / BISECTIONS)
         share = low if step == 0 else (low * high) ** 0.5
-        plain = problem_of(tables, dense, Budget(params=min(1.0, share)))
+        plain = at(min(1.0, share))
         found = []
         for tried in (plain, replace(plain, weights=weights))[: 1 if weights is None else 2]:
             choice = strategy.solve(tried, progress=silent)

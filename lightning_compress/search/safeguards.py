@@ -93,7 +93,7 @@ def weights_alone(
     """
     plain = tuple(unit.with_kinds(_closed_form(unit.kinds)) for unit in units)
     tables = tuple(in_threads(lambda unit: unit.tabulate(problem.budgeted, rank_multiple, None), plain))
-    alone = replace(settings, layers=tables, weights=None)
+    alone = replace(settings, layers=tables, units=plain, weights=None)
     found = solve(alone).choice
     if found is None:
         return None

@@ -23,7 +23,7 @@ from lightning_compress.core.progress import Progress, silent
 from lightning_compress.kinds.base import threads_for
 from lightning_compress.kinds.joint_svd import shared_factors
 from lightning_compress.kinds.metric import Metric
-from lightning_compress.kinds.registry import DECOMPOSITIONS, Decomposition, factorise_in
+from lightning_compress.kinds.registry import DECOMPOSITIONS, Decomposition, factorise_in, known_kinds
 from lightning_compress.kinds.tensorised import TtEmbedding
 from lightning_compress.layers.factorised import (
     FactorisedBag,
@@ -306,7 +306,7 @@ def _require_applicable(layer: Layer, planned: LayerPlan) -> None:
         raise PlanMismatchError(msg)
     decomposition = DECOMPOSITIONS.get(planned.kind)
     if decomposition is None:
-        msg = f"{where} has the unknown kind {planned.kind!r} in the plan.{did_you_mean(planned.kind, DECOMPOSITIONS)}"
+        msg = f"{where} has the unknown kind {planned.kind!r} in the plan.{known_kinds(planned.kind)}"
         raise PlanMismatchError(msg)
     refusal = decomposition.unsupported(layer.operator)
     largest = decomposition.max_ranks(layer.operator.shape) if refusal is None else ()

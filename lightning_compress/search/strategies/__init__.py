@@ -1,6 +1,5 @@
 """Search strategies, one a file; importing this package registers them."""
 
-from lightning_compress.search.strategies.alds import search_alds
 from lightning_compress.search.strategies.continuous import search_continuous
 from lightning_compress.search.strategies.energy import search_energy
 from lightning_compress.search.strategies.exact import search_exact
@@ -19,7 +18,6 @@ __all__ = [
     "RegisteredStrategy",
     "Strategy",
     "register_strategy",
-    "search_alds",
     "search_continuous",
     "search_energy",
     "search_exact",

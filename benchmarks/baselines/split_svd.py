@@ -21,10 +21,10 @@ from lightning_compress.kinds.base import (
     balanced,
     pointwise,
     singular_energies,
-    spectral_errors,
     tail_errors,
 )
 from lightning_compress.kinds.metric import energy, output_basis, regularised
+from lightning_compress.kinds.registry import register_kind
 from lightning_compress.kinds.svd import axes_of
 
 SWEEPS = 4
@@ -64,22 +64,18 @@ class SplitSvd(Decomposition):
 
     @override
     def profile(self, weight: Tensor, metric: Tensor | None = None) -> RankProfile:
-        """Returns the error of every rank, and what is left out of the spectra.
+        """Returns the error of every rank.
 
         In a metric the errors are those of the start of the fit, which its regression can only
         lower; they may rise with the rank, as what the blocks lose need not be uncorrelated.
-        The singular values are those of the whitened blocks W_i S_ii^½, relative to the largest
-        of W S^½.
         """
         (limit,) = self.max_ranks(tuple(weight.shape))
         if metric is None:
-            energies = np.array([singular_energies(block)[:limit] for block in self._blocks(weight)])  # (k, j)
-            errors, largest = tail_errors(energies.sum(axis=0)), singular_energies(weight.flatten(1))[0]
+            energies = np.array([singular_energies(block)[:limit] for block in self.blocks(weight)])  # (k, j)
+            errors = tail_errors(energies.sum(axis=0))
         else:
-            fit = _SplitFit(self._blocks(weight), metric)
-            energies, errors, largest = fit.energies[:, :limit], fit.errors()[:limit], fit.largest()
-        spectral = spectral_errors(energies.max(axis=0), float(largest))
-        return RankProfile(ranks=np.arange(1, limit + 1)[:, None], errors=errors, spectral=spectral)
+            errors = _SplitFit(self.blocks(weight), metric).errors()[:limit]
+        return RankProfile(ranks=np.arange(1, limit + 1)[:, None], errors=errors)
 
     @override
     def stages(self, shape: tuple[int, ...], ranks: Ints) -> tuple[Stage, ...]:
@@ -92,7 +88,7 @@ class SplitSvd(Decomposition):
     @override
     def factorise(self, weight: Tensor, ranks: tuple[int, ...], metric: Tensor | None = None) -> dict[str, Tensor]:
         (rank,) = ranks
-        blocks = self._blocks(weight)  # (k, out, in / k * k_h * k_w)
+        blocks = self.blocks(weight)  # (k, out, in / k * k_h * k_w)
         if metric is None:
             u, s, vh = torch.linalg.svd(blocks, full_matrices=False)
             expand, reduce = u[:, :, :rank], s[:, :rank, None] * vh[:, :rank]
@@ -117,7 +113,7 @@ class SplitSvd(Decomposition):
         reduce = factors["reduce"].reshape(self.splits, expand.shape[2], -1)  # (k, j, in / k * k_h * k_w)
         return torch.einsum("okj,kjm->okm", expand, reduce).reshape(shape)
 
-    def _blocks(self, weight: Tensor) -> Tensor:
+    def blocks(self, weight: Tensor) -> Tensor:
         """Returns the blocks of the unfolding, (k, out, in / k · k_h · k_w)."""
         return weight.reshape(len(weight), self.splits, -1).transpose(0, 1)
 
@@ -138,20 +134,13 @@ class _SplitFit:
     def __init__(self, blocks: Tensor, metric: Tensor) -> None:
         splits, _, width = blocks.shape
         self._blocks = blocks
-        self._whole = _joined(blocks)
         self._whole_metric = metric
         self._metric = metric.reshape(splits, width, splits, width)
-        starts = [output_basis(block, self._own(i)) for i, block in enumerate(blocks)]
-        self.energies: Floats = np.array([energies for energies, _ in starts])  # (k, out)
-        self._bases = torch.stack([basis for _, basis in starts])  # (k, out, out)
-        self._total = energy(self._whole, metric)
+        self._bases = torch.stack([output_basis(block, self._own(i))[1] for i, block in enumerate(blocks)])
+        self._total = energy(_joined(blocks), metric)
 
     def _own(self, block: int) -> Tensor:
         return self._metric[block, :, block]
-
-    def largest(self) -> float:
-        """Returns the largest squared singular value of W S^½."""
-        return float(output_basis(self._whole, self._whole_metric)[0][0])
 
     def errors(self) -> Floats:
         """Returns the error of the start at the ranks 1, 2, … out.
@@ -215,3 +204,7 @@ class _SplitFit:
 def _joined(blocks: Tensor) -> Tensor:
     """Returns the unfolding of the blocks, (out, k·m)."""
     return blocks.transpose(0, 1).flatten(1)
+
+
+register_kind(SplitSvd(2))
+register_kind(SplitSvd(4))
