@@ -19,6 +19,7 @@ from lightning_compress.analysis.trace import (
     is_shape,
     whole_arguments,
 )
+from lightning_compress.core.effort import Effort, EffortName, trying
 from lightning_compress.core.errors import ExampleInputError
 from lightning_compress.core.memory import freed_memory_kept
 from lightning_compress.core.progress import Progress, silent
@@ -77,6 +78,7 @@ def gather_statistics(
     seed: int = 0,
     progress: Progress = silent,
     layers: Sequence[Layer] | None = None,
+    effort: EffortName | Effort | None = None,
 ) -> Statistics:
     """Returns moments of every layer that can be factorised and that the inputs reach; the model is not changed.
 
@@ -88,13 +90,14 @@ def gather_statistics(
         seed: Of the synthetic inputs and the gradients' directions.
         progress: Called with what is being done and the fraction done.
         layers: Those of the model whose moments are wanted, None for all that can be factorised.
+        effort: See `SearchSettings`; None for that of the search that runs, "balanced" outside of one.
 
     Raises:
         ExampleInputError: If there is neither an example input nor calibration, or the model fails on an input, or
             its activations are not finite; the message names the layer.
     """
     start = time.perf_counter()
-    with unfused(model), freed_memory_kept():
+    with unfused(model), freed_memory_kept(), trying(effort):
         if calibration is not None:
             inputs = SyntheticInputs(_real(model, calibration), "real")
         elif example_input is not None:

@@ -37,23 +37,16 @@ from lightning_compress.analysis.trace import (
     run,
     trace,
 )
+from lightning_compress.core.effort import current_effort
 from lightning_compress.core.parallel import shared_map
 from lightning_compress.core.progress import Progress, silent
 
-COUNT = 256
-STEPS = 40
 LEARNING_RATE = 0.2
 BATCH = 64
-WORK = 2 * 10**12
-"""MACs that the optimisation may cost: a minute or so on a few cores."""
 CONFIDENCE = 0.02
 """Weight of the mean entropy of the predictions, against the mismatch at the norms."""
 VARIETY = 0.1
 """Weight of the entropy of the mean prediction, which is to be large."""
-DRAWN = 1024
-"""Images that are drawn for the moments alone, at most."""
-JUDGING = 64
-"""Inputs of another kind, to judge plans."""
 LEAST_COUNT = 16
 LEAST_STEPS = 10
 LEAST_SIDE = 96
@@ -88,25 +81,25 @@ def synthesise(
     model: nn.Module,
     example_input: ExampleInput,
     *,
-    count: int = COUNT,
-    steps: int = STEPS,
     seed: int = 0,
     progress: Progress = silent,
 ) -> SyntheticInputs:
     """Returns synthetic inputs for a model; deterministic under the seed.
 
+    Their number and the steps of their optimisation are those of the current `Effort`; images are smaller and then
+    inputs fewer for models so large that it would cost more than its `work`.
+
     Args:
         model: Any module; it is not changed.
         example_input: See `search_ranks`.
-        count: Number of inputs; images are smaller and then inputs fewer for models so large that it would cost
-            more than `WORK`.
-        steps: Steps of the optimisation, likewise.
         seed: Of everything random.
         progress: Called with what is being done and the fraction done.
 
     Raises:
         ExampleInputError: If the example input has a wrong type.
     """
+    effort = current_effort()
+    count, steps = effort.inputs, effort.input_steps
     example = as_arguments(model, example_input)
     generator = torch.Generator().manual_seed(seed)
     norms, macs, scarce = running_norms(model), 0, False
@@ -141,7 +134,7 @@ def synthesise(
         if math.isfinite(matched[-1][1]):  # else no norm was called, or its inputs are not finite
             source = "batch norm"
     if source == "batch norm" and scarce and _shows_textures(example):
-        more = max(1, min(DRAWN, WORK // (10 * max(1, macs))) // BATCH)
+        more = max(1, min(effort.drawn, effort.work // (10 * max(1, macs))) // BATCH)
         drawn = [laid_out(_draw(model, example, BATCH, generator)[0]) for _ in range(more)]
     judging = laid_out(_judging(model, example, generator))
     progress("synthetic inputs", 1.0)
@@ -166,7 +159,7 @@ def _judging(model: nn.Module, example: Arguments, generator: torch.Generator) -
         scales = torch.logspace(-0.5, 0.5, len(leaf)).reshape(-1, *(1 for _ in leaf.shape[1:]))
         return leaf * scales.to(leaf)
 
-    drawn, _ = _draw(model, example, JUDGING, generator)
+    drawn, _ = _draw(model, example, current_effort().judging, generator)
     return cast(Arguments, tree_map(other, drawn))
 
 
@@ -195,7 +188,7 @@ def _channels_last(arguments: Arguments) -> Arguments:
 
 
 def affordable(macs: int, count: int, steps: int) -> tuple[int, int]:
-    """Returns count and steps, cut so that the optimisation costs at most `WORK` MACs.
+    """Returns count and steps, cut so that the optimisation costs at most `Effort.work` MACs.
 
     First the inputs become fewer, down to `LEAST_COUNT`, then the steps, down to `LEAST_STEPS`.
 
@@ -204,7 +197,7 @@ def affordable(macs: int, count: int, steps: int) -> tuple[int, int]:
         count: Inputs wanted.
         steps: Steps wanted.
     """
-    passes = max(1, WORK // (3 * max(1, macs)))
+    passes = max(1, current_effort().work // (3 * max(1, macs)))
     count = max(min(count, LEAST_COUNT), min(count, passes // steps))
     return count, max(min(steps, LEAST_STEPS), min(steps, passes // count))
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import Any, TypeVar, cast
 
 import torch
@@ -116,7 +116,8 @@ def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> lis
             return function(item)
 
     with one_thread(), ThreadPoolExecutor(count) as pool:
-        return list(pool.map(alone, items))
+        futures = [pool.submit(copy_context().run, alone, item) for item in items]
+        return [future.result() for future in futures]
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from lightning_compress.core.checks import (
     require_known,
     require_type,
 )
+from lightning_compress.core.effort import Effort, EffortName, effort_of
 from lightning_compress.core.errors import BudgetError, ConfigurationError, UnsupportedError
 
 RESOURCES = ("params", "macs", "bytes")
@@ -219,6 +220,7 @@ class SearchSettings:
         overrides: Pattern to `Override`, a mapping of its fields, or "dense".
         rank_multiple: Ranks are multiples of this number.
         seed: Of everything random in the search and the repair.
+        effort: How hard to try: "fast", "balanced", "thorough", or an `Effort` of one's own.
 
     Raises:
         ConfigurationError: If the objective is unknown, or a number is out of range. Names of strategies, kinds and
@@ -233,8 +235,10 @@ class SearchSettings:
     overrides: Mapping[str, Any] | None = None
     rank_multiple: int = 1
     seed: int = 0
+    effort: EffortName | Effort = "balanced"
 
     def __post_init__(self) -> None:
+        effort_of(self.effort)
         if self.objective not in OBJECTIVES:
             msg = f"objective={self.objective!r} is unknown.{did_you_mean(self.objective, OBJECTIVES)}"
             raise ConfigurationError(msg)
@@ -274,3 +278,4 @@ class SearchKeywords(TypedDict, total=False):
     overrides: Mapping[str, Any] | None
     rank_multiple: int
     seed: int
+    effort: EffortName | Effort

@@ -14,6 +14,7 @@ from lightning_compress.analysis.inspection import Inspection, inspect_model
 from lightning_compress.analysis.inventory import require_usable_weights
 from lightning_compress.analysis.statistics import Statistics
 from lightning_compress.analysis.trace import ExampleInput
+from lightning_compress.core.effort import trying
 from lightning_compress.core.errors import ExampleInputError
 from lightning_compress.core.memory import freed_memory_kept
 from lightning_compress.core.parallel import current_share, from_first
@@ -98,7 +99,7 @@ def search_with_statistics(
     progress: Progress | None = None,
 ) -> tuple[Plan, Statistics | None]:
     """Like `search_ranks`, and returns the statistics the errors were measured in, None for the weights alone."""
-    with unfused(model), freed_memory_kept():
+    with unfused(model), freed_memory_kept(), trying(settings.effort):
         return _search_unfused(model, budget, settings, example_input, calibration, statistics, progress or silent)
 
 

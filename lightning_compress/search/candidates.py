@@ -10,6 +10,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from lightning_compress.analysis.inventory import Layer
+from lightning_compress.core.effort import current_effort
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.plan import DENSE, signal_loss
 from lightning_compress.core.settings import RESOURCES
@@ -20,12 +21,6 @@ from lightning_compress.kinds.registry import DECOMPOSITIONS, profile_in, weight
 from lightning_compress.kinds.shrinkage import UnseenErrors
 
 Mask = npt.NDArray[np.bool_]
-
-MAX_RANKS = 256
-"""Ranks tabulated per kind; above that a geometric grid, finest at the small ranks."""
-
-MAX_RANKS_PER_MODE = 64
-"""Likewise for each mode of a kind with several ranks."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +193,8 @@ def _allowed(layer: Layer, ranks: Ints, multiple: int) -> Mask:
 
 def _thinned(ranks: Ints) -> Ints:
     """Returns the rows to keep so that no mode has more ranks than its limit."""
-    limit = MAX_RANKS if ranks.shape[1] == 1 else MAX_RANKS_PER_MODE
+    effort = current_effort()
+    limit = effort.ranks if ranks.shape[1] == 1 else effort.ranks_per_mode
     keep = np.ones(len(ranks), dtype=bool)
     for mode in range(ranks.shape[1]):
         values = np.unique(ranks[:, mode])

@@ -36,8 +36,8 @@ from torch.utils._pytree import tree_map
 
 from lightning_compress.analysis.inspection import Inspection
 from lightning_compress.analysis.statistics import Statistics
-from lightning_compress.analysis.synthetic import WORK
 from lightning_compress.analysis.trace import Arguments, inference, output_tensors, sample_counts
+from lightning_compress.core.effort import current_effort
 from lightning_compress.core.parallel import in_threads
 from lightning_compress.core.plan import DENSE
 from lightning_compress.kinds.base import Ints
@@ -47,7 +47,6 @@ from lightning_compress.search.problem import Problem
 from lightning_compress.search.space import Space, around
 from lightning_compress.search.units import SingleLayer, Unit
 
-STEPS = 20
 LEARNING_RATE = 0.05
 TEMPERATURES = (0.1, 0.01)
 """First and last T, as a fraction of a path's ranks."""
@@ -55,8 +54,6 @@ LEAST_TEMPERATURE = 0.25
 """In ranks."""
 PENALTY = 20.0
 RETRACTIONS = 3
-INPUTS = 64
-"""Synthetic inputs per step; a step takes the next ones."""
 GROUP = 16
 """Inputs that go through the model at once."""
 CACHED = 2**24
@@ -91,7 +88,7 @@ class Outputs:
     model: nn.Module
     units: tuple[Unit, ...]
     statistics: Statistics
-    inputs: int = INPUTS
+    inputs: int = field(default_factory=lambda: current_effort().descent_inputs)
     measured: dict[tuple[Any, ...], float] = field(default_factory=dict, compare=False, repr=False)
     fitted: dict[tuple[int, str, tuple[int, ...]], dict[str, Tensor]] = field(
         default_factory=dict, compare=False, repr=False
@@ -226,8 +223,9 @@ def _measure(outputs: Outputs, problem: Problem, choice: Ints) -> float:
 
 
 def affordable_inputs(macs: int) -> int:
-    """Returns how many inputs a step can take at most, for a model of so many MACs; see `WORK`."""
-    return min(INPUTS, WORK // (3 * STEPS * max(1, macs)))
+    """Returns how many inputs a step can take at most, for a model of so many MACs; see `Effort`."""
+    effort = current_effort()
+    return min(effort.descent_inputs, effort.work // (3 * effort.descent_steps * max(1, macs)))
 
 
 @dataclass(frozen=True)
@@ -313,8 +311,9 @@ def _descend(paths: _Paths, outputs: Outputs, progress: Callable[[float], None])
     log_sizes, logits = paths.start.clone().requires_grad_(), paths.logits.clone().requires_grad_()
     optimizer = torch.optim.Adam([log_sizes, logits], lr=LEARNING_RATE, betas=(0.9, 0.99))
     slopes, separable_slopes = (torch.zeros(space.layers, dtype=log_sizes.dtype) for _ in range(2))
-    for step in range(STEPS):
-        done = step / STEPS
+    steps = current_effort().descent_steps
+    for step in range(steps):
+        done = step / steps
         temperature = TEMPERATURES[0] * (TEMPERATURES[1] / TEMPERATURES[0]) ** done
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - done) ** 0.5
         loss, cost, ranks = space.at(log_sizes)

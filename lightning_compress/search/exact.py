@@ -14,13 +14,12 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, hstack
 
+from lightning_compress.core.effort import current_effort
 from lightning_compress.kinds.base import Floats, Ints
 from lightning_compress.search.problem import Problem
 
 REL_GAP = 1e-4
 """Relative gap at which the exact strategy stops."""
-TIME_LIMIT = 20.0
-"""Seconds after which the solver gives its best choice and bound so far."""
 MARGINS = (0.0, 2e-6, 1e-5)
 """Shares of the limits held back in turn, while the solver's tolerance of 1e-6 lets it exceed them."""
 
@@ -36,7 +35,7 @@ class Solution:
 def solve(problem: Problem, *, rel_gap: float = REL_GAP) -> Solution:
     """Returns the optimum, to a relative gap, and its lower bound."""
     losses = np.concatenate([problem.losses(layer) for layer in range(len(problem.layers))])
-    options = {"mip_rel_gap": rel_gap, "time_limit": TIME_LIMIT}
+    options = {"mip_rel_gap": rel_gap, "time_limit": current_effort().solver_seconds}
     bound: float | None = None
     for margin in MARGINS:
         rows = [*_one_per_layer(problem), LinearConstraint(_relative_costs(problem), ub=1.0 - margin)]

@@ -8,6 +8,7 @@ from typing import cast
 import numpy as np
 
 from lightning_compress.core.costs import Costs
+from lightning_compress.core.effort import current_effort
 from lightning_compress.core.errors import ExampleInputError
 from lightning_compress.core.progress import Progress, silent
 from lightning_compress.core.settings import Budget
@@ -20,9 +21,6 @@ from lightning_compress.search.problem import Problem, problem_of
 from lightning_compress.search.sensitivity import weighted
 from lightning_compress.search.strategies import RegisteredStrategy
 from lightning_compress.search.units import Unit
-
-BISECTIONS = 12
-"""Plans tried for a quality target."""
 
 
 def within_error(  # noqa: PLR0917
@@ -64,8 +62,9 @@ def within_error(  # noqa: PLR0917
     middle = at(floor**0.5)
     weights = weighted(middle, solve(middle).choice, outputs).weights if strategy.thorough else None
     best, problem, low, high = np.array([len(t) - 1 for t in tables]), full, floor, 1.0
-    for step in range(BISECTIONS):
-        progress("quality target", step / BISECTIONS)
+    bisections = current_effort().bisections
+    for step in range(bisections):
+        progress("quality target", step / bisections)
         share = low if step == 0 else (low * high) ** 0.5
         plain = at(min(1.0, share))
         found = []

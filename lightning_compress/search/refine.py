@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from lightning_compress.core.effort import current_effort
 from lightning_compress.core.parallel import in_threads
 from lightning_compress.core.plan import DENSE
 from lightning_compress.kinds.registry import DECOMPOSITIONS
@@ -26,8 +27,6 @@ from lightning_compress.search.problem import Problem
 
 LEAST_ERROR = 1e-12
 """A smaller predicted error is not corrected."""
-PASSES = 8
-"""Corrections at most; each after the first is at the optimum that the one before moved to."""
 
 
 def refined(problem: Problem, outputs: Outputs, progress: Callable[[float], None]) -> Problem:
@@ -45,7 +44,8 @@ def refined(problem: Problem, outputs: Outputs, progress: Callable[[float], None
         for kind in dict.fromkeys(table.kinds)
         if kind != DENSE and DECOMPOSITIONS[kind].fits_roughly
     }
-    for done in range(PASSES if ratios else 0):
+    passes = current_effort().corrections if ratios else 0
+    for done in range(passes):
         choice = solve(problem).choice
         if choice is None:
             break
@@ -56,7 +56,7 @@ def refined(problem: Problem, outputs: Outputs, progress: Callable[[float], None
             rows = [(i, kind, _nearest(problem.layers[i], kind, int(choice[i]))) for i, kind in ratios]
         if not rows:
             break
-        progress(done / PASSES)
+        progress(done / passes)
         found = in_threads(lambda row: _ratio(predicted, outputs, row), rows)
         for (i, kind, row), ratio in zip(rows, found, strict=True):
             ratios[i, kind][row] = ratio

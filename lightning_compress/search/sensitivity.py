@@ -2,7 +2,7 @@
 
 The relative error of a layer says nothing of how much the layer matters: the same error moves the outputs far less in
 a block with a shortcut than in one without. So every layer is factorised alone, at the ranks of the separable
-optimum, and the distance of the outputs is measured on as many of the inputs as `WORK` allows. The weight of its
+optimum, and the distance of the outputs is measured on as many of the inputs as `Effort.work` allows. The weight of its
 term is the ratio of the two,
 
     w_l ∝ log(1 + D_l) / ε_l,
@@ -18,8 +18,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from lightning_compress.analysis.synthetic import WORK
 from lightning_compress.analysis.trace import flop_counter, inference, sample_counts
+from lightning_compress.core.effort import current_effort
 from lightning_compress.core.plan import DENSE
 from lightning_compress.core.progress import Progress
 from lightning_compress.kinds.base import Ints
@@ -99,12 +99,12 @@ def weighted(
 
 
 def _affordable(outputs: Outputs) -> Outputs | None:
-    """Returns the outputs on as many inputs as each layer can be measured on within `WORK`, None if on too few."""
+    """Returns the outputs on as many inputs as each layer can be measured on, None if on too few; see `Effort.work`."""
     args, kwargs = outputs.statistics.batches[0]
     with flop_counter() as flops, inference(outputs.model):
         outputs.model(*args, **kwargs)
     each = flops.get_total_flops() // 2 // min(sample_counts((args, kwargs)), default=1)
-    inputs = WORK // max(1, each * len(outputs.units))
+    inputs = current_effort().work // max(1, each * len(outputs.units))
     return outputs.within(inputs) if inputs >= LEAST_INPUTS else None
 
 
