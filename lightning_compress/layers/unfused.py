@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from lightning_compress.core.checks import did_you_mean
+from lightning_compress.core.compat import tree_map
 from lightning_compress.core.errors import ConfigurationError, ModelError
 from lightning_compress.layers.factorised import FactorisedLayer
 

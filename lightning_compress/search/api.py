@@ -28,7 +28,7 @@ from lightning_compress.core.errors import (
     InfeasibleBudgetError,
 )
 from lightning_compress.core.memory import freed_memory_kept
-from lightning_compress.core.parallel import current_share, from_first, shared_map
+from lightning_compress.core.parallel import current_processes, from_first, shared_map
 from lightning_compress.core.plan import BETTER_ELSEWHERE, DENSE, LayerPlan, Plan
 from lightning_compress.core.progress import Progress, silent
 from lightning_compress.core.settings import RESOURCES, Budget, SearchKeywords, SearchSettings
@@ -148,7 +148,7 @@ def search_with_statistics(
     )
     searched = time.perf_counter()
     tables = _tabulate(layers, budget.budgeted, rank_multiple, statistics, report)
-    if current_share().rank:  # the first process chooses
+    if current_processes().rank:  # the first process chooses
         return cast(Plan, from_first("the search", None)), statistics
     chosen = [layer for layer in layers if layer.reason is None]
     if strategy.thorough:

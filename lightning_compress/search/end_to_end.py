@@ -32,12 +32,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_map
 
 from lightning_compress.analysis.inventory import Layer
 from lightning_compress.analysis.statistics import Statistics
 from lightning_compress.analysis.synthetic import WORK
 from lightning_compress.analysis.trace import Arguments, inference, output_tensors, sample_counts
+from lightning_compress.core.compat import tree_map
 from lightning_compress.core.parallel import in_threads
 from lightning_compress.core.plan import DENSE
 from lightning_compress.kinds.base import Ints, threads_for

@@ -7,22 +7,22 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from lightning_compress.compress import Compression
+from lightning_compress.core.compat import tree_map
 from lightning_compress.core.copies import digest_of
 from lightning_compress.core.errors import CompressionWarning, DivergedRanksError, UnsupportedError
-from lightning_compress.core.parallel import Share, sharing
+from lightning_compress.core.parallel import Processes, sharing_work
 from lightning_compress.training.checkpoint import RestoringCallback
+from lightning_compress.training.compat import callbacks_of, launches_copies, wrap_again
 
 _OTHER_WAY = (
     "Factorise inside configure_model instead, before the strategy shards the layers: apply_plan_(self, plan) with a "
@@ -38,7 +38,7 @@ def require_supported(trainer: Trainer) -> None:
     """
     strategy = trainer.strategy
     name = type(strategy).__name__
-    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+    if launches_copies(strategy):
         msg = (
             f"Compress does not support {name} with spawned or forked processes: they train a copy of the module, and "
             "yours would stay dense. Use strategy='ddp' in a script, or one device (devices=1) in a notebook."
@@ -47,7 +47,7 @@ def require_supported(trainer: Trainer) -> None:
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, DeepSpeedStrategy):
         msg = f"Compress does not support {name}: it shards the layers before they could be factorised. {_OTHER_WAY}"
         raise UnsupportedError(msg)
-    callbacks = cast("list[Callback]", trainer.callbacks)  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     if any(isinstance(callback, ModelPruning) for callback in callbacks):
         msg = (
             "Compress does not support ModelPruning beside it: it holds on to the dense layers. Use it in a later fit."
@@ -81,7 +81,7 @@ def shared_compression(
     strategy.model = pl_module
     ranks, done = _Ranks(strategy), None
     try:
-        with sharing(ranks), _own_norm_statistics(pl_module), warnings.catch_warnings():
+        with sharing_work(ranks), _own_norm_statistics(pl_module), warnings.catch_warnings():
             if ranks.rank:  # the first one says it
                 warnings.simplefilter("ignore", CompressionWarning)
             done = function()
@@ -111,8 +111,8 @@ def rewrap(trainer: Trainer, pl_module: LightningModule) -> None:
             msg = f"the parameters of ranks {different} differ from those of rank 0: make the same module on all ranks."
             raise DivergedRanksError(msg)
     strategy.model = pl_module
-    strategy._pl_static_graph_delay_done = False
-    strategy.configure_ddp()
+
+    wrap_again(strategy, pl_module)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class _Away:
     value: Tensor
 
 
-class _Ranks(Share):
+class _Ranks(Processes):
     """The ranks of a strategy.
 
     Every exchange is one collective of the same kind, so a rank that failed can tell the others, whatever
