@@ -51,12 +51,12 @@ def wrap_again(strategy: DDPStrategy, pl_module: LightningModule) -> None:
     strategy.configure_ddp()
 
 
-def training_data(trainer: Trainer) -> Any:
-    """Returns what a fit takes as its training data, None without any.
+def training_data(fit_loop: object) -> Any:
+    """Returns what `trainer.fit_loop` takes as its training data, None without any.
 
     In `on_fit_start` the loaders are not set up yet, and `trainer.train_dataloader` would be None.
     """
-    source = getattr(trainer.fit_loop, "_data_source", None)
+    source: Any = getattr(fit_loop, "_data_source", None)
     return source.dataloader() if source is not None and source.is_defined() else None
 
 
