@@ -329,7 +329,7 @@ def test_random_state_after_fit_start_is_that_of_a_plain_run(make_trainer, loade
         task = TinyTask() if example == "array" else without_example()
         settings = {"example_input": (1, 3, 8, 8)} if example == "argument" else {}
         recorder = Recorder()
-        settings |= {"search": search, "distill": {}, **objective}
+        settings |= {"method": search, "distill": {}, **objective}
         callbacks = [compress(**settings), recorder] if compressed else [recorder]
         make_trainer(*callbacks).fit(task, shuffled)
         recorders.append((recorder, torch.get_rng_state()))

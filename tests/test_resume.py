@@ -219,7 +219,7 @@ def test_resumed_schedule_and_distillation_are_identical(make_trainer, loader, t
 
 @pytest.mark.slow
 def test_resumed_run_is_identical_with_healing_and_the_search_over_outputs(make_trainer, loader, tmp_path):
-    settings = {"search": "continuous", "kinds": "auto", "distill": {}, **DEFAULTS}
+    settings = {"method": "continuous", "kinds": "auto", "distill": {}, **DEFAULTS}
     require_identical_resume(make_trainer, loader, tmp_path, TinyTask(groups), settings, 1)
 
 
