@@ -15,7 +15,7 @@ from lightning_compress.analysis.statistics import Statistics, gather_statistics
 from lightning_compress.analysis.trace import ExampleInput
 from lightning_compress.core.copies import detached_copy
 from lightning_compress.core.errors import CompressionWarning, ExampleInputError
-from lightning_compress.core.parallel import current_share
+from lightning_compress.core.parallel import current_processes
 from lightning_compress.core.plan import Plan
 from lightning_compress.core.progress import Progress, silent
 from lightning_compress.core.settings import Budget, SearchKeywords, SearchSettings
@@ -119,7 +119,7 @@ def compress_model_(
     seed = settings.seed
     inputs = _inputs_for_healing(model, metric, example_input, calibration, seed, report) if heal else None
     start = time.perf_counter()
-    if current_share().rank:  # the first process's factors are everyone's
+    if current_processes().rank:  # the first process's factors are everyone's
         replacements = apply_shells_(model, plan)
         kept = shared_state(model, replacements) if inputs is not None else ()
         return Compression(plan, replacements, None, kept, plan.timings)

@@ -202,11 +202,11 @@ def failure_of_the_second():
             found.append(error_of(lambda: fit(task, compress())))
         finally:
             distributed._Ranks.exchange = real
-    found.append({"share": error_of(lambda: in_share(rank))})
+    found.append({"share": error_of(lambda: in_two(rank))})
     return {"found": found, "state": task.state_dict()}
 
 
-def in_share(rank):
+def in_two(rank):
     def one(item):
         if item == 1:
             msg = f"item {item} fails on rank {rank}"
@@ -216,7 +216,7 @@ def in_share(rank):
     class Strategy:
         global_rank, world_size, root_device = rank, 2, torch.device("cpu")
 
-    with distributed.sharing(distributed._Ranks(Strategy())):
+    with distributed.sharing_work(distributed._Ranks(Strategy())):
         shared_map("items", one, [0, 1, 2])
 
 

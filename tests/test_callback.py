@@ -329,7 +329,7 @@ def test_random_state_after_fit_start_is_that_of_a_plain_run(make_trainer, loade
         task = TinyTask() if example == "array" else without_example()
         settings = {"example_input": (1, 3, 8, 8)} if example == "argument" else {}
         recorder = Recorder()
-        settings |= {"search": search, "distill": {}, **objective}
+        settings |= {"method": search, "distill": {}, **objective}
         callbacks = [compress(**settings), recorder] if compressed else [recorder]
         make_trainer(*callbacks).fit(task, shuffled)
         recorders.append((recorder, torch.get_rng_state()))
@@ -811,7 +811,7 @@ def test_pruning_beside_it_is_refused(make_trainer, loader, unchanged, first):
     task, other = TinyTask(), ModelPruning("l1_unstructured", amount=0.5)
     before = unchanged(task.net)
     callbacks = [compress(), other] if first else [other, compress()]
-    with pytest.raises(UnsupportedError, match=r"does not support ModelPruning beside it.*in a later fit"):
+    with pytest.raises(UnsupportedError, match=r"does not support ModelPruning in the same fit.*in a later fit"):
         make_trainer(*callbacks).fit(task, loader)
     before.check()
 
@@ -829,7 +829,7 @@ def test_two_compress_callbacks_are_refused(make_trainer, loader, unchanged):
     before.check()
 
 
-# --- liveness -----------------------------------------------------------------------------------------
+# --- the first-batch check ---------------------------------------------------------------------------------
 
 
 class Listed(L.LightningModule):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lightning_compress.core.errors import DivergedRanksError, UnsupportedError
-from lightning_compress.core.parallel import Share, current_share, from_first, shared_map, sharing
+from lightning_compress.core.parallel import Processes, current_processes, from_first, shared_map, sharing_work
 from tests import ddp_fits
 from tests.conftest import DEFAULTS, TinyTask, compress, compressed_model
 
@@ -185,7 +185,7 @@ def test_torchrun(tmp_path):
 # --- without a second process -----------------------------------------------------------------
 
 
-class Part(Share):
+class Part(Processes):
     """A rank whose peers' answers are given."""
 
     def __init__(self, rank, others) -> None:
@@ -206,7 +206,7 @@ def test_work_is_done_once_each_and_put_in_order():
                 kept.append(own)
                 return [{i: item * 2 for i, item in enumerate(items)}]
 
-        with sharing(Recording(rank, [None, None])):
+        with sharing_work(Recording(rank, [None, None])):
             assert shared_map("items", lambda item: done.append(item) or item * 2, items, work) == [
                 "aa", "bb", "cc", "dd", "ee", "ff",
             ]  # fmt: skip
@@ -218,7 +218,7 @@ def test_work_is_done_once_each_and_put_in_order():
 
 
 def test_alone_everything_is_done_here_and_errors_are_the_functions():
-    assert (current_share().rank, current_share().size) == (0, 1)
+    assert (current_processes().rank, current_processes().size) == (0, 1)
     assert shared_map("items", str, [3, 1, 2]) == ["3", "1", "2"]
     assert from_first("it", 7) == 7
     with pytest.raises(ZeroDivisionError):
@@ -226,11 +226,11 @@ def test_alone_everything_is_done_here_and_errors_are_the_functions():
 
 
 def test_the_first_ranks_value_and_the_others_errors_reach_this_one():
-    with sharing(Part(1, ["theirs"])):
-        assert current_share().rank == 1
+    with sharing_work(Part(1, ["theirs"])):
+        assert current_processes().rank == 1
         assert from_first("it", None) == "theirs"
-    assert current_share().size == 1
-    with sharing(Part(0, [KeyError("there")])), pytest.raises(KeyError, match="there"):
+    assert current_processes().size == 1
+    with sharing_work(Part(0, [KeyError("there")])), pytest.raises(KeyError, match="there"):
         shared_map("items", str, [1, 2])
 
 

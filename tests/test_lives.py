@@ -1,4 +1,4 @@
-"""Checkpoints in every life, liveness, and the ways to configure a trainer."""
+"""Checkpoints in every life, the first-batch check, and the ways to configure a trainer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lightning_compress import (
 )
 from lightning_compress.core.errors import OrphanParameterError, ResumeError
 from lightning_compress.training.checkpoint import CHECKPOINT_KEY
-from lightning_compress.training.first_batch_check import Liveness
+from lightning_compress.training.first_batch_check import FirstBatchCheck
 from tests.conftest import TinyTask, compress
 from tests.test_resume import (
     Losses,
@@ -309,7 +309,7 @@ def test_helper_refuses_checkpoints_of_other_versions(compressed):
         load_compressed_checkpoint(Sized, path)
 
 
-# --- liveness -----------------------------------------------------------------------------------------------
+# --- the first-batch check ---------------------------------------------------------------------------------------
 
 
 class Unused(TinyTask):
@@ -366,14 +366,14 @@ def test_skipped_batches_do_not_count_as_the_first(make_trainer, loader):
 
 def test_watch_takes_the_gradients_of_all_backward_passes_together():
     first, second = (nn.Parameter(torch.zeros(2)) for _ in range(2))
-    watch = Liveness([], {"a": first, "b": second})
+    watch = FirstBatchCheck([], {"a": first, "b": second})
     assert not watch.check()  # nothing had a gradient: not a batch at all
     first.grad = torch.ones(2)
     watch.look()
     first.grad, second.grad = None, torch.ones(2)
     assert watch.check()
     second.grad = None
-    late = Liveness([], {"a": first, "b": second})
+    late = FirstBatchCheck([], {"a": first, "b": second})
     first.grad = torch.ones(2)
     with pytest.raises(OrphanParameterError, match="no gradient reached 'b' in the first batch"):
         late.check()
@@ -394,7 +394,7 @@ trainer:
     - class_path: lightning_compress.Compress
       init_args:
         budget: {params: 0.5}
-        search: exact
+        method: exact
         objective: weight
         heal: false
         exclude: [net.fc2]

@@ -219,7 +219,7 @@ def test_resumed_schedule_and_distillation_are_identical(make_trainer, loader, t
 
 @pytest.mark.slow
 def test_resumed_run_is_identical_with_healing_and_the_search_over_outputs(make_trainer, loader, tmp_path):
-    settings = {"search": "continuous", "kinds": "auto", "distill": {}, **DEFAULTS}
+    settings = {"method": "continuous", "kinds": "auto", "distill": {}, **DEFAULTS}
     require_identical_resume(make_trainer, loader, tmp_path, TinyTask(groups), settings, 1)
 
 
@@ -277,6 +277,20 @@ def test_resume_from_a_checkpoint_saved_after_the_fit_is_identical(make_trainer,
     )
     require_same_state(task, fresh)
     require_same_optimizers(whole, again)
+
+
+def test_checkpoint_saved_after_fit_and_test_holds_schedule_and_teacher_as_one_saved_after_the_fit(
+    make_trainer, loader, tmp_path
+):
+    task, paths = TinyTask(), [tmp_path / "fitted.ckpt", tmp_path / "tested.ckpt"]
+    trainer = make_trainer(compress(distill={}, schedule={"warmup_steps": 3}))
+    trainer.fit(task, loader)
+    trainer.save_checkpoint(paths[0])
+    trainer.test(task, loader, verbose=False)
+    trainer.save_checkpoint(paths[1])
+    fitted, tested = (torch.load(path, weights_only=True)[CHECKPOINT_KEY] for path in paths)
+    assert tested == fitted
+    assert {"plan", "schedule", "teacher", "optimizers"} <= set(tested)
 
 
 def test_resumed_fit_leaves_nothing_of_the_callback_on_the_module(make_trainer, loader, tmp_path):
@@ -340,7 +354,7 @@ OTHER_OPTIMIZERS = {
 @pytest.mark.parametrize(("make", "make_other"), OTHER_OPTIMIZERS.values(), ids=OTHER_OPTIMIZERS)
 def test_resume_with_other_optimizers_is_refused(make_trainer, loader, tmp_path, make, make_other):
     path = first_epoch(make_trainer, loader, tmp_path, make(), compress())
-    said = r"(?s)checkpoint's optimizers are others, or hold other.*in the checkpoint, .* now\. Resume with the same"
+    said = r"(?s)checkpoint's optimizers differ from those that.*in the checkpoint, .* now\. Resume with the same"
     with pytest.raises(ResumeError, match=said):
         make_trainer(compress(), max_epochs=2).fit(make_other(), loader, ckpt_path=path)
 

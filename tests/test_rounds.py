@@ -15,7 +15,7 @@ from lightning_compress.core.errors import BudgetError, ConfigurationError, Infe
 from lightning_compress.core.fine_tuning import Distill
 from lightning_compress.training.optimizers import exchange_parameters_
 from lightning_compress.training.rounds import compress_again_, reconcile_
-from lightning_compress.training.schedule import Course
+from lightning_compress.training.schedule import PhaseTracker
 from tests.conftest import CLOSED_FORM, WEIGHTS_ALONE, TinyNet, TinyTask, TwoManual, compress, compressed_model
 from tests.test_resume import factorised, groups, lbfgs, momentum, named, one_cycle, require_identical_resume
 
@@ -46,39 +46,39 @@ def held(optimizers) -> list[int]:
     return [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
 
 
-# --- the course ------------------------------------------------------------------------------------------
+# --- where a fit stands in its schedule -------------------------------------------------------------------
 
 
 def test_course_goes_through_epochs_steps_and_plateaus():
     schedule = Schedule(
         phases=[{"epochs": 2}, {"steps": 5}, {"until_plateau": {"monitor": "loss", "patience": 2, "min_delta": 0.1}}]
     )
-    course = Course(schedule)
-    course.begin(3, 100)  # a fit that goes on from a dense run
-    assert [course.over(e, 0, boundary=True) for e in (3, 4, 5)] == [False, False, True]
-    assert not course.over(5, 0, boundary=False)
-    assert course.advance(5, 120).steps == 5
-    assert [course.over(5, step, boundary=False) for step in (120, 124, 125)] == [False, False, True]
-    assert course.advance(6, 125).until_plateau == Plateau("loss", patience=2, min_delta=0.1)
+    tracker = PhaseTracker(schedule)
+    tracker.begin(3, 100)  # a fit that goes on from a dense run
+    assert [tracker.over(e, 0, boundary=True) for e in (3, 4, 5)] == [False, False, True]
+    assert not tracker.over(5, 0, boundary=False)
+    assert tracker.advance(5, 120).steps == 5
+    assert [tracker.over(5, step, boundary=False) for step in (120, 124, 125)] == [False, False, True]
+    assert tracker.advance(6, 125).until_plateau == Plateau("loss", patience=2, min_delta=0.1)
     waits = []
     for value in (1.0, 0.95, float("nan"), 0.5, 0.45, 0.41):  # only 0.5 is better by more than 0.1
-        course.observe({"loss": torch.tensor(value), "other": 0.0})
-        waits.append(course.over(7, 130, boundary=True))
+        tracker.observe({"loss": torch.tensor(value), "other": 0.0})
+        waits.append(tracker.over(7, 130, boundary=True))
     assert waits == [False, False, True, False, False, True]
-    assert course.advance(8, 140) == Phase()
-    assert not course.over(10**6, 10**6, boundary=True)
+    assert tracker.advance(8, 140) == Phase()
+    assert not tracker.over(10**6, 10**6, boundary=True)
 
 
 def test_course_goes_on_from_its_state():
     schedule = Schedule(warmup_steps=4, phases=[{"epochs": 1, "lr_scale": 0.5}, {"until_plateau": "loss"}])
-    course, other = Course(schedule), Course(schedule)
-    course.begin(0, 0)
-    course.advance(1, 2)
-    course.observe({"loss": 1.0})
-    course.observe({"loss": 2.0})
-    other.load(course.state())
-    assert other.state() == course.state()
-    assert all(type(value) in (int, float) for value in course.state().values())
+    tracker, other = PhaseTracker(schedule), PhaseTracker(schedule)
+    tracker.begin(0, 0)
+    tracker.advance(1, 2)
+    tracker.observe({"loss": 1.0})
+    tracker.observe({"loss": 2.0})
+    other.load(tracker.state())
+    assert other.state() == tracker.state()
+    assert all(type(value) in (int, float) for value in tracker.state().values())
     assert [other.scale(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_compress.analysis.trace import Trace
+from lightning_compress.core.compat import has_gradient_hooks
 from lightning_compress.core.errors import (
     ConfigurationError,
     ModelError,
@@ -383,7 +384,7 @@ def _why_weight_dense(module: nn.Module, shared: set[int]) -> str | None:
         return refusal
     if id(weight) in shared:
         return "its weight is tied to another module's, factorising would untie it"
-    if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+    if has_gradient_hooks(weight):
         return "its weight carries a gradient hook, which factors would lose"
     return None
 

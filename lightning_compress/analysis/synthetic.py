@@ -22,7 +22,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from typing_extensions import override
 
 from lightning_compress.analysis.drawing import leaves, noise, textured
@@ -37,6 +36,7 @@ from lightning_compress.analysis.trace import (
     run,
     trace,
 )
+from lightning_compress.core.compat import tree_flatten, tree_map, tree_unflatten
 from lightning_compress.core.effort import current_effort
 from lightning_compress.core.parallel import shared_map
 from lightning_compress.core.progress import Progress, silent

@@ -15,10 +15,10 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
+from lightning_compress.core.compat import tree_leaves, tree_map
 from lightning_compress.core.errors import ExampleInputError
 from lightning_compress.kinds.registry import LayerCall
 from lightning_compress.layers.factorised import FactorisedLayer

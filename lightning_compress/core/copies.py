@@ -10,17 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.core.compat import TRAINER_ATTRIBUTE
+
 
 def detached_copy(module: nn.Module) -> nn.Module:
     """Deep-copies a module; of a LightningModule, without the trainer it is attached to."""
-    attached = {m: m.__dict__["_trainer"] for m in module.modules() if m.__dict__.get("_trainer") is not None}
+    attached = {
+        m: m.__dict__[TRAINER_ATTRIBUTE] for m in module.modules() if m.__dict__.get(TRAINER_ATTRIBUTE) is not None
+    }
     try:
         for m in attached:
-            m.__dict__["_trainer"] = None
+            m.__dict__[TRAINER_ATTRIBUTE] = None
         return copy.deepcopy(module)
     finally:
         for m, trainer in attached.items():
-            m.__dict__["_trainer"] = trainer
+            m.__dict__[TRAINER_ATTRIBUTE] = trainer
 
 
 def digest_of(named: Iterable[tuple[str, Any]]) -> str:

@@ -201,8 +201,8 @@ class Schedule:
         _require_decreasing(self.phases)
 
     @property
-    def course(self) -> tuple[Phase, ...]:
-        """The phases, those of `freeze_epochs` where none are given."""
+    def sequence(self) -> tuple[Phase, ...]:
+        """The phases in order; with `freeze_epochs`, the one that it stands for."""
         if self.freeze_epochs:
             return (Phase(epochs=self.freeze_epochs, train="factors"),)
         return tuple(self.phases)

@@ -16,13 +16,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Share:
-    """The part of one process among `size`; this base class is that of a process alone.
+class Processes:
+    """The processes that work is shared out over, seen from one of them; this base class is one process alone.
 
-    All processes exchange the same things in the same order.
+    All of them exchange the same things in the same order.
 
     Attributes:
-        rank: Number of the process. The first, 0, decides what must be decided once.
+        rank: Number of this process. The first, 0, decides what must be decided once.
         size: Number of processes.
     """
 
@@ -40,19 +40,19 @@ class Share:
         return [own]
 
 
-_ALONE = Share()
-_CURRENT: ContextVar[Share] = ContextVar("share", default=_ALONE)
+_ALONE = Processes()
+_CURRENT: ContextVar[Processes] = ContextVar("processes", default=_ALONE)
 
 
-def current_share() -> Share:
-    """Returns the share of this process."""
+def current_processes() -> Processes:
+    """Returns the processes that work is now shared out over."""
     return _CURRENT.get()
 
 
 @contextlib.contextmanager
-def sharing(share: Share) -> Iterator[None]:
-    """Shares the work inside out; all processes of the share must run the same."""
-    token = _CURRENT.set(share)
+def sharing_work(processes: Processes) -> Iterator[None]:
+    """Shares out the work done inside; all processes must run the same."""
+    token = _CURRENT.set(processes)
     try:
         yield
     finally:
@@ -61,7 +61,7 @@ def sharing(share: Share) -> Iterator[None]:
 
 def from_first(what: str, own: Result) -> Result:
     """Returns what the first process has, in all of them."""
-    return cast(Result, current_share().exchange(what, own)[0])
+    return cast(Result, current_processes().exchange(what, own)[0])
 
 
 def shared_map(
@@ -77,25 +77,25 @@ def shared_map(
     An error of one process is raised in all: that of the first of them.
 
     Args:
-        what: See `Share.exchange`.
+        what: See `Processes.exchange`.
         function: Any function; its results must be picklable.
         items: The same in all processes.
         work: How long each item takes, in any unit; None for all alike.
         threads: Whether a process works on several items at once, see `in_threads`.
     """
-    share = current_share()
-    owners = _owners(work if work is not None else [1.0] * len(items), share.size)
+    processes = current_processes()
+    owners = _owners(work if work is not None else [1.0] * len(items), processes.size)
     own: dict[int, Result] | Exception
     try:
-        mine = [index for index in range(len(items)) if owners[index] == share.rank]
+        mine = [index for index in range(len(items)) if owners[index] == processes.rank]
         each = in_threads if threads else _one_by_one
         own = dict(zip(mine, each(function, [items[index] for index in mine]), strict=True))
     except Exception as error:
-        if share.size == 1:
+        if processes.size == 1:
             raise
         own = error
     results: dict[int, Result] = {}
-    for part in share.exchange(what, own):
+    for part in processes.exchange(what, own):
         if isinstance(part, Exception):
             raise part
         results.update(part)

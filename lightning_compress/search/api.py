@@ -17,7 +17,7 @@ from lightning_compress.analysis.trace import ExampleInput
 from lightning_compress.core.effort import trying
 from lightning_compress.core.errors import ExampleInputError
 from lightning_compress.core.memory import freed_memory_kept
-from lightning_compress.core.parallel import current_share, from_first
+from lightning_compress.core.parallel import current_processes, from_first
 from lightning_compress.core.plan import Plan
 from lightning_compress.core.progress import Progress, silent
 from lightning_compress.core.settings import Budget, SearchKeywords, SearchSettings
@@ -129,7 +129,7 @@ def _search_unfused(  # noqa: PLR0917
     searched = time.perf_counter()
     units = units_of(inspection.layers)
     tables = tabulate_units(units, budget, settings.rank_multiple, statistics, report)
-    if current_share().rank:  # the first process chooses
+    if current_processes().rank:  # the first process chooses
         return cast(Plan, from_first("the search", None)), statistics
     found = _search(inspection, units, tables, budget, settings, statistics, objective, report)
     parts = {**(statistics.seconds if statistics is not None else {}), "search": time.perf_counter() - searched}

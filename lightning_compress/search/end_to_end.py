@@ -32,11 +32,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_map
 
 from lightning_compress.analysis.inspection import Inspection
 from lightning_compress.analysis.statistics import Statistics
 from lightning_compress.analysis.trace import Arguments, inference, output_tensors, sample_counts
+from lightning_compress.core.compat import tree_map
 from lightning_compress.core.effort import current_effort
 from lightning_compress.core.parallel import in_threads
 from lightning_compress.core.plan import DENSE

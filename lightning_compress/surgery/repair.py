@@ -29,7 +29,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_compress.analysis.statistics import Statistics
 from lightning_compress.analysis.synthetic import WORK, channel_moments, running_norms
@@ -42,6 +41,7 @@ from lightning_compress.analysis.trace import (
     output_tensors,
     sample_counts,
 )
+from lightning_compress.core.compat import tree_flatten, tree_unflatten
 from lightning_compress.core.memory import freed_memory_kept
 from lightning_compress.core.progress import Progress, silent
 from lightning_compress.kinds.base import threads_for

@@ -7,7 +7,6 @@ weights-only checkpoints leave callback states out and callback states load afte
 from __future__ import annotations
 
 import functools
-import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from lightning_compress.core.plan import Plan
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.surgery.swap import Replacement, install, plan_of, uninstall
 from lightning_compress.training.averages import restart_averages
+from lightning_compress.training.compat import callbacks_of, trainer_of, weights_only_keyword
 from lightning_compress.training.optimizers import optimizer_layout
 from lightning_compress.training.rounds import reconcile_
 
@@ -31,11 +31,11 @@ _Module = TypeVar("_Module", bound=LightningModule)
 
 
 class RestoringCallback(Callback):
-    """A callback that rebuilds what a checkpoint says, and adds to what the next one says.
+    """A callback that takes part when checkpoints of its module are loaded and saved.
 
     Attributes:
-        optimizers_before: The trainer's optimizers in `setup`. A checkpoint that is loaded when there are
-            others is a tuner's own, of the module as it is.
+        optimizers_before: The trainer's optimizers at `setup`. A checkpoint that is loaded once there are
+            others is a tuner's own and fits the module as it is.
     """
 
     optimizers_before: Any = None
@@ -50,7 +50,7 @@ class RestoringCallback(Callback):
 
     @abstractmethod
     def extend_payload(self, payload: dict[str, Any]) -> None:
-        """Adds the callback's own part: primitives only."""
+        """Adds the callback's own part, primitives only, to what a checkpoint holds under `CHECKPOINT_KEY`."""
 
 
 def install_shadows(pl_module: LightningModule) -> None:
@@ -78,7 +78,7 @@ def plan_in(payload: Mapping[str, Any]) -> Plan:
 def configure_as_dense(
     pl_module: LightningModule, configure: Callable[[], Any], replacements: Sequence[Replacement]
 ) -> Any:
-    """Builds the optimizers against the dense layers, as in the first run, so that they are patched alike."""
+    """Builds the optimizers with the dense layers in place, as in the first run, so that they are patched alike."""
     uninstall(pl_module, replacements)
     try:
         return configure()
@@ -87,15 +87,15 @@ def configure_as_dense(
 
 
 def require_same_layout(saved: Sequence[Any], now: Sequence[Any]) -> None:
-    """Checks that every parameter is in the place where its optimizer state was stored.
+    """Checks that every parameter has the place in the optimizers that its stored state has.
 
     Raises:
         ResumeError: If not; the message names the first difference.
     """
     if saved != now:
         msg = (
-            "the checkpoint's optimizers are others, or hold other parameters or in another order, than those "
-            f"configure_optimizers now gives: {_first_difference(saved, now)}. Resume with the same optimizers."
+            "the checkpoint's optimizers differ from those that configure_optimizers now returns, in class, parameters "
+            f"or their order: {_first_difference(saved, now)}. Resume with the same optimizers."
         )
         raise ResumeError(msg)
 
@@ -132,10 +132,10 @@ class CompressedCheckpointMixin:
 def load_compressed_checkpoint(cls: type[_Module], path: str | Path, **kwargs: Any) -> _Module:
     """Returns a module of any LightningModule class with structure and weights of a compressed checkpoint.
 
-    Only primitives and tensors are unpickled. Checkpoints that the module is saved to later hold the plan too.
+    Only primitives and tensors are unpickled. Checkpoints saved from the module later hold the plan too.
 
     Args:
-        cls: The class that was trained; it need not know of compression.
+        cls: The class that was trained; it need not know about compression.
         path: A checkpoint of a fit with `Compress`, weights-only ones too. One of a dense run loads as it is.
         **kwargs: Of `cls.load_from_checkpoint`: arguments of the class, `map_location` and so on.
 
@@ -146,17 +146,15 @@ def load_compressed_checkpoint(cls: type[_Module], path: str | Path, **kwargs: A
     mixed: Any = cls
     if not issubclass(cls, CompressedCheckpointMixin):
         mixed = type(cls.__name__, (CompressedCheckpointMixin, cls), {"__module__": cls.__module__})
-    if "weights_only" in inspect.signature(cls.load_from_checkpoint).parameters:  # before Lightning 2.6 it has no such
-        kwargs.setdefault("weights_only", True)
-    module = mixed.load_from_checkpoint(path, **kwargs)
+    module = mixed.load_from_checkpoint(path, **{**weights_only_keyword(cls), **kwargs})
     module.__class__ = cls
     install_shadows(module)
     return cast(_Module, module)
 
 
 def _callback_of(pl_module: LightningModule) -> RestoringCallback | None:
-    trainer = pl_module._trainer
-    callbacks = trainer.callbacks if trainer is not None else []  # type: ignore[attr-defined]
+    trainer = trainer_of(pl_module)
+    callbacks = callbacks_of(trainer) if trainer is not None else []
     return next((callback for callback in callbacks if isinstance(callback, RestoringCallback)), None)
 
 
@@ -172,8 +170,9 @@ def _on_load(pl_module: LightningModule, own: Callable[[Any], None] | None, chec
         reconcile_(pl_module, plan_in(payload))
     elif callback is not None and pl_module.trainer.state.fn == TrainerFn.FITTING and _is_dense(pl_module, checkpoint):
         callback.restore_dense(pl_module, checkpoint)
-    if payload is not None and pl_module._trainer is not None:
-        restart_averages(pl_module._trainer, pl_module)
+    trainer = trainer_of(pl_module)
+    if payload is not None and trainer is not None:
+        restart_averages(trainer, pl_module)
     _call_own(pl_module, own, "on_load_checkpoint", checkpoint)
 
 

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.analysis.trace import hooked, output_tensors
 from lightning_compress.core.checks import did_you_mean
+from lightning_compress.core.compat import is_compiled, tree_map
 from lightning_compress.core.copies import detached_copy, digest_of
 from lightning_compress.core.errors import ConfigurationError, DistillationError
 from lightning_compress.core.fine_tuning import Distill
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.layers.unfused import unfusable, unfuse_
+from lightning_compress.training.compat import is_compiled_by_lightning
 
 _IMAGE_NDIM = 4
 SMALLEST_SPREAD = 1e-6
@@ -114,7 +115,7 @@ class Teacher:
             step: Its training step.
             log: Called with a name and a value.
             enabled: Whether the next step is distilled.
-            manual: Whether the term enters by `Distillation.backward` in the place of the step's loss.
+            manual: Whether the distance is added in `Distillation.backward` instead of to the step's loss.
         """
         return Distillation(self, root, step, log, enabled=enabled, manual=manual)
 
@@ -136,11 +137,9 @@ class Call:
     inner: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
-def _is_compiled(root: nn.Module) -> bool:
+def _runs_compiled(root: nn.Module) -> bool:
     """Returns whether a LightningModule, or a module in it, is run through torch.compile."""
-    if getattr(root, "_compiler_ctx", None) is not None:  # Lightning's mark
-        return True
-    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in root.modules())
+    return is_compiled_by_lightning(root) or any(is_compiled(m) for m in root.modules())
 
 
 class Distillation:
@@ -205,7 +204,7 @@ class Distillation:
         if self._names:
             self._handles.append(target.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(target.register_forward_hook(self._record, with_kwargs=True))
-        if _is_compiled(self._root):
+        if _runs_compiled(self._root):
             torch.compiler.reset()  # compiled code does not look for hooks that came later
 
     def detach(self) -> None:
@@ -215,7 +214,7 @@ class Distillation:
         self._handles.clear()
 
     def backward(self, backward: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns a `manual_backward` whose loss includes the distance of the calls since the one before."""
+        """Returns a `manual_backward` whose loss includes the distance of the calls since the previous one."""
 
         @functools.wraps(backward)
         def wrapped(loss: Tensor, *args: Any, **kwargs: Any) -> Any:

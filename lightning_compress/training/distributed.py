@@ -1,4 +1,4 @@
-"""Compression under Lightning's strategies: which are supported, and one result on all ranks of DDP."""
+"""Compression under Lightning's strategies: which ones are supported, and one result on all ranks of DDP."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from lightning_compress.compress import Compression
+from lightning_compress.core.compat import tree_map
 from lightning_compress.core.copies import digest_of
 from lightning_compress.core.errors import CompressionWarning, DivergedRanksError, UnsupportedError
-from lightning_compress.core.parallel import Share, sharing
+from lightning_compress.core.parallel import Processes, sharing_work
 from lightning_compress.training.checkpoint import RestoringCallback
+from lightning_compress.training.compat import callbacks_of, launches_copies, wrap_again
 
 _OTHER_WAY = (
     "Factorise inside configure_model instead, before the strategy shards the layers: apply_plan_(self, plan) with a "
@@ -31,14 +31,14 @@ _OTHER_WAY = (
 
 
 def require_supported(trainer: Trainer) -> None:
-    """Refuses strategies and callbacks beside which the compression would go wrong, mostly in silence.
+    """Refuses strategies and callbacks with which the compression would go wrong, mostly silently.
 
     Raises:
-        UnsupportedError: The message names the way that works.
+        UnsupportedError: If there is one; the message names a way that works.
     """
     strategy = trainer.strategy
     name = type(strategy).__name__
-    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+    if launches_copies(strategy):
         msg = (
             f"Compress does not support {name} with spawned or forked processes: they train a copy of the module, and "
             "yours would stay dense. Use strategy='ddp' in a script, or one device (devices=1) in a notebook."
@@ -47,10 +47,11 @@ def require_supported(trainer: Trainer) -> None:
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, DeepSpeedStrategy):
         msg = f"Compress does not support {name}: it shards the layers before they could be factorised. {_OTHER_WAY}"
         raise UnsupportedError(msg)
-    callbacks = cast("list[Callback]", trainer.callbacks)  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     if any(isinstance(callback, ModelPruning) for callback in callbacks):
         msg = (
-            "Compress does not support ModelPruning beside it: it holds on to the dense layers. Use it in a later fit."
+            "Compress does not support ModelPruning in the same fit: it holds on to the dense layers. Use it in a "
+            "later fit."
         )
         raise UnsupportedError(msg)
     if sum(isinstance(callback, RestoringCallback) for callback in callbacks) > 1:
@@ -59,7 +60,7 @@ def require_supported(trainer: Trainer) -> None:
 
 
 def shared_compression(
-    trainer: Trainer, pl_module: LightningModule, function: Callable[[], Compression]
+    strategy: Strategy, pl_module: LightningModule, function: Callable[[], Compression]
 ) -> Compression:
     """Runs a compression so that all ranks end with one plan and the first rank's weights.
 
@@ -67,7 +68,7 @@ def shared_compression(
     repairs. DDP's wrapper is put aside: call `rewrap` afterwards.
 
     Args:
-        trainer: Of a supported strategy.
+        strategy: A supported one.
         pl_module: What is compressed, the same on all ranks.
         function: Compresses it in place, by `compress_model_`.
 
@@ -75,14 +76,13 @@ def shared_compression(
         Exception: What the function raises on any rank, on all; the module is then dense on all.
         DivergedRanksError: If the ranks do different things.
     """
-    strategy = trainer.strategy
     if not isinstance(strategy, DDPStrategy) or strategy.world_size == 1:
         return function()
     strategy.model = pl_module
     ranks, done = _Ranks(strategy), None
     try:
-        with sharing(ranks), _own_norm_statistics(pl_module), warnings.catch_warnings():
-            if ranks.rank:  # the first one says it
+        with sharing_work(ranks), _own_norm_statistics(pl_module), warnings.catch_warnings():
+            if ranks.rank:  # the first one warns for all
                 warnings.simplefilter("ignore", CompressionWarning)
             done = function()
         ranks.exchange("the end", None)
@@ -95,13 +95,12 @@ def shared_compression(
     return done
 
 
-def rewrap(trainer: Trainer, pl_module: LightningModule) -> None:
+def rewrap(strategy: Strategy, pl_module: LightningModule) -> None:
     """Wraps the module with DDP again, whose gradient buckets are those of the parameters it was made with.
 
     Raises:
         DivergedRanksError: If the ranks hold different parameters.
     """
-    strategy = trainer.strategy
     if not isinstance(strategy, DDPStrategy):
         return
     if strategy.world_size > 1:
@@ -110,9 +109,7 @@ def rewrap(trainer: Trainer, pl_module: LightningModule) -> None:
         if different:
             msg = f"the parameters of ranks {different} differ from those of rank 0: make the same module on all ranks."
             raise DivergedRanksError(msg)
-    strategy.model = pl_module
-    strategy._pl_static_graph_delay_done = False
-    strategy.configure_ddp()
+    wrap_again(strategy, pl_module)
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ class _Away:
     value: Tensor
 
 
-class _Ranks(Share):
+class _Ranks(Processes):
     """The ranks of a strategy.
 
     Every exchange is one collective of the same kind, so a rank that failed can tell the others, whatever
@@ -198,7 +195,7 @@ def _own_norm_statistics(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _broadcast(module: nn.Module) -> None:
-    """Gives all ranks the first one's parameters and buffers."""
+    """Gives all ranks the parameters and buffers of the first one."""
     for tensor in (*module.parameters(), *module.buffers()):
         value = tensor.contiguous()  # collectives want it so
         dist.broadcast(value, src=0)

@@ -1,4 +1,4 @@
-"""Checks, on the first batch, that the factorised layers are the ones the model really runs and trains."""
+"""Checks on the first batch that the factorised layers are those that the model really runs and trains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_compress.core.errors import OrphanParameterError
 from lightning_compress.surgery.swap import Replacement
 
 
-class Liveness:
+class FirstBatchCheck:
     """Watches the forward calls of the replaced layers and the gradients of the factors.
 
     A dense layer that is called although it was replaced is held by something else than the
@@ -21,7 +21,7 @@ class Liveness:
 
     Args:
         replacements: What was replaced.
-        factors: The Parameters by name that must get a gradient.
+        factors: The Parameters that must get a gradient, by name.
     """
 
     def __init__(self, replacements: Sequence[Replacement], factors: Mapping[str, nn.Parameter]) -> None:
@@ -29,6 +29,7 @@ class Liveness:
         self._handles: list[RemovableHandle] = []
         self._waiting = dict(factors)
         self._some = not factors
+        self._over = False
         for replacement in replacements:
             name = replacement.aliases[0]
 
@@ -46,6 +47,8 @@ class Liveness:
         Args:
             backward: Whether there was a backward pass just now.
         """
+        if self._over:
+            return
         arrived = [name for name, factor in self._waiting.items() if factor.grad is not None]
         self._some = self._some or backward or bool(arrived)
         for name in arrived:
@@ -53,6 +56,7 @@ class Liveness:
 
     def stop(self) -> None:
         """Ends the watch."""
+        self._over = True
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -61,11 +65,13 @@ class Liveness:
         """Judges a batch, and ends the watch unless nothing went backward (a skipped batch).
 
         Returns:
-            Whether the watch is over.
+            Whether the watch is over; it then stays so.
 
         Raises:
             OrphanParameterError: If a replaced layer's dense module was called, or a factor got no gradient.
         """
+        if self._over:
+            return True
         if self._dense_calls:
             self.stop()
             names = ", ".join(map(repr, dict.fromkeys(self._dense_calls)))

@@ -1,8 +1,8 @@
 """Hands the factors to optimizers that were built for the dense weights.
 
 Param groups are patched in place: groups, hyper-parameters and order stay, so that schedulers,
-closures and aliases keep working. Adding groups or building the optimizers again would break
-several schedulers (LambdaLR, OneCycleLR, ReduceLROnPlateau) or leave prebuilt optimizers stale.
+closures and aliases keep working. Adding groups would break several schedulers (LambdaLR, OneCycleLR,
+ReduceLROnPlateau), building the optimizers again would leave prebuilt ones stale.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, cast
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_compress.core.compat import caches_parameter_count, forget_parameter_count_
 from lightning_compress.core.errors import OrphanParameterError, ResumeError, UnsupportedError
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.surgery.swap import Replacement
@@ -66,10 +67,10 @@ def require_patchable(optimizers: Iterable[Optimizer], exchanges: Sequence[Excha
 
     Raises:
         UnsupportedError: If an optimizer shards its parameters, or accepts matrices only and
-            some factor it would receive is none.
+            some factor it would receive is not one.
     """
     for optimizer in optimizers:
-        held = _held(optimizer)
+        held = held_by(optimizer)
         factors = [p for e in exchanges if any(id(old) in held for _, old in e.old) for _, p in e.new]
         matrices_only = all(factor.ndim == 2 for factor in factors)  # noqa: PLR2004
         name = type(optimizer).__name__
@@ -103,13 +104,13 @@ def exchange_parameters_(optimizers: Sequence[Optimizer], exchanges: Sequence[Ex
 
     Raises:
         UnsupportedError: If an optimizer cannot take over the new ones; nothing is changed then.
-        OrphanParameterError: If one did not reach the optimizer that held the old ones.
+        OrphanParameterError: If a new one did not reach the optimizer that held the old ones.
     """
     if not exchanges:
         return
     require_patchable(optimizers, exchanges)
     anchors = _anchors(exchanges)
-    held = [_held(optimizer) for optimizer in optimizers]
+    held = [held_by(optimizer) for optimizer in optimizers]
     for optimizer in optimizers:
         seen: set[int] = set()
         for group in optimizer.param_groups:
@@ -117,9 +118,8 @@ def exchange_parameters_(optimizers: Sequence[Optimizer], exchanges: Sequence[Ex
         for exchange in exchanges:
             for _, parameter in exchange.old:
                 optimizer.state.pop(parameter, None)
-        if hasattr(optimizer, "_numel_cache"):  # LBFGS counts its parameters once
-            optimizer._numel_cache = None
-            optimizer.state.clear()
+        if caches_parameter_count(optimizer):
+            forget_parameter_count_(optimizer)
     _require_no_orphans(optimizers, held, exchanges, anchors)
 
 
@@ -144,7 +144,7 @@ def carried_states(
 
     Args:
         saved: State dicts of the optimizers of the dense run.
-        before: The Parameters by optimizer and group that they are of.
+        before: The Parameters of the dense run, by optimizer and group.
         optimizers: The optimizers now.
 
     Raises:
@@ -171,11 +171,12 @@ def carried_states(
             {**group, "params": keys, **({"param_names": list(own["param_names"])} if "param_names" in own else {})}
             for group, keys, own in zip(state["param_groups"], now, optimizer.param_groups, strict=True)
         ]
-        carried.append({"state": {} if hasattr(optimizer, "_numel_cache") else kept, "param_groups": settings})
+        carried.append({"state": {} if caches_parameter_count(optimizer) else kept, "param_groups": settings})
     return carried
 
 
-def _held(optimizer: Optimizer) -> set[int]:
+def held_by(optimizer: Optimizer) -> set[int]:
+    """Returns the `id`s of an optimizer's parameters."""
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
@@ -230,7 +231,7 @@ def _require_no_orphans(
     anchors: Sequence[set[int]],
 ) -> None:
     for optimizer, before in zip(optimizers, held, strict=True):
-        now, kind = _held(optimizer), type(optimizer).__name__
+        now, kind = held_by(optimizer), type(optimizer).__name__
         for exchange, own in zip(exchanges, anchors, strict=True):
             if any(id(p) in now for _, p in exchange.old):
                 msg = f"{kind} still holds the dense weight of {exchange.name!r}, which the model lost."

@@ -30,7 +30,7 @@ class Round:
     exchanges: tuple[Exchange, ...]
 
     def undo_(self, model: nn.Module) -> None:
-        """Puts the layers back that the round began with, and everything else as it was before the repair."""
+        """Puts back the layers that the round began with, and everything else as it was before the repair."""
         self.done.undo_(model)
         self.merged.undo_(model)
 
@@ -60,7 +60,7 @@ def compress_again_(model: nn.Module, compress: Callable[[nn.Module], Compressio
 def exchanges_between(merged: Merged, replacements: Sequence[Replacement]) -> list[Exchange]:
     """Returns what becomes of the Parameters of all layers that were factorised before or are now.
 
-    Optimizers may hold the factors there were, or the dense weights in between.
+    Optimizers may hold the factors of before, or the dense weights in between.
     """
     before = {r.aliases[0]: r for r in merged.replacements}
     after = {r.aliases[0]: r for r in replacements}
@@ -89,7 +89,7 @@ def exchanges_between(merged: Merged, replacements: Sequence[Replacement]) -> li
 def reconcile_(model: nn.Module, plan: Plan) -> tuple[tuple[Replacement, ...], tuple[Exchange, ...]]:
     """Gives a model the structure of a plan, with factors of zeros, whatever structure it has.
 
-    A model that is factorised otherwise, as in an earlier or later round, becomes dense first. One that is
+    A model that is factorised in another way, as in an earlier or later round, becomes dense first. One that is
     already factorised as planned stays as it is.
 
     Returns:

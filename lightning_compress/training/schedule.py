@@ -1,4 +1,4 @@
-"""Phases of a fit: where it stands, learning-rate scale, and freezing."""
+"""The phases of a fit: where it stands, how its learning rates are scaled, and what is frozen."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ from lightning_compress.core.fine_tuning import Phase, Schedule
 _AFTERWARDS = Phase()
 
 
-class Course:
-    """Where a fit stands in its schedule: whole numbers and floats only, stored in checkpoints.
+class PhaseTracker:
+    """Keeps track of the phase that a fit is in, in a few numbers that are stored in checkpoints.
 
-    Whether a phase is over is decided by the state alone, so that a resumed run goes on as the
-    uninterrupted one.
+    They alone decide whether a phase is over, so that a resumed run goes on as the uninterrupted one.
 
     Args:
-        schedule: Its phases.
+        schedule: The phases.
     """
 
     def __init__(self, schedule: Schedule) -> None:
-        self._phases = schedule.course
+        self._phases = schedule.sequence
         self._warmup_steps = schedule.warmup_steps
         self._state: dict[str, Any] = {}
 
@@ -42,6 +41,11 @@ class Course:
         """The phase the fit is in; after the last one everything trains."""
         number = self._state.get("phase", 0)
         return self._phases[number] if number < len(self._phases) else _AFTERWARDS
+
+    @property
+    def round(self) -> int:
+        """Number of the round of compression the fit is in, from 1: of the phases so far that have a budget."""
+        return sum(phase.budget is not None for phase in self._phases[: self._state["phase"] + 1])
 
     @property
     def scales(self) -> bool:
@@ -58,10 +62,10 @@ class Course:
         self._state = {"phase": 0, "first_step": step, "epoch": epoch, "step": step, "best": None, "waited": 0}
 
     def observe(self, metrics: Mapping[str, Any]) -> None:
-        """Looks at the metrics at the end of an epoch, where the phase waits for one.
+        """Looks at the metrics of an epoch at its end, if the phase waits for one of them.
 
         Raises:
-            ConfigurationError: If it is not among them.
+            ConfigurationError: If that one is missing.
         """
         plateau = self.phase.until_plateau
         if plateau is None:
@@ -112,7 +116,7 @@ class Course:
         return dict(self._state)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Goes to where a checkpoint was."""
+        """Goes to where the fit stood when a checkpoint was saved."""
         self._state = {key: state[key] for key in ("phase", "first_step", "epoch", "step", "best", "waited")}
 
 
@@ -126,7 +130,7 @@ class ScaledSteps:
         optimizers: Already patched optimizers.
         factors: Returns the factors' Parameters, on whose groups `scale` acts.
         scale: Returns the factor on the rate of their groups in the next step.
-        rest: Likewise for all other groups.
+        rest: Does the same for all other groups.
     """
 
     def __init__(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.utils._pytree import tree_map
 from typing_extensions import override
 
+from lightning_compress.core.compat import tree_map
 from lightning_compress.core.errors import ModelError
 from lightning_compress.layers.unfused.base import UnfusedModule, linear_of, split_factors, watched
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_map
 from typing_extensions import override
 
+from lightning_compress.core.compat import tree_map
 from lightning_compress.layers.unfused.base import UnfusedModule, split_factors, watched
 
 _CALLS: dict[str, Callable[..., tuple[Tensor, ...]]] = {

@@ -1,0 +1,70 @@
+"""Names of Lightning without a promise of stability, and what differs between its versions, in one place.
+
+Everything here works from Lightning 2.4, the oldest that is supported, to 2.6. Names of torch are in `core/compat.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import nn
+
+from lightning_compress.core.compat import TRAINER_ATTRIBUTE
+
+try:
+    from lightning.pytorch.callbacks import WeightAveraging
+
+    AVERAGING: tuple[type[Callback], ...] = (StochasticWeightAveraging, WeightAveraging)
+    """Callbacks that keep an averaged copy of the module."""
+except ImportError:  # before Lightning 2.6
+    AVERAGING = (StochasticWeightAveraging,)
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Returns the callbacks of a trainer: Lightning sets the attribute where no type checker sees it."""
+    return cast("list[Callback]", trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def trainer_of(pl_module: LightningModule) -> Trainer | None:
+    """Returns the trainer of a module, None without one, where its property `trainer` raises."""
+    return cast("Trainer | None", getattr(pl_module, TRAINER_ATTRIBUTE))
+
+
+def launches_copies(strategy: Strategy) -> bool:
+    """Returns whether a strategy's processes are spawned or forked: public is only which strategies may do so."""
+    return isinstance(strategy.launcher, _MultiProcessingLauncher)
+
+
+def wrap_again(strategy: DDPStrategy, pl_module: LightningModule) -> None:
+    """Wraps a module with DDP anew.
+
+    Since Lightning 2.6 the strategy notes that it has made up for a static graph's first step, which the new wrapper
+    needs again; before, the attribute does nothing.
+    """
+    strategy.model = pl_module
+    strategy._pl_static_graph_delay_done = False
+    strategy.configure_ddp()
+
+
+def training_data(fit_loop: object) -> Any:
+    """Returns what `trainer.fit_loop` takes as its training data, None without any.
+
+    In `on_fit_start` the loaders are not set up yet, and `trainer.train_dataloader` would be None.
+    """
+    source: Any = getattr(fit_loop, "_data_source", None)
+    return source.dataloader() if source is not None and source.is_defined() else None
+
+
+def is_compiled_by_lightning(module: nn.Module) -> bool:
+    """Returns whether a LightningModule was given to fit as `torch.compile(module)`, which Lightning unwraps."""
+    return getattr(module, "_compiler_ctx", None) is not None
+
+
+def weights_only_keyword(cls: type[LightningModule]) -> dict[str, bool]:
+    """Returns what makes `load_from_checkpoint` unpickle primitives and tensors only; before Lightning 2.6 nothing."""
+    return {"weights_only": True} if "weights_only" in inspect.signature(cls.load_from_checkpoint).parameters else {}

@@ -1,0 +1,162 @@
+"""A running fit as the compression sees it: its optimizers, its example input, where it shows and logs what is done."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import cast
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from rich.progress import Progress as RichProgress
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_compress.analysis.trace import ExampleInput, is_shape, trace
+from lightning_compress.compress import Compression
+from lightning_compress.core.errors import ExampleInputError
+from lightning_compress.core.progress import Progress, silent
+from lightning_compress.training.averages import restart_averages
+from lightning_compress.training.compat import training_data
+from lightning_compress.training.distributed import rewrap, shared_compression
+
+
+class RunningFit:
+    """The trainer and the module of a fit, and all that is asked of the trainer while the module is compressed.
+
+    Args:
+        trainer: Of a supported strategy, see `require_supported`; its optimizers are set up.
+        module: What it trains.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        self._trainer = trainer
+        self.module = module
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Those of the trainer."""
+        return self._trainer.optimizers
+
+    @property
+    def epoch(self) -> int:
+        """Index of the epoch that runs or is about to begin."""
+        return self._trainer.current_epoch
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done so far."""
+        return self._trainer.global_step
+
+    def compress(self, function: Callable[[Progress], Compression]) -> Compression:
+        """Runs a compression of the module that shows its progress, on all ranks with the same result.
+
+        Raises:
+            Exception: As `shared_compression`.
+        """
+        with self._progress() as progress:
+            return shared_compression(self._trainer.strategy, self.module, lambda: function(progress))
+
+    def structure_changed(self) -> None:
+        """Lets everything follow that was made for the layers before: DDP's wrapper, averaged copies."""
+        rewrap(self._trainer.strategy, self.module)
+        restart_averages(self._trainer, self.module)
+
+    def example_input(self, given: ExampleInput | None, *, needed: bool) -> ExampleInput | None:
+        """Returns an example input: the given one, the module's own, or the shape of the first training batch.
+
+        Args:
+            given: A tensor, arguments, or a shape; None to look for one.
+            needed: Whether the compression cannot do without; if it can, a shape that the module does not take is
+                left out.
+        """
+        example = given if given is not None else self.module.example_input_array
+        if example is not None:
+            convert = self._trainer.precision_plugin.convert_input
+            return cast(ExampleInput, example if is_shape(example) else convert(example))
+        shape = self._shape_in_first_batch()
+        if shape is None:
+            return None
+        if not needed:
+            try:
+                trace(self.module, shape)
+            except ExampleInputError:
+                return None
+        rank_zero_info(f"Compress: example input of shape {shape} taken from the training data (its shape alone).")
+        return shape
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Sends numbers to the loggers."""
+        for logger in self._trainer.loggers:
+            logger.log_metrics(dict(values), step=self.step)
+
+    def log_plan(self, done: Compression, number: int) -> None:
+        """Sends sizes and plan to the loggers and a summary to the console.
+
+        Args:
+            done: What was done to the module.
+            number: That of the round, from 1.
+        """
+        plan = done.plan
+        dense = len(plan.layers) - len(plan.factorised)
+        rank_zero_info(
+            f"Compress: {plan.summary()}\n{len(plan.factorised)} layers factorised, {dense} left dense; "
+            "print(callback.plan) lists them with the reasons."
+        )
+        layers = {p.name: p.kind if p.is_dense else f"{p.kind} {p.ranks}, error {p.error:.4f}" for p in plan.layers}
+        settings = {"compress": {"budget": str(plan.budget), "method": plan.method, "layers": layers}}
+        sizes = _numbers_of(done, number)
+        for logger in self._trainer.loggers:
+            logger.log_metrics(sizes, step=self.step)
+            logger.log_hyperparams(settings)
+
+    def _shape_in_first_batch(self) -> tuple[int, ...] | None:
+        """Returns the shape of the first input of a training batch of one, None if it is no float tensor.
+
+        The first item of the data set is collated by itself: no loader is iterated, no worker
+        started and no generator moved.
+        """
+        with isolate_rng():
+            loader = training_data(self._trainer.fit_loop)
+            if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
+                return None
+            if isinstance(loader.dataset, IterableDataset):
+                return None
+            batch = loader.collate_fn([loader.dataset[0]])
+        first = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+        if not isinstance(first, Tensor) or not first.is_floating_point() or first.ndim == 0:
+            return None
+        return tuple(first.shape)
+
+    @contextlib.contextmanager
+    def _progress(self) -> Iterator[Progress]:
+        """Shows one bar while the search runs, if the trainer shows bars at all."""
+        bar = self._trainer.progress_bar_callback
+        if bar is None or not getattr(bar, "is_enabled", True) or not self._trainer.is_global_zero:
+            yield silent
+            return
+        with RichProgress(transient=True) as progress:
+            task = progress.add_task("Compress", total=1.0)
+            yield lambda what, done: progress.update(task, description=f"Compress: {what}", completed=done)
+
+
+def _numbers_of(done: Compression, number: int) -> dict[str, float]:
+    """Returns what the loggers get to know of a compression."""
+    plan = done.plan
+    numbers = {
+        f"compress/{resource}{suffix}": float(value)
+        for suffix, values in (("", vars(plan.compressed)), ("_dense", vars(plan.dense)), ("_kept", plan.kept))
+        for resource, value in values.items()
+        if value is not None
+    }
+    numbers["compress/round"] = float(number)
+    if done.healing is not None:
+        numbers["compress/distance_before_healing"] = done.healing.before
+        numbers["compress/distance_after_healing"] = done.healing.after
+    numbers |= {f"compress/seconds/{part}": seconds for part, seconds in done.seconds.items()}
+    for name, value in (("search_seconds", plan.seconds), ("optimality_gap", plan.optimality_gap)):
+        if value is not None:
+            numbers[f"compress/{name}"] = value
+    return numbers
