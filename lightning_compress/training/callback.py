@@ -37,8 +37,9 @@ from lightning_compress.kinds.registry import resolve_kinds
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.search.api import search_ranks
 from lightning_compress.search.strategies import strategy_of
+from lightning_compress.surgery.embodied import embodied_plan
 from lightning_compress.surgery.merge import merge_layers_
-from lightning_compress.surgery.swap import Replacement, plan_of
+from lightning_compress.surgery.swap import Replacement
 from lightning_compress.training.averages import restart_averages
 from lightning_compress.training.checkpoint import (
     RestoringCallback,
@@ -320,7 +321,7 @@ class Compress(RestoringCallback):
 
     def _fine_tune_only(self, trainer: Trainer, pl_module: LightningModule) -> None:
         example = self._example_input(trainer, pl_module) if "macs" in self.budget.limits() else None
-        plan = plan_of(pl_module, example)
+        plan = embodied_plan(pl_module, example)
         for resource, limit in self.budget.limits().items():
             kept = plan.kept[resource]
             if kept is None or kept > limit:
