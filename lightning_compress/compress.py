@@ -20,7 +20,8 @@ from lightning_compress.core.plan import Plan
 from lightning_compress.core.progress import Progress, silent
 from lightning_compress.core.settings import Budget, SearchKeywords, SearchSettings
 from lightning_compress.search.api import search_with_statistics
-from lightning_compress.surgery.repair import Healing, heal_, restore_, shared_state
+from lightning_compress.surgery.repair import Healing, heal_
+from lightning_compress.surgery.state import restore_, shared_state
 from lightning_compress.surgery.swap import Replacement, apply_plan_, apply_shells_, uninstall
 
 

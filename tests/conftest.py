@@ -17,7 +17,7 @@ from lightning_compress.compress import Compression, compress_model_
 from lightning_compress.core.settings import SearchSettings
 from lightning_compress.kinds import shrinkage
 from lightning_compress.search import end_to_end
-from lightning_compress.surgery import repair as heal
+from lightning_compress.surgery import distillation
 
 WEIGHTS_ALONE = {"objective": "weight", "heal": False}
 """No synthetic inputs: fast, and the factors are those of the weights, for tests of everything else."""
@@ -174,7 +174,7 @@ def block_imports(monkeypatch, name):
 @pytest.fixture
 def less_work(monkeypatch) -> None:
     """Fewer synthetic inputs and steps, as for a model that is too large for more."""
-    for module in (synthesis, end_to_end, heal):
+    for module in (synthesis, end_to_end, distillation):
         monkeypatch.setattr(module, "WORK", 10**10)
 
 

@@ -23,7 +23,7 @@ from lightning_compress.kinds.metric import Metric
 from lightning_compress.kinds.registry import DECOMPOSITIONS, LayerCall, factorise_in
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.layers.families import children_of, operator_of
-from lightning_compress.surgery.swap import plan_of
+from lightning_compress.surgery.embodied import embodied_plan
 from tests.conftest import DEFAULTS, WEIGHTS_ALONE, TinyNet
 from tests.layer_zoo import normal, randomised
 
@@ -420,7 +420,7 @@ def test_model_is_compressed_saved_and_loaded(kind, heal, tmp_path):
     plan = compress_(net, Budget(params=0.75), example_input=shape, kinds=kind, **(DEFAULTS if heal else WEIGHTS_ALONE))
     assert {p.kind for p in plan.factorised} == {kind}
     assert measure_costs(net, shape) == plan.compressed
-    seen = plan_of(net, shape)
+    seen = embodied_plan(net, shape)
     assert [(p.name, p.ranks, p.macs_after) for p in seen.factorised] == [
         (p.name, p.ranks, p.macs_after) for p in plan.factorised
     ]

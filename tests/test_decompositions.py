@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_compress.core.costs import Costs
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.plan import LayerPlan, Plan
+from lightning_compress.kinds.base import equalise_norms
 from lightning_compress.kinds.registry import DECOMPOSITIONS, LayerCall, resolve_kinds
 from lightning_compress.layers.families import operator_of
 from lightning_compress.surgery.swap import apply_plan_
@@ -237,6 +238,45 @@ def test_zero_weight_gives_zero_errors_and_only_the_bias(kind, layer):
     x = example_of(layer)
     for ranks in ((1,) * len(full_rank(layer, kind)), full_rank(layer, kind)):
         assert torch.equal(factorised(layer, kind, ranks)(x), layer(x))
+
+
+def multiplied(factors):
+    letters = "abcd"[: len(factors)]
+    return torch.einsum(",".join(f"{letter}r" for letter in letters) + f"->{letters}", *factors)
+
+
+@pytest.mark.parametrize("sizes", [(7, 5), (5, 3, 4), (6, 5, 3, 2)])
+def test_equalised_factors_have_one_norm_per_component_and_the_same_product(sizes):
+    factors = [normal(size, 4, seed=size) * 10.0**power for power, size in enumerate(sizes)]
+    equalised = equalise_norms(*factors)
+    norms = torch.stack([factor.norm(dim=0) for factor in equalised])
+    torch.testing.assert_close(norms, norms[:1].expand_as(norms))
+    torch.testing.assert_close(multiplied(equalised), multiplied(factors))
+
+
+@pytest.mark.parametrize("zeros", [(0,), (1,), (2,), (0, 1, 2)])
+def test_component_of_zero_is_zero_in_the_second_factor_alone(zeros):
+    factors = [normal(size, 4, seed=size) for size in (6, 5, 2)]
+    for index in zeros:
+        factors[index][:, 1:3] = 0
+    equalised = equalise_norms(*factors)
+    norms = torch.stack([factor.norm(dim=0) for factor in equalised])
+    assert not norms[1, 1:3].any()
+    torch.testing.assert_close(norms[0::2, 1:3], 1e-2 * norms.max().expand(2, 2))
+    torch.testing.assert_close(multiplied(equalised), multiplied(factors))
+    assert all(bool((factor.norm(dim=0) > 0).all()) for factor in equalise_norms(*(0 * f for f in factors))[0::2])
+
+
+@pytest.mark.parametrize("shape", [(20, 8), (8, 20)])
+def test_factors_of_a_weight_of_lower_rank_than_asked_for_have_one_scale(shape):
+    layer = nn.Linear(*reversed(shape))
+    with torch.no_grad():  # to the last bit: columns, or rows, of zero
+        layer.weight.copy_(torch.eye(*shape) * (torch.arange(shape[1]) < 3))
+        expected = layer.weight.clone()
+    new = factorised(layer, "svd", (6,))
+    reduce, expand = (factor.norm() for factor in new.factors().values())
+    assert 0.5 < reduce / expand < 2
+    torch.testing.assert_close(new.dense_weight(), expected)
 
 
 def test_weight_of_exactly_low_rank_is_found():

@@ -113,14 +113,10 @@ def distance_after(model: nn.Module, plan: Plan, statistics: Statistics) -> floa
     """D of the model with the plan applied, in float64 over all inputs at once."""
     compressed = copy.deepcopy(model)
     apply_plan_(compressed, plan, statistics=statistics)
-    lost = spread = 0.0
     with torch.no_grad():
-        for args, kwargs in statistics.batches:
-            target, output = model(*args, **kwargs).double(), compressed(*args, **kwargs).double()
-            lost += float((target - output).square().sum())
-            for part in target.split(4 * GROUP):
-                spread += float((part - part.mean(dim=0)).square().sum())
-    return lost / spread
+        pairs = [(model(*args, **kwargs), compressed(*args, **kwargs)) for args, kwargs in statistics.batches]
+    target, output = (torch.cat(tensors).double() for tensors in zip(*pairs, strict=True))
+    return float((target - output).square().sum() / (target - target.mean(dim=0)).square().sum())
 
 
 def composite(plan: Plan) -> float:

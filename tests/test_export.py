@@ -18,8 +18,8 @@ from lightning_compress.core.errors import (
     PlanMismatchError,
     WeightsError,
 )
+from lightning_compress.surgery.embodied import embodied_plan
 from lightning_compress.surgery.save import PLAN_FILE, WEIGHTS_FILE, load_weights_, read_plan
-from lightning_compress.surgery.swap import plan_of
 from tests.conftest import CLOSED_FORM, WEIGHTS_ALONE, TinyNet
 
 BUDGET = Budget(params=0.5)
@@ -60,7 +60,7 @@ def test_round_trip_gives_equal_state_and_outputs(compressed, folder, images):
     assert list(fresh.state_dict()) == list(state)
     assert all(torch.equal(value, state[name]) for name, value in fresh.state_dict().items())
     assert torch.equal(fresh(images), compressed(images))
-    assert plan == plan_of(compressed) == plan_of(fresh)
+    assert plan == embodied_plan(compressed) == embodied_plan(fresh)
     assert fresh.fc1.error == compressed.fc1.error
 
 
@@ -100,13 +100,15 @@ def test_round_trip_of_other_dtypes_and_memory_formats(change, tmp_path):
 
 def test_folder_holds_tensors_and_json_and_no_pickle(folder, compressed):
     assert sorted(path.name for path in folder.iterdir()) == sorted([PLAN_FILE, WEIGHTS_FILE])
-    assert Plan.from_json((folder / PLAN_FILE).read_text()) == plan_of(compressed) == read_plan(folder / PLAN_FILE)
+    assert (
+        Plan.from_json((folder / PLAN_FILE).read_text()) == embodied_plan(compressed) == read_plan(folder / PLAN_FILE)
+    )
     for path in folder.iterdir():
         assert not zipfile.is_zipfile(path)
         assert path.read_bytes()[:1] != b"\x80"  # how pickles start
     assert load_file(folder / WEIGHTS_FILE).keys() == compressed.state_dict().keys()
     stored = sum(t.numel() * t.element_size() for t in load_file(folder / WEIGHTS_FILE).values())
-    assert stored == plan_of(compressed).compressed.bytes
+    assert stored == embodied_plan(compressed).compressed.bytes
 
 
 @pytest.mark.parametrize("name", ["a", "embed"])
@@ -140,7 +142,7 @@ def test_saving_again_replaces_the_files(folder, net):
     compress_(second, Budget(params=0.7), method="exact", kinds=CLOSED_FORM, **WEIGHTS_ALONE)
     save_compressed(second, folder)
     fresh = TinyNet()
-    assert load_compressed(fresh, folder) == plan_of(second)
+    assert load_compressed(fresh, folder) == embodied_plan(second)
     assert torch.equal(fresh.fc2.bias, second.fc2.bias)
 
 

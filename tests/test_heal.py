@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from lightning_compress import Budget, Compress, FactorisedLayer, apply_plan_, compress_, search_ranks
+from lightning_compress.analysis.distance import output_distance
 from lightning_compress.analysis.statistics import gather_statistics
 from lightning_compress.core.errors import CompressionWarning, ConfigurationError, UnsupportedError
-from lightning_compress.surgery.repair import heal_, output_distance
+from lightning_compress.surgery.repair import heal_
 from tests.conftest import TinyTask, compressed_model, interrupting
 from tests.test_statistics import SHAPE, trained_like
 

@@ -12,25 +12,15 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_compress import Budget, FactorisedLayer, apply_plan_, search_ranks
+from lightning_compress.analysis.distance import output_distance
 from lightning_compress.analysis.moments import input_moments, output_moments
 from lightning_compress.analysis.statistics import Statistics, gather_statistics
 from lightning_compress.compress import Compression
-from lightning_compress.surgery.repair import (
-    EVERY,
-    LEARNING_RATE,
-    SLOWER,
-    _descend,
-    _distil,
-    _in_forward_order,
-    _refit,
-    _renormalise,
-    _shuffled,
-    _States,
-    heal_,
-    output_distance,
-    restore_,
-    shared_state,
-)
+from lightning_compress.surgery.distillation import EVERY, LEARNING_RATE, SLOWER, _shuffled, descend, distil
+from lightning_compress.surgery.norm_statistics import move_norm_statistics_
+from lightning_compress.surgery.regression import in_forward_order, refit_
+from lightning_compress.surgery.repair import heal_
+from lightning_compress.surgery.state import BestState, restore_, shared_state
 from tests.conftest import CLOSED_FORM, TinyNet, Unchanged, compressed_model
 from tests.test_statistics import SHAPE
 
@@ -110,7 +100,7 @@ def test_regression_is_the_best_of_its_rank_on_the_inputs_of_the_layer():
     batches = [((torch.randn(400, 8, dtype=torch.float64),), {}) for _ in range(2)]
     case = Case(dense, statistics_on(dense, batches), 0.7)
     for replacement in case.replacements:
-        _refit(case.dense, case.model, replacement, batches, metric=None, calls=1)
+        refit_(case.dense, case.model, replacement, batches, metric=None, calls=1)
     inputs = torch.cat([args[0] for args, _ in batches])
     with torch.no_grad():
         for name in ("0", "2"):
@@ -146,7 +136,7 @@ def test_regression_of_a_convolution_fits_its_outputs_on_what_enters_it_now():
         return total
 
     before = lost()
-    _refit(case.dense, case.model, replacement, case.fitting, metric=None, calls=1)
+    refit_(case.dense, case.model, replacement, case.fitting, metric=None, calls=1)
     assert lost() < before
     assert new.ranks == replacement.factorised.ranks
 
@@ -181,7 +171,7 @@ def test_norm_statistics_move_by_what_the_factors_changed():
         for parameter in case.model.conv1.parameters():
             parameter.mul_(1.3)
     case.model.train()
-    _renormalise(case.dense, case.model, case.fitting)
+    move_norm_statistics_(case.dense, case.model, case.fitting)
     with torch.no_grad():
         inputs = [(case.model.conv1(args[0]), case.dense.conv1(args[0])) for args, _ in case.fitting]
     shifts = torch.stack([(x - y).mean(dim=(0, 2, 3)) for x, y in inputs]).mean(dim=0)
@@ -210,7 +200,7 @@ def test_norm_that_is_called_twice_is_moved_by_the_mean_of_its_calls():
         model.first.bias.add_(0.5)
         model.second.bias.add_(2.0)
     x = torch.randn(64, 6)
-    _renormalise(dense, model, [((x,), {})])  # the first call's shift cancels before the second
+    move_norm_statistics_(dense, model, [((x,), {})])  # the first call's shift cancels before the second
     torch.testing.assert_close(model.norm.running_mean, dense.norm.running_mean + 1.25, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model.norm.running_var, dense.norm.running_var, rtol=1e-4, atol=1e-4)
 
@@ -223,7 +213,7 @@ def test_norm_statistics_come_back_after_an_interruption():
         raise KeyboardInterrupt
 
     with case.model.fc2.register_forward_pre_hook(interrupt), pytest.raises(KeyboardInterrupt):
-        _renormalise(case.dense, case.model, case.fitting)
+        move_norm_statistics_(case.dense, case.model, case.fitting)
     assert (case.model.norm.momentum, int(case.model.norm.num_batches_tracked)) == (momentum, count)
     assert not any(m.training for m in case.model.modules())
 
@@ -231,7 +221,7 @@ def test_norm_statistics_come_back_after_an_interruption():
 def test_distillation_descends_the_distance_of_the_outputs():
     case = image_case(0.4)
     before = case.distance(case.fitting)
-    looks = list(_distil(case.dense, case.model, case.replacements, case.fitting, 50, 0, LEARNING_RATE))
+    looks = list(distil(case.dense, case.model, case.replacements, case.fitting, 50, 0, LEARNING_RATE))
     assert looks == [20, 40, 50]
     assert case.distance(case.fitting) < before
 
@@ -239,16 +229,16 @@ def test_distillation_descends_the_distance_of_the_outputs():
 @pytest.mark.parametrize(("distances", "expected"), [([0.9], 1), ([1.5, 0.9], 2), ([math.inf, math.nan, 0.9], 3)])
 def test_distillation_starts_anew_at_a_smaller_rate_where_the_first_look_proves_it_too_high(distances, expected):
     model, rates, looks = nn.Linear(2, 2), [], iter(distances)
-    states, start = _States(model, 1.0), model.weight.detach().clone()
+    states, start = BestState(model, lambda: 1.0), model.weight.detach().clone()
 
-    def distil(rate):
+    def attempt(rate):
         assert torch.equal(model.weight, start)  # what the attempt before did is undone
         rates.append(rate)
         with torch.no_grad():
             model.weight.add_(1)
         yield EVERY
 
-    _descend(distil, states, lambda _: next(looks))
+    descend(attempt, states, lambda _: next(looks))
     assert rates == [LEARNING_RATE / SLOWER**i for i in range(expected)]
 
 
@@ -340,7 +330,7 @@ def test_half_precision_is_regressed_but_not_distilled(dtype):
 
 
 def test_distillation_that_costs_too_much_is_skipped(monkeypatch):
-    import lightning_compress.surgery.repair as module
+    import lightning_compress.surgery.distillation as module
 
     monkeypatch.setattr(module, "WORK", 10**6)
     healing = image_case().heal()
@@ -567,8 +557,7 @@ def test_layer_that_is_used_twice():
     dense = Shared().eval()
     batches = [((torch.randn(64, 16),), {}) for _ in range(4)]
     statistics = statistics_on(dense, batches)
-    case = Case(dense, Statistics((), "noise", statistics.moments), 0.6)  # without inputs: a plan of the moments
-    case.statistics = statistics
+    case = Case(dense, statistics, 0.6)
     assert case.model.body is case.model.again
     healing = heal_(case.dense, case.model, case.replacements, statistics, steps=FEW)
     assert healing.after < healing.before
@@ -588,7 +577,7 @@ def test_layer_that_the_inputs_never_reach_is_left_alone():
     torch.manual_seed(0)
     dense = Skips().eval()
     batches = [((torch.randn(32, 8),), {}) for _ in range(3)]
-    case = Case(dense, Statistics((), "noise", {}), 0.7)
+    case = Case(dense, Statistics(tuple(batches), "noise", {}), 0.7)
     case.statistics = statistics_on(dense, batches)
     idle = state_of(case.model.idle)
     case.judging = batches[-1:]
@@ -644,13 +633,13 @@ def test_outputs_in_the_metric_of_the_outputs():
     outputs = output_moments(dense, batches, ["0"])["0"]
     lost = []
     for metric in (None, outputs):
-        case = Case(dense, Statistics((), "noise", {}), 0.55)
+        case = Case(dense, Statistics(tuple(batches), "noise", {}), 0.55)
         first = [r for r in case.replacements if r.aliases[0] == "0"]
         assert first
         from lightning_compress.kinds.metric import Metric
 
         whole = Metric(moments["0"].second, metric) if metric is not None else None
-        _refit(case.dense, case.model, first[0], batches, metric=whole, calls=1)
+        refit_(case.dense, case.model, first[0], batches, metric=whole, calls=1)
         with torch.no_grad():
             errors = [dense[1](dense[0](args[0]) - case.model[0](args[0])) for args, _ in batches]
         lost.append(sum(float(e.square().sum()) for e in errors))
@@ -688,7 +677,7 @@ def test_layer_that_is_called_several_times_is_fitted_to_all_its_calls():
     batches = [((torch.randn(200, 12, dtype=torch.float64),), {}) for _ in range(3)]
     case = Case(dense, statistics_on(dense, batches), 0.9)
     (replacement,) = [r for r in case.replacements if r.aliases[0] == "again"]
-    ((first, calls),) = _in_forward_order(case.model, [replacement], batches[0])
+    ((first, calls),) = in_forward_order(case.model, [replacement], batches[0])
     assert (first, calls) == (replacement, 3)
     entered: dict[int, list[torch.Tensor]] = {}
     for model in (case.dense, case.model):
@@ -699,7 +688,7 @@ def test_layer_that_is_called_several_times_is_fitted_to_all_its_calls():
                 model(*args)
         handle.remove()
     x, x_new = (torch.cat(entered[id(model)]) for model in (case.dense, case.model))
-    _refit(case.dense, case.model, replacement, batches, metric=None, calls=3)
+    refit_(case.dense, case.model, replacement, batches, metric=None, calls=3)
     with torch.no_grad():
         target, output = case.dense.again(x), case.model.again(x_new)
     torch.testing.assert_close(output.mean(dim=0), target.mean(dim=0), rtol=1e-4, atol=1e-5)

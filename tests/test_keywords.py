@@ -18,8 +18,8 @@ from lightning_compress.analysis.statistics import gather_statistics
 from lightning_compress.analysis.trace import trace
 from lightning_compress.core.settings import Budget, SearchSettings
 from lightning_compress.search.api import search_with_statistics
+from lightning_compress.surgery.embodied import embodied_plan
 from lightning_compress.surgery.repair import heal_
-from lightning_compress.surgery.swap import plan_of
 
 SHAPE = (1, 4, 8)
 SEARCH = {"objective": "moments", "kinds": "svd", "method": "exact"}
@@ -75,7 +75,7 @@ ARGUMENTS = {
     load_compressed: lambda folder: {"model": dense(), "folder": saved(folder)},
     measure_costs: lambda _: {"model": dense(), "example_input": SHAPE},
     merge_: lambda _: {"model": compressed()[0], "progress": lambda *_: None},
-    plan_of: lambda _: {"model": compressed()[0], "example_input": SHAPE},
+    embodied_plan: lambda _: {"model": compressed()[0], "example_input": SHAPE},
     save_compressed: lambda folder: {"model": compressed()[0], "folder": folder},
     search_ranks: lambda _: {
         "model": dense(),

@@ -36,7 +36,8 @@ from lightning_compress.layers.families import (
     operator_of,
     own_layout,
 )
-from lightning_compress.surgery.swap import apply_shells_, plan_of
+from lightning_compress.surgery.embodied import embodied_plan
+from lightning_compress.surgery.swap import apply_shells_
 from tests.conftest import WEIGHTS_ALONE, error_in
 from tests.layer_zoo import (
     LAYERS,
@@ -290,7 +291,7 @@ def test_plan_read_off_the_model_has_the_costs_of_both(name):
     before = trace(model, arguments).macs
     plan = search_ranks(model, Budget(params=0.9), example_input=arguments, objective="weight", method="exact")
     apply_plan_(model, plan)
-    read = plan_of(model, arguments)
+    read = embodied_plan(model, arguments)
     assert read.dense == plan.dense
     assert read.compressed == plan.compressed == measure_costs(model, arguments)
     assert read.dense.macs == before

@@ -19,7 +19,7 @@ from lightning_compress import (
 from lightning_compress.core.errors import ConfigurationError, PlanMismatchError
 from lightning_compress.kinds.registry import DECOMPOSITIONS, register_kind
 from lightning_compress.kinds.svd import ChannelSvd, Svd
-from lightning_compress.surgery.swap import plan_of
+from lightning_compress.surgery.embodied import embodied_plan
 from tests.conftest import WEIGHTS_ALONE, TinyNet
 
 SHAPE = (1, 3, 8, 8)
@@ -68,7 +68,7 @@ def test_model_with_a_registered_kind_is_saved_loaded_and_merged(kind, tmp_path,
     assert Plan.from_json(plan.to_json()) == plan
     again, loaded = TinyNet().eval(), TinyNet().eval()
     apply_plan_(again, Plan.from_json(plan.to_json()))
-    assert [(p.name, p.kind, p.ranks) for p in plan_of(again).factorised] == [
+    assert [(p.name, p.kind, p.ranks) for p in embodied_plan(again).factorised] == [
         (p.name, p.kind, p.ranks) for p in plan.factorised
     ]
     save_compressed(net, tmp_path)

@@ -16,7 +16,7 @@ from lightning_compress import Budget, Plan, apply_plan_, compress_, load_compre
 from lightning_compress.core.errors import PlanMismatchError
 from lightning_compress.kinds.joint_svd import shared_errors, shared_factors
 from lightning_compress.kinds.metric import Metric
-from lightning_compress.surgery.swap import plan_of
+from lightning_compress.surgery.embodied import embodied_plan
 from lightning_compress.training.optimizers import patch_optimizers_
 
 WIDTH, NAMES = 48, ("attention.query", "attention.key", "attention.value")
@@ -146,7 +146,7 @@ def test_plan_survives_json_and_the_model_shows_it(model, inputs):
     assert Plan.from_json(plan.to_json()) == plan
     assert "shares its first factor" in str(plan)
     apply_plan_(model, plan)
-    read = plan_of(model, inputs)
+    read = embodied_plan(model, inputs)
     assert (read.dense, read.compressed) == (plan.dense, plan.compressed)
     assert shares(read) == shares(plan)
     assert [p.params_after for p in read.layers] == [p.params_after for p in plan.layers]

@@ -28,7 +28,7 @@ from lightning_compress.kinds.registry import (
     resolve_kinds,
 )
 from lightning_compress.layers.families import operator_of
-from lightning_compress.surgery.swap import plan_of
+from lightning_compress.surgery.embodied import embodied_plan
 from tests.conftest import DEFAULTS, WEIGHTS_ALONE, TinyNet
 from tests.conftest import error_in as error_in_both
 from tests.layer_zoo import LAYERS, SAMPLE_OR_ALL, error_in, full_ranks, normal, random_metric, randomised
@@ -327,7 +327,7 @@ def test_model_is_compressed_saved_and_loaded(kind, heal, tmp_path):
     assert plan.objective == ("end_to_end" if heal else "weight")
     assert {p.kind for p in plan.factorised} == {kind}
     assert measure_costs(net, shape) == plan.compressed
-    seen = plan_of(net, shape)
+    seen = embodied_plan(net, shape)
     assert [(p.name, p.kind, p.ranks, p.params_after, p.macs_after) for p in seen.factorised] == [
         (p.name, p.kind, p.ranks, p.params_after, p.macs_after) for p in plan.factorised
     ]

@@ -13,7 +13,8 @@ from lightning_compress import Budget, FactorisedLayer, LayerPlan, Plan, apply_p
 from lightning_compress.analysis.costs import measure_costs
 from lightning_compress.core.costs import Costs
 from lightning_compress.core.errors import ConfigurationError, ModelError, NonFiniteWeightError, PlanMismatchError
-from lightning_compress.surgery.swap import apply_shells_, install, plan_of, uninstall
+from lightning_compress.surgery.embodied import embodied_plan
+from lightning_compress.surgery.swap import apply_shells_, install, uninstall
 from tests.conftest import TinyNet
 
 RANKS = {
@@ -392,7 +393,7 @@ def test_shells_have_the_structure_and_no_values(net, plan):
 def test_plan_of_reads_the_plan_off_the_model(net):
     searched = search_ranks(net, Budget(params=0.5), method="exact")
     apply_plan_(net, searched)
-    read = plan_of(net)
+    read = embodied_plan(net)
     assert (read.dense, read.compressed) == (searched.dense, searched.compressed)
     assert (read.budget, read.method, read.optimality_gap) == (None, None, None)
     fields = ("name", "type", "kind", "ranks", "error", "params_before", "params_after")
@@ -415,7 +416,7 @@ def test_factorised_model_can_be_copied(net, plan, images, copied):
     with torch.no_grad():
         other.fc1.reduce.weight.zero_()
     assert net.fc1.reduce.weight.any()
-    assert plan_of(other) == plan_of(net)
+    assert embodied_plan(other) == embodied_plan(net)
 
 
 # --- code that reads the weight

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_compress import Budget, apply_plan_, compress_, load_compressed, save_compressed, search_ranks
 from lightning_compress.analysis.statistics import gather_statistics
 from lightning_compress.layers.factorised import FactorisedLayer
-from lightning_compress.surgery.swap import plan_of
+from lightning_compress.surgery.embodied import embodied_plan
 from lightning_compress.training.optimizers import patch_optimizers_
 
 VOCABULARY, WIDTH = 300, 48
@@ -93,7 +93,7 @@ def test_other_kinds_cannot_share(model):
 def test_macs_count_both_uses(model, tokens):
     plan = search_ranks(model, Budget(params=0.4), example_input=tokens)
     apply_plan_(model, plan)
-    read = plan_of(model, tokens)
+    read = embodied_plan(model, tokens)
     assert (read.dense, read.compressed) == (plan.dense, plan.compressed)
     rank, body = model.embeddings[0].ranks[0], model.body
     inner = sum(f.numel() for f in body.factors().values()) if isinstance(body, FactorisedLayer) else WIDTH**2

@@ -23,7 +23,7 @@ from lightning_compress.layers.families import family_of, operator_of
 from lightning_compress.search.candidates import tabulate
 from lightning_compress.search.problem import Problem
 from lightning_compress.search.space import Space
-from lightning_compress.surgery.swap import plan_of
+from lightning_compress.surgery.embodied import embodied_plan
 from tests.conftest import DEFAULTS, WEIGHTS_ALONE, TinyNet
 from tests.layer_zoo import error_in, normal, random_metric, randomised
 
@@ -367,7 +367,7 @@ def test_model_is_compressed_saved_and_loaded(heal, tmp_path):
     plan = compress_(net, Budget(params=0.7), example_input=shape, kinds="tt", **(DEFAULTS if heal else WEIGHTS_ALONE))
     assert {p.kind for p in plan.factorised} == {"tt"}
     assert measure_costs(net, shape) == plan.compressed
-    seen = plan_of(net, shape)
+    seen = embodied_plan(net, shape)
     assert [(p.name, p.ranks, p.params_after, p.macs_after) for p in seen.factorised] == [
         (p.name, p.ranks, p.params_after, p.macs_after) for p in plan.factorised
     ]

@@ -34,8 +34,9 @@ from lightning_compress.layers.unfused import (
     unfuse_,
     unfused,
 )
+from lightning_compress.surgery.embodied import embodied_plan
 from lightning_compress.surgery.repair import heal_
-from lightning_compress.surgery.swap import apply_shells_, install, plan_of, uninstall
+from lightning_compress.surgery.swap import apply_shells_, install, uninstall
 from tests.conftest import WEIGHTS_ALONE, Unchanged
 
 E, HEADS = 8, 2
@@ -651,7 +652,7 @@ def test_search_and_swap_meet_the_budget_and_leave_the_rest_alone(name, objectiv
     assert bool(torch.isfinite(model(x)).all())
     assert measure_costs(model, example) == plan.compressed
     assert sum(p.numel() for p in model.parameters()) <= 0.5 * plan.dense.params
-    assert plan_of(model, example).dense == plan.dense
+    assert embodied_plan(model, example).dense == plan.dense
     apply_plan_(model, plan)  # already so
 
 

@@ -18,7 +18,7 @@ from lightning_compress.kinds.base import (
     RankProfile,
     Stage,
     along,
-    balanced,
+    equalise_norms,
     pointwise,
     singular_energies,
     tail_errors,
@@ -94,9 +94,9 @@ class SplitSvd(Decomposition):
             expand, reduce = u[:, :, :rank], s[:, :rank, None] * vh[:, :rank]
         else:
             expand, reduce = _SplitFit(blocks, metric).fit(rank)
-        expand, reduce = balanced(expand.transpose(0, 1).flatten(1), reduce.flatten(0, 1))
+        expand, columns = equalise_norms(expand.transpose(0, 1).flatten(1), reduce.flatten(0, 1).T)
         return {
-            "reduce": reduce.reshape(len(reduce), -1, *weight.shape[2:]),
+            "reduce": columns.T.reshape(expand.shape[1], -1, *weight.shape[2:]),
             "expand": pointwise(expand, weight.ndim - 2),
         }
 

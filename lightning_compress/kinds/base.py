@@ -264,17 +264,23 @@ def singular_energies(matrix: Tensor) -> Floats:
     return energies
 
 
-def balanced(expand: Tensor, reduce: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the factors, (outputs, r) and (r, inputs), with their norms shared out evenly per component.
+def equalise_norms(*factors: Tensor) -> list[Tensor]:
+    """Returns factors (size, r), two or more, with the norm of each component shared out evenly over them.
 
-    Both then train at the same scale. A component of zero keeps its column in `expand`: were both
-    factors zero, neither would ever receive a gradient.
+    They then train at the same scale, and their product stays. A component of zero, or nearly so, has it in the second
+    factor alone and some direction in the others: were two of its factors zero, none would ever receive a gradient.
     """
-    tiny = torch.finfo(expand.dtype).tiny
-    root = (reduce.norm(dim=1) / expand.norm(dim=0).clamp_min(tiny)).sqrt()
-    floor = 1e-2 * root.max() if bool(root.any()) else torch.ones((), dtype=root.dtype)
-    root = root.clamp_min(floor)
-    return expand * root, reduce / root[:, None]
+    norms = torch.stack([factor.norm(dim=0) for factor in factors])  # (factors, r)
+    shares = norms.log().mean(dim=0).exp()
+    even = shares.clamp_min(1e-2 * shares.max() if bool(shares.any()) else torch.ones_like(shares[0]))
+    rest = norms.prod(dim=0) / even ** (len(factors) - 1)
+    component = torch.arange(len(shares))
+    equalised = []
+    for index, (factor, norm) in enumerate(zip(factors, norms, strict=True)):
+        unit = factor / torch.where(norm > 0, norm, 1)
+        unit[component % len(unit), component] += (norm == 0).to(unit)
+        equalised.append(unit * (rest if index == 1 else even))
+    return equalised
 
 
 def tail_errors(energies: Floats) -> Floats:

@@ -28,6 +28,7 @@ from lightning_compress.kinds.base import (
     Operator,
     RankProfile,
     Stage,
+    equalise_norms,
     pointwise,
     tail_errors,
 )
@@ -143,7 +144,7 @@ class _Canonical(Decomposition):
                 torch.zeros(dims[0], rank, dtype=weight.dtype),
                 [weight.new_zeros(n, rank) for n in dims[1:]],
             )
-        columns = _shared_out([expand, *filters])
+        columns = equalise_norms(expand, *filters)
         kernel = shape[2:]
         names = self._names(kernel)
         factors = {"reduce": pointwise(columns[1].T, len(kernel))}
@@ -573,22 +574,3 @@ def _unit(columns: Tensor) -> Tensor:
 
 def _extrapolated(current: Sequence[Tensor], before: Sequence[Tensor], step: float) -> list[Tensor]:
     return [_unit(now + step * (now - then)) for now, then in zip(current, before, strict=True)]
-
-
-def _shared_out(columns: Sequence[Tensor]) -> list[Tensor]:
-    """Returns the columns of each mode with the norm of a component shared out evenly, (size, R).
-
-    A component of zero, or nearly so, has it in the second mode alone: were two of its factors zero, none
-    of them would ever receive a gradient.
-    """
-    norms = torch.stack([c.norm(dim=0) for c in columns])  # (modes, R)
-    shares = norms.log().mean(dim=0).exp()
-    floor = 1e-2 * shares.max() if bool(shares.any()) else torch.ones_like(shares[0])
-    even = shares.clamp_min(floor)
-    rank = len(shares)
-    unit = []
-    for column, norm in zip(columns, norms, strict=True):
-        some = torch.eye(len(column), dtype=column.dtype)[:, torch.arange(rank) % len(column)]
-        unit.append(torch.where(norm > 0, column / torch.where(norm > 0, norm, 1), some))
-    rest = norms.prod(dim=0) / even ** (len(columns) - 1)
-    return [factor * (rest if mode == 1 else even) for mode, factor in enumerate(unit)]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_compress.kinds.base import Floats, balanced, tail_errors
+from lightning_compress.kinds.base import Floats, equalise_norms, tail_errors
 from lightning_compress.kinds.metric import Metric, regularised
 
 
@@ -38,8 +38,8 @@ def shared_factors(
     reduce, inputs = (basis.T, basis) if root is None else (_solved(root, basis.T), root @ basis)
     stacked = torch.cat([weight @ inputs for weight in weights])
     size = len(weights) ** 0.5  # a component counts with its mean over the layers
-    first, last = balanced(reduce.T, stacked.T / size)
-    return first.T, list(torch.split_with_sizes(last.T * size, [len(weight) for weight in weights]))
+    first, last = equalise_norms(reduce.T, stacked / size)
+    return first.T, list(torch.split_with_sizes(last * size, [len(weight) for weight in weights]))
 
 
 def _joint(weights: Sequence[Tensor], metrics: Sequence[Metric | None]) -> tuple[list[Tensor], Tensor, Tensor | None]:

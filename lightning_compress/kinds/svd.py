@@ -16,7 +16,7 @@ from lightning_compress.kinds.base import (
     Operator,
     RankProfile,
     Stage,
-    balanced,
+    equalise_norms,
     pointwise,
     singular_energies,
     tail_errors,
@@ -60,7 +60,8 @@ class _MatrixDecomposition(Decomposition):
         else:  # reduced-rank regression: project on the leading directions of the outputs
             expand = output_basis(matrix, metric)[1][:, :rank]
             reduce = expand.T @ matrix
-        return self._fold(*balanced(expand, reduce), tuple(weight.shape))
+        expand, columns = equalise_norms(expand, reduce.T)
+        return self._fold(expand, columns.T, tuple(weight.shape))
 
 
 def _leading(gram: Tensor, rank: int) -> Tensor:
@@ -170,7 +171,8 @@ class SpatialSvd(_MatrixDecomposition):
             return super().factorise(weight, ranks)
         (rank,) = ranks
         reduce, expand = _SpatialFit(weight.flatten(3), metric).fit(rank)  # (r, in * k_h), (out * k_w, r)
-        return self._fold(*balanced(expand, reduce), tuple(weight.shape))
+        expand, columns = equalise_norms(expand, reduce.T)
+        return self._fold(expand, columns.T, tuple(weight.shape))
 
     def _fold(self, expand: Tensor, reduce: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
         out, in_, k_h, *k_w = shape

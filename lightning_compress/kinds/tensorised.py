@@ -29,7 +29,7 @@ from lightning_compress.kinds.base import (
     RankProfile,
     Stage,
     along,
-    balanced,
+    equalise_norms,
     singular_energies,
     tail_errors,
 )
@@ -185,8 +185,8 @@ class _TwoCores(_Tensorised):
     def _factors(self, shape: tuple[int, ...], outer: Tensor, inner: Tensor) -> dict[str, Tensor]:
         """Returns the factors of cores (out_1 · in_1, r) and (r, out_2 · in_2)."""
         out_1, out_2, in_1, in_2 = self._modes(shape)
-        outer, inner = balanced(outer, inner)
-        return {"inner": inner.reshape(-1, out_2, in_2), "outer": outer.reshape(out_1, in_1, -1)}
+        outer, columns = equalise_norms(outer, inner.T)
+        return {"inner": columns.T.reshape(-1, out_2, in_2), "outer": outer.reshape(out_1, in_1, -1)}
 
     @override
     def dense_weight(self, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lightning_compress.analysis.distance import NEGLIGIBLE, OutputDistance, squared_error
 from lightning_compress.analysis.inspection import Inspection
 from lightning_compress.analysis.statistics import Statistics
 from lightning_compress.analysis.trace import Arguments, inference, output_tensors, sample_counts
@@ -67,8 +68,6 @@ LARGEST_LOGIT = 10.0
 WINDOW = 8
 WEIGHTS = (0.2, 5.0)
 """Bounds of w_l."""
-NEGLIGIBLE = 0.02
-"""Output distance below which there is nothing to gain: real inputs differ more from synthetic ones than that."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +196,7 @@ def composite_loss(problem: Problem, outputs: Outputs, choice: Ints) -> float:
 
 
 def output_distance(outputs: Outputs, problem: Problem, choice: Ints) -> float:
-    """Returns D = ‖f − f̂‖² / ‖f − mean f‖² of whole ranks over all synthetic inputs; infinite if not finite."""
+    """Returns D of whole ranks over all synthetic inputs, see `OutputDistance`."""
     key = tuple((layer.kinds[row], layer.ranks[row]) for layer, row in zip(problem.layers, choice, strict=True))
     if key not in outputs.measured:
         outputs.measured[key] = _measure(outputs, problem, choice)
@@ -212,14 +211,13 @@ def _measure(outputs: Outputs, problem: Problem, choice: Ints) -> float:
 
     found_weights = in_threads(weight_of, range(len(choice)))
     weights = {index: weight for index, weight in enumerate(found_weights) if weight is not None}
-    lost = spread = 0.0
+    distance = OutputDistance()
     with torch.no_grad():
         for number, batch in enumerate(outputs.statistics.batches):
             for index, group in enumerate(_groups(batch, None, 4 * GROUP)):
-                found = _distances(outputs, weights, group, (number, 4 * GROUP, index))
-                lost, spread = lost + float(found[0]), spread + float(found[1])
-    distance = lost / spread if spread > 0 else lost
-    return math.inf if math.isnan(distance) else distance
+                targets = outputs.targets((number, 4 * GROUP, index), group)
+                distance.add(_outputs_with(outputs, weights, group), targets)
+    return distance.value
 
 
 def affordable_inputs(macs: int) -> int:
@@ -357,19 +355,18 @@ def _gradient_of_log_distance(outputs: Outputs, mixed: dict[int, Tensor], step: 
     lost = 0.0
     number = step % len(outputs.statistics.batches)
     for index, group in enumerate(outputs.groups(step)):
-        distance, _ = _distances(outputs, leaves, group, (number, GROUP, index))
-        gradients = torch.autograd.grad(distance, list(leaves.values()), allow_unused=True)
-        lost += float(distance.detach())
+        targets = outputs.targets((number, GROUP, index), group)
+        error = squared_error(_outputs_with(outputs, leaves, group), targets)
+        gradients = torch.autograd.grad(error, list(leaves.values()), allow_unused=True)
+        lost += float(error.detach())
         for layer, gradient in zip(leaves, gradients, strict=True):
             if gradient is not None:
                 sums[layer] += gradient
     return {layer: value / max(lost, 1e-30) for layer, value in sums.items()}
 
 
-def _distances(
-    outputs: Outputs, weights: dict[int, Tensor], arguments: Arguments, key: tuple[int, int, int]
-) -> tuple[Tensor, Tensor]:
-    """Returns ‖f − f̂‖² and ‖f − mean f‖² with some weights in the place of the layers' own."""
+def _outputs_with(outputs: Outputs, weights: dict[int, Tensor], arguments: Arguments) -> list[Tensor]:
+    """Returns the model's outputs with some weights in the place of the layers' own."""
     names = {}  # of aliases one is enough: they share the module
     for index, weight in weights.items():
         own = outputs.units[index].dense_weights(weight)
@@ -378,12 +375,8 @@ def _distances(
     model = outputs.model
     args, kwargs = arguments
     differentiable = torch.is_grad_enabled()
-    targets = outputs.targets(key, arguments)
     with inference(model), torch.set_grad_enabled(differentiable):
-        found = output_tensors(functional_call(model, names, args, kwargs, tie_weights=tied))
-        lost = torch.stack([(o - t).float().square().sum() for o, t in zip(found, targets, strict=True)]).sum()
-    spread = torch.stack([(t - t.mean(dim=0)).float().square().sum() for t in targets]).sum()
-    return lost, spread
+        return output_tensors(functional_call(model, names, args, kwargs, tie_weights=tied))
 
 
 def _groups(batch: Arguments, inputs: int | None, size: int) -> list[Arguments]:

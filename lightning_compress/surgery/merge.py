@@ -12,7 +12,8 @@ from lightning_compress.core.errors import ModelError
 from lightning_compress.core.progress import Progress, silent
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.layers.unfused import Unfusing, fuse_, redo_, share_hooks
-from lightning_compress.surgery.swap import Replacement, install, owners_of, uninstall
+from lightning_compress.surgery.embodied import owners_of
+from lightning_compress.surgery.swap import Replacement, install, uninstall
 
 
 def merge_(model: nn.Module, *, progress: Progress | None = None) -> tuple[str, ...]:

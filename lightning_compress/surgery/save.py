@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_compress.core.errors import OutputFolderError, PlanFormatError, WeightsError
 from lightning_compress.core.plan import Plan
-from lightning_compress.surgery.swap import apply_shells_, plan_of, uninstall
+from lightning_compress.surgery.embodied import embodied_plan
+from lightning_compress.surgery.swap import apply_shells_, uninstall
 
 WEIGHTS_FILE = "model.safetensors"
 PLAN_FILE = "plan.json"
@@ -30,7 +31,7 @@ def save_compressed(model: nn.Module, folder: str | Path) -> None:
         WeightsError: If the state dict holds something else than tensors.
     """
     folder = Path(folder)
-    plan = plan_of(model)
+    plan = embodied_plan(model)
     others = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
     if others:
         msg = f"the state dict holds {others[0]!r}, no tensor (get_extra_state?): safetensors holds tensors only."

@@ -26,7 +26,8 @@ from lightning_compress.core.settings import Budget, SearchKeywords, SearchSetti
 from lightning_compress.kinds.registry import resolve_kinds
 from lightning_compress.search.api import search_ranks
 from lightning_compress.search.strategies import strategy_of
-from lightning_compress.surgery.swap import Replacement, plan_of
+from lightning_compress.surgery.embodied import embodied_plan
+from lightning_compress.surgery.swap import Replacement
 from lightning_compress.training.checkpoint import (
     RestoringCallback,
     configure_as_dense,
@@ -266,7 +267,7 @@ class Compress(RestoringCallback):
     def _take_as_factorised(self, fit: RunningFit) -> None:
         """Takes a module that is factorised already as it is: it is trained without schedule and distillation."""
         example = self._example_input(fit) if "macs" in self.budget.limits() else None
-        plan = plan_of(fit.module, example)
+        plan = embodied_plan(fit.module, example)
         for resource, limit in self.budget.limits().items():
             kept = plan.kept[resource]
             if kept is None or kept > limit:

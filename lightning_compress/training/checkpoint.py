@@ -18,7 +18,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_compress.core.errors import ResumeError
 from lightning_compress.core.plan import Plan
 from lightning_compress.layers.factorised import FactorisedLayer
-from lightning_compress.surgery.swap import Replacement, install, plan_of, uninstall
+from lightning_compress.surgery.embodied import embodied_plan
+from lightning_compress.surgery.swap import Replacement, install, uninstall
 from lightning_compress.training.averages import restart_averages
 from lightning_compress.training.compat import callbacks_of, trainer_of, weights_only_keyword
 from lightning_compress.training.optimizers import optimizer_layout
@@ -188,7 +189,7 @@ def _add_payload(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None
     callback = _callback_of(pl_module)
     if callback is not None:
         callback.extend_payload(payload)
-    payload.setdefault("plan", plan_of(pl_module).to_json())
+    payload.setdefault("plan", embodied_plan(pl_module).to_json())
     if "optimizer_states" in checkpoint:
         payload["optimizers"] = optimizer_layout(pl_module.trainer.optimizers, pl_module)
     checkpoint[CHECKPOINT_KEY] = payload

@@ -10,8 +10,9 @@ from torch import nn
 from lightning_compress.compress import Compression
 from lightning_compress.core.plan import Plan
 from lightning_compress.layers.factorised import FactorisedLayer
+from lightning_compress.surgery.embodied import embodied_plan
 from lightning_compress.surgery.merge import Merged, merge_layers_
-from lightning_compress.surgery.swap import Replacement, apply_shells_, plan_of
+from lightning_compress.surgery.swap import Replacement, apply_shells_
 from lightning_compress.training.optimizers import Exchange, dense_weight, exchanges_of, factor_weights
 
 
@@ -112,7 +113,9 @@ def reconcile_(model: nn.Module, plan: Plan) -> tuple[tuple[Replacement, ...], t
 
 def _embodies(model: nn.Module, plan: Plan) -> bool:
     """Returns whether exactly the planned layers are factorised, as planned."""
-    own, wanted = ({(p.name, p.kind, p.ranks, p.shares) for p in each.factorised} for each in (plan_of(model), plan))
+    own, wanted = (
+        {(p.name, p.kind, p.ranks, p.shares) for p in each.factorised} for each in (embodied_plan(model), plan)
+    )
     return own == wanted
 
 

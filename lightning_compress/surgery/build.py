@@ -1,0 +1,130 @@
+"""Builds what comes in: a factorised layer, layers that share their first factor, a layer of a tied weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from lightning_compress.analysis.inventory import Layer
+from lightning_compress.core.plan import LayerPlan
+from lightning_compress.kinds.base import threads_for
+from lightning_compress.kinds.joint_svd import shared_factors
+from lightning_compress.kinds.metric import Metric
+from lightning_compress.kinds.registry import DECOMPOSITIONS, Decomposition, factorise_in
+from lightning_compress.kinds.tensorised import TtEmbedding
+from lightning_compress.layers.factorised import (
+    FactorisedBag,
+    FactorisedLayer,
+    FactorisedLookup,
+    FactorisedTransposed,
+    channels_last_format,
+)
+from lightning_compress.layers.families import TransposedLinear, children_of, operator_of, stored_factor
+from lightning_compress.layers.unfused import share_hooks
+
+
+def build_layer(layer: Layer, planned: LayerPlan, metric: Metric | None, *, decompose: bool) -> FactorisedLayer:
+    """Returns the factorised layer of a planned one.
+
+    Args:
+        layer: The dense layer.
+        planned: Its kind and ranks.
+        metric: In which the factors are fitted, None for the weights alone.
+        decompose: Whether to compute the factors; else they are zeros.
+    """
+    dense, weight = layer.module, cast(nn.Parameter, layer.module.weight)
+    decomposition = DECOMPOSITIONS[planned.kind]
+    children = children_of(decomposition, dense, planned.ranks)
+    factors: dict[str, Tensor] = {}
+    if decompose:
+        with threads_for(weight):
+            whole = layer.double_weight()
+            factors = factorise_in(planned.kind, whole, planned.ranks, metric, layer.operator.groups)
+    padding = getattr(dense, "padding_idx", None)
+    for name, child in children.items():
+        shape = cast(Tensor, child.weight).shape
+        value = stored_factor(child, factors[name]).reshape(shape) if decompose else torch.zeros(shape)
+        child.weight = nn.Parameter(_like(value, weight), requires_grad=weight.requires_grad)
+        for key, buffer in child.named_buffers():
+            child.register_buffer(key, buffer.to(weight.device))
+        table = isinstance(child, (nn.Embedding, nn.EmbeddingBag))
+        if decompose and table and padding is not None and not bool(weight[padding].any()):  # to the last bit
+            child.weight.detach()[padding] = 0
+    return _finished(children, dense, decomposition, planned.ranks, planned.error)
+
+
+def build_sharing_layers(
+    group: Sequence[tuple[Layer, LayerPlan]], metrics: Sequence[Metric | None], *, decompose: bool
+) -> list[FactorisedLayer]:
+    """Returns the factorised layers that share their first factor, in the order of the group; see `build_layer`."""
+    layers, (rank,) = [layer for layer, _ in group], group[0][1].ranks
+    decomposition = DECOMPOSITIONS[group[0][1].kind]
+    if decompose:
+        with threads_for(layers[0].weight):
+            weights = [layer.double_weight() for layer in layers]
+            reduce, expand = shared_factors(weights, metrics, rank)
+    else:
+        reduce = torch.zeros(rank, layers[0].weight_shape[1])
+        expand = [torch.zeros(layer.weight_shape[0], rank) for layer in layers]
+    trained = any(layer.weight.requires_grad for layer in layers)
+    first = nn.Parameter(_like(reduce, layers[0].weight), requires_grad=trained)
+    built = []
+    for (layer, planned), values in zip(group, expand, strict=True):
+        children = children_of(decomposition, layer.module, planned.ranks)
+        children["reduce"].register_parameter("weight", first)
+        own = nn.Parameter(_like(values, layer.weight), requires_grad=layer.weight.requires_grad)
+        children["expand"].register_parameter("weight", own)
+        built.append(_finished(children, layer.module, decomposition, planned.ranks, planned.error))
+    return built
+
+
+def build_tied_layer(dense: nn.Module, other: FactorisedLayer) -> FactorisedLayer:
+    """Returns the factorised layer of a module with the weight of another one: of the other's Parameters."""
+    decomposition = DECOMPOSITIONS[other.kind]
+    children = children_of(decomposition, dense, other.ranks)
+    twins = list(children)
+    flipped = operator_of(dense).lookup != other.operator.lookup  # the one's weight is the other's transposed
+    if flipped:
+        twins.reverse()
+    for name, twin in zip(children, twins, strict=True):
+        weight = other.factors()[twin]
+        # the table of an embedding lies as the weight of nn.Linear; shapes cannot tell, square at full rank
+        if flipped and isinstance(children[name], nn.Linear) and isinstance(other.get_submodule(twin), nn.Linear):
+            children[name] = TransposedLinear(*weight.shape)
+        children[name].register_parameter("weight", cast(nn.Parameter, weight))
+    return _finished(children, dense, decomposition, other.ranks, other.error)
+
+
+def _finished(
+    children: dict[str, nn.Module],
+    dense: nn.Module,
+    decomposition: Decomposition,
+    ranks: tuple[int, ...],
+    error: float | None,
+) -> FactorisedLayer:
+    """Returns the layer of some children, with bias, hooks and mode of the dense one."""
+    if "bias" in dense._parameters:
+        last = children[list(children)[-1]]
+        last.register_parameter("bias", cast("nn.Parameter | None", dense.bias))
+    new = _class_for(dense, decomposition)(children, dense=dense, decomposition=decomposition, ranks=ranks)
+    new.error = error
+    share_hooks(dense, new)
+    return new.train(dense.training)
+
+
+def _class_for(dense: nn.Module, decomposition: Decomposition) -> type[FactorisedLayer]:
+    if isinstance(decomposition, TtEmbedding):
+        return FactorisedLookup
+    if isinstance(dense, nn.EmbeddingBag):
+        return FactorisedBag
+    return FactorisedTransposed if isinstance(dense, _ConvTransposeNd) else FactorisedLayer
+
+
+def _like(value: Tensor, weight: Tensor) -> Tensor:
+    """Returns the value in the weight's dtype, device and memory format."""
+    value = value.to(weight.device, weight.dtype)
+    return value.contiguous(memory_format=channels_last_format(weight) or torch.contiguous_format)
