@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import inspect
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 from lightning_compress.core.errors import ConfigurationError
 
+_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
@@ -79,3 +82,25 @@ def require_known(keywords: Iterable[str], known: Iterable[str], owner: str) -> 
         if name not in known:
             msg = f"{owner}: unknown argument {name!r}.{did_you_mean(name, known)}"
             raise ConfigurationError(msg)
+
+
+def with_known_keywords(owner: str) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
+    """Decorates a function: an unknown keyword is an error of our own tree, with a suggestion.
+
+    The signature stays as it is for editors, jsonargparse and Hydra.
+
+    Args:
+        owner: Name of the function, for the message.
+    """
+
+    def decorate(function: Callable[_P, _T]) -> Callable[_P, _T]:
+        known = list(inspect.signature(function).parameters)
+
+        @functools.wraps(function)
+        def checked(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+            require_known(kwargs, [name for name in known if name != "self"], owner)
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate

@@ -61,9 +61,8 @@ def affordable_steps(
         _gradients(dense, model, replacements, trained, batches[0])
     except RuntimeError as error:
         return 0, f"the model cannot be differentiated ({error})"
-    steps = min(
-        steps, current_effort().work // max(1, flops.get_total_flops())
-    )  # forward of both, backward of the smaller one
+    work = current_effort().work
+    steps = min(steps, work // max(1, flops.get_total_flops()))  # forward of both, backward of the smaller one
     if steps < FEWEST_STEPS:
         return 0, f"{FEWEST_STEPS} steps would cost more than {work:.0e} MACs"
     return steps, None

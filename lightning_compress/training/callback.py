@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import math
@@ -17,12 +16,14 @@ from typing_extensions import Unpack, override
 
 from lightning_compress.analysis.trace import ExampleInput
 from lightning_compress.compress import Compression, compress_model_
+from lightning_compress.core.checks import with_known_keywords
+from lightning_compress.core.effort import Effort, EffortName
 from lightning_compress.core.errors import BudgetError, ConfigurationError, UnsupportedError
 from lightning_compress.core.fine_tuning import Distill, Schedule
 from lightning_compress.core.parallel import from_first
 from lightning_compress.core.plan import Plan, percent
 from lightning_compress.core.progress import Progress
-from lightning_compress.core.settings import Budget, SearchKeywords, SearchSettings
+from lightning_compress.core.settings import Budget, Objective, Patterns, SearchKeywords, SearchSettings
 from lightning_compress.kinds.registry import resolve_kinds
 from lightning_compress.search.api import search_ranks
 from lightning_compress.search.strategies import strategy_of
@@ -65,6 +66,7 @@ class Compress(RestoringCallback):
 
     Args:
         budget: Upper bounds, a `Budget` or a mapping such as `{"params": 0.2}`.
+        method, objective, kinds, include, exclude, overrides, rank_multiple, seed, effort: See `SearchSettings`.
         heal: Whether to repair the factors on synthetic inputs before fine-tuning, see `compress_`.
         calibration: Batches of real inputs, instead of synthetic ones; the plan then says that it
             is not data-free.
@@ -75,8 +77,6 @@ class Compress(RestoringCallback):
             the first batch of the training data (only its shape is used).
         require_used: Whether a factor that the first batch sends no gradient to is an error; false for
             models that use some of their layers only in some batches, such as mixtures of experts.
-        **settings: The fields of `SearchSettings`: method, objective, kinds, include, exclude, overrides,
-            rank_multiple, seed.
 
     Attributes:
         settings: `**settings` as one `SearchSettings`.
@@ -88,20 +88,39 @@ class Compress(RestoringCallback):
         UnsupportedError: In `setup`, for strategies and callbacks that it cannot work with.
     """
 
+    @with_known_keywords("Compress")
     def __init__(
         self,
         budget: Budget | Mapping[str, Any],
         *,
+        method: str = "continuous",
+        objective: Objective = "auto",
+        kinds: str | Sequence[str] = "auto",
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        rank_multiple: int = 1,
+        seed: int = 0,
+        effort: EffortName | Effort = "balanced",
         heal: bool = True,
         calibration: Iterable[Any] | None = None,
         schedule: Schedule | Mapping[str, Any] | None = None,
         distill: Distill | Mapping[str, Any] | None = None,
         example_input: ExampleInput | None = None,
         require_used: bool = True,
-        **settings: Unpack[SearchKeywords],
     ) -> None:
         self.budget = Budget.from_value(_plain(budget))
-        self.settings = SearchSettings.of(_plain(settings), owner="Compress", beside=self.arguments())
+        self.settings = SearchSettings(
+            method,
+            objective,
+            _plain(kinds),
+            _plain(include),
+            _plain(exclude),
+            _plain(overrides),
+            rank_multiple,
+            seed,
+            effort,
+        )
         strategy_of(self.settings)
         resolve_kinds(self.settings.kinds)
         self.heal, self.calibration, self.require_used = heal, calibration, require_used
@@ -136,9 +155,8 @@ class Compress(RestoringCallback):
 
     @classmethod
     def arguments(cls) -> list[str]:
-        """Returns the names of all arguments, the fields of `SearchSettings` among them."""
-        own = [name for name in inspect.signature(cls).parameters if name != "settings"]
-        return [*own, *(field.name for field in dataclasses.fields(SearchSettings))]
+        """Returns the names of all arguments."""
+        return list(inspect.signature(cls.__init__).parameters)[1:]
 
     def plan_for(
         self,
