@@ -72,7 +72,9 @@ class Progress(Callback):
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self._file.write_text(str(trainer.global_step), encoding="utf-8")
+        part = self._file.with_suffix(".part")
+        part.write_text(str(trainer.global_step), encoding="utf-8")
+        part.replace(self._file)  # a kill from outside never leaves it empty
         if trainer.global_step == self._kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
