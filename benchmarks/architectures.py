@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
-import json
 import multiprocessing
 import multiprocessing.connection
 import re
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from benchmarks.common import RESULTS, earlier_rows, machine, publish
+from benchmarks.common import earlier_rows, publish, save
 from benchmarks.zoo import Entry, Specimen, build, list_entries, recorded
 from lightning_compress import Budget, LayerPlan, Plan, apply_plan_, compress_, search_ranks
 from lightning_compress.analysis.costs import measure_costs
@@ -84,17 +83,15 @@ def main(entries: list[Entry], *, seconds: float, resume: bool, compress: bool) 
     name = "architectures_healed" if compress else "architectures"
     how = "compress_ with objective auto and healing" if compress else "objective weight, no healing"
     title = f"Random weights, params <= {KEEP:g}, kinds auto, {how}; difference = largest relative one at full rank"
-    path = RESULTS / f"{name}.json"
     old = earlier_rows(name) if resume else []
     rows: dict[tuple[str, str], dict[str, Any]] = {(row["library"], row["model"]): row for row in old}
     left = [e for e in entries if rows.get((e.library, e.name), {}).get("status") != "ok"]
     for row in _in_workers(left, seconds, compress=compress):
         rows[row["library"], row["model"]] = row
         print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-        _save(path, title, rows.values())
+        save(name, title, rows.values())
     if rows:
-        publish(name, title, [_shown(row) for row in rows.values()])
-        _save(path, title, rows.values())
+        publish(name, title, rows.values(), shown=[_shown(row) for row in rows.values()])
         print(summary(list(rows.values())))
 
 
@@ -362,12 +359,6 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
         "status": row["status"][:14],
         "left": row["reasons"][:30],
     }
-
-
-def _save(path: Path, title: str, rows: Iterable[dict[str, Any]]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    content = {"title": title, "machine": machine(), "rows": list(rows)}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import subprocess
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+import lightning_compress
 from lightning_compress.cli.demo.data import FashionMNISTDataModule
 from lightning_compress.cli.demo.models import VGG, ResNet20
 from lightning_compress.surgery.save import load_weights_
@@ -54,26 +56,76 @@ def machine() -> dict[str, Any]:
     }
 
 
+def commit_of(folder: Path) -> str | None:
+    """Returns the commit a tracked folder is at, marked if its files differ from it; None if git knows none."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        if not git("ls-files", "."):
+            return None
+        commit = git("rev-parse", "--short", "HEAD")
+        return f"{commit} with changes" if git("status", "--porcelain", ".") else commit
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+COMMIT = commit_of(Path(lightning_compress.__file__).parent)
+"""The package's commit when the benchmark began."""
+ORIGIN = ("commit", "processor")
+"""What rows kept from an earlier run say for themselves; what others say of a file holds for the rest of its rows."""
+
+
 def earlier_rows(name: str) -> list[dict[str, Any]]:
-    """Returns the rows of `results/NAME.json`, none if there is no such file."""
+    """Returns the rows of `results/NAME.json`, each with its commit and processor; none if there is no file."""
     path = RESULTS / f"{name}.json"
-    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    return rows
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    origin = {"commit": content.get("commit"), "processor": content["machine"]["processor"]}
+    return [{**origin, **row} for row in content["rows"]]
 
 
-def publish(name: str, title: str, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
-    """Prints the rows as a table and writes `results/NAME.json`."""
+def publish(
+    name: str,
+    title: str,
+    rows: Collection[Mapping[str, Any]],
+    *,
+    shown: Sequence[Mapping[str, Any]] | None = None,
+    **more: Any,
+) -> None:
+    """Prints the rows as a table and writes `results/NAME.json`.
+
+    Notes on the figures (`"notes"`, a list of sentences written into the file by hand) are those of earlier rows, so
+    they are left out.
+
+    Args:
+        name: Of the file, without its ending.
+        title: Of the table.
+        rows: One or more, with the same keys.
+        shown: What is printed in the place of the rows.
+        **more: What else is written.
+    """
+    printed = shown or list(rows)
+    columns = [column for column in printed[0] if column not in ORIGIN]
     table = Table(title=title, title_justify="left")
-    for column in rows[0]:
-        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+    for column in columns:
+        table.add_column(column, justify="left" if isinstance(printed[0][column], str) else "right", no_wrap=True)
+    for row in printed:
+        table.add_row(*(f"{row[c]:.4f}" if isinstance(row[c], float) else str(row[c]) for c in columns))
     console = Console(width=140)
     console.print(table)
-    on = machine()
-    console.print(", ".join(f"{key} {value}" for key, value in on.items() if value), soft_wrap=True, highlight=False)
+    on = ", ".join(f"{key} {value}" for key, value in {**machine(), "commit": COMMIT}.items() if value)
+    console.print(on, soft_wrap=True, highlight=False)
+    save(name, title, rows, **more)
+
+
+def save(name: str, title: str, rows: Collection[Mapping[str, Any]], **more: Any) -> None:
+    """Writes `results/NAME.json`, for benchmarks that keep what they have before they publish all; see `publish`."""
     RESULTS.mkdir(exist_ok=True)
-    content = {"title": title, "machine": on, **more, "rows": [dict(row) for row in rows]}
+    content = {"title": title, "machine": machine(), "commit": COMMIT, **more, "rows": [dict(row) for row in rows]}
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,6 +1,8 @@
 """The default command, timed as a whole, over seeds.
 
 python -m benchmarks.digits [SEED ...]
+
+Of 599 test images one is 0.17 points.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """A fit with three rounds, killed with SIGKILL at random steps or times and resumed until it ends.
 
-    python -m benchmarks.kill_resume --points 20
+python -m benchmarks.kill_resume [--points 20] [--seed 0]
 
-The final weights are compared bit by bit with those of the uninterrupted fit.
+The final weights are compared bit by bit with those of the uninterrupted fit. Every other kill comes at a random step,
+the others at a random time after the fit began, wherever the process is then: in the search, writing a checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
+from benchmarks.common import publish
 from lightning_compress import Budget, Compress
 
 EPOCHS, BATCHES = 6, 6
@@ -71,7 +72,9 @@ class Progress(Callback):
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self._file.write_text(str(trainer.global_step), encoding="utf-8")
+        part = self._file.with_suffix(".part")
+        part.write_text(str(trainer.global_step), encoding="utf-8")
+        part.replace(self._file)  # a kill from outside never leaves it empty
         if trainer.global_step == self._kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -154,28 +157,27 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "whole").mkdir()
         expected = resumed(Path(folder) / "whole")
-        seconds = time.time() - (Path(folder) / "whole" / "started").stat().st_mtime
+        began, ended = ((Path(folder) / "whole" / file).stat().st_mtime for file in ("started", "steps"))
         draw = random.Random(options.seed)
         for point in range(options.points):
             own = Path(folder) / str(point)
             own.mkdir()
             # every other one after a time, wherever the process is then: in the search, writing a checkpoint, …
             step = draw.randint(1, EPOCHS * BATCHES - 1) if point % 2 == 0 else None
-            after = None if step is not None else draw.uniform(0, 0.9) * seconds
-            killed: dict[str, Any] = {"step": step} if step is not None else {"seconds": after}
+            after = None if step is not None else draw.uniform(0, 1) * (ended - began)
             reached, status, digest = killed_and_resumed(own, step, after)
             while status == 0 and after is not None:  # it was done before
                 shutil.rmtree(own)
                 own.mkdir()
-                after = killed["seconds"] = 0.9 * after
+                after *= 0.9
                 reached, status, digest = killed_and_resumed(own, step, after)
             same = status == -signal.SIGKILL and digest == expected
-            rows.append({"killed_after": killed, "steps_done": reached, "identical": same})
-            print(f"| {point} | {killed} | {reached} | {'yes' if same else f'NO, exit {status}'} |", flush=True)
+            point_of_kill = f"step {step}" if step is not None else f"{after:.2f} s"
+            rows.append({"killed after": point_of_kill, "steps done": reached, "identical": same})
+            print(f"| {point} | {point_of_kill} | {reached} | {'yes' if same else f'NO, exit {status}'} |", flush=True)
     identical = sum(row["identical"] for row in rows)
-    print(f"{identical} of {len(rows)} bit-identical to the uninterrupted fit")
-    target = Path(__file__).parent / "results" / "kill_resume.json"
-    target.write_text(json.dumps({"identical": identical, "points": rows}, indent=2) + "\n", encoding="utf-8")
+    title = f"Killed and resumed fits, {identical} of {len(rows)} bit-identical to the uninterrupted one"
+    publish("kill_resume", title, rows)
 
 
 if __name__ == "__main__":
