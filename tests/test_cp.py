@@ -18,7 +18,7 @@ from lightning_compress.analysis.costs import measure_costs
 from lightning_compress.analysis.inventory import take_inventory
 from lightning_compress.core.costs import Costs
 from lightning_compress.core.plan import LayerPlan, Plan
-from lightning_compress.kinds import cp
+from lightning_compress.kinds import cp_fit
 from lightning_compress.kinds.metric import Metric
 from lightning_compress.kinds.registry import DECOMPOSITIONS, LayerCall, factorise_in
 from lightning_compress.layers.factorised import FactorisedLayer
@@ -251,25 +251,25 @@ def test_components_of_a_degenerate_tensor_stay_bounded(size):
     a, b = torch.linalg.qr(normal(size, 2))[0].T
     tensor = sum(torch.einsum("i,j,k->ijk", *parts) for parts in ((a, a, b), (a, b, a), (b, a, a)))
     factors = DECOMPOSITIONS["cp3"].factorise(tensor, (2,))
-    assert float(component_norms(factors).prod(dim=0).norm() / tensor.norm()) <= cp.LARGEST
+    assert float(component_norms(factors).prod(dim=0).norm() / tensor.norm()) <= cp_fit.LARGEST
     assert error_of("cp3", tensor, factors) < 0.02
-    problem = cp._Problem.of(tensor, None)
-    near = cp._unit(torch.stack([a + b / 500, a], dim=1))
+    problem = cp_fit.Problem.of(tensor, None)
+    near = cp_fit._unit(torch.stack([a + b / 500, a], dim=1))
     diverging = problem.solve([near, near])
     assert diverging.size > 100
     assert diverging.error < 1e-4
-    bounded, _ = cp._bounded(problem, diverging, 0.0)
-    assert bounded.size <= cp.LARGEST
+    bounded, _ = cp_fit._bounded(problem, diverging, 0.0)
+    assert bounded.size <= cp_fit.LARGEST
     assert bounded.error < 0.02
 
 
 def test_correction_shrinks_norms_at_hardly_more_error():
     weight = trained("vgg", "features.3.0")
-    problem = cp._Problem.of(weight, None)
-    free = problem.run(cp._Slices(problem.weight).filters(22), 150)
-    found, _ = cp._corrected(problem, free, 6)
+    problem = cp_fit.Problem.of(weight, None)
+    free = problem.run(cp_fit.Slices(problem.weight).filters(22), 150)
+    found, _ = cp_fit._corrected(problem, free, 6)
     assert found.size < 0.97 * free.size
-    assert found.error <= (1 + cp.SLACK) * free.error + 1e-12
+    assert found.error <= (1 + cp_fit.SLACK) * free.error + 1e-12
 
 
 @pytest.mark.parametrize(("kind", "shape"), CASES)
@@ -306,9 +306,9 @@ def test_starts_that_are_not_finite_are_left_out(kind, broken, monkeypatch):
         ]
 
     if broken == "slices":
-        monkeypatch.setattr(cp._Slices, "filters", not_a_number)
+        monkeypatch.setattr(cp_fit.Slices, "filters", not_a_number)
     else:
-        monkeypatch.setattr(cp, "_random_filters", not_a_number)
+        monkeypatch.setattr(cp_fit, "_random_filters", not_a_number)
     got = error_of(kind, weight, DECOMPOSITIONS[kind].factorise(weight, (8,)))
     assert got == pytest.approx(expected, rel=0.05)
 
@@ -332,8 +332,9 @@ def test_fit_in_a_metric_beats_the_plain_one_in_it_and_its_own_start(kind):
     for rank in (6, 24):
         plain = error_of(kind, weight, decomposition.factorise(weight, (rank,)), metric)
         fitted = error_of(kind, weight, decomposition.factorise(weight, (rank,), metric), metric)
-        problem = cp._Problem.of(weight.reshape(decomposition._dims(weight.shape)), metric)
-        start = problem.solve(cp._separable(problem).run(cp._Slices(problem.weight).filters(rank), 60).filters).error
+        problem = cp_fit.Problem.of(weight.reshape(decomposition._dims(weight.shape)), metric)
+        slices = cp_fit.Slices(problem.weight).filters(rank)
+        start = problem.solve(cp_fit._separable(problem).run(slices, 60).filters).error
         assert fitted < 0.8 * plain
         assert fitted < 0.97 * start
 

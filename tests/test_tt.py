@@ -8,6 +8,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from tensorly.decomposition import tensor_train
+from tensorly.tt_tensor import tt_to_tensor
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -48,17 +50,9 @@ def product_of(factors):
 
 
 def tt_svd(weight, ranks):
-    """Oseledets 2011, algorithm 1, with plain SVDs in the order (in, k_h, k_w, out)."""
-    _, in_, *kernel = weight.shape
-    tensor = weight.numpy().transpose(1, *range(2, weight.ndim), 0)
-    rest, rank, whole = tensor.reshape(in_, -1), 1, np.ones((1, 1))
-    for size, following in zip((in_, *kernel), ranks, strict=True):
-        u, s, vt = np.linalg.svd(rest.reshape(rank * size, -1), full_matrices=False)
-        u, rest = u[:, :following], s[:following, None] * vt[:following]
-        whole = np.einsum("ar,rks->aks", whole, u.reshape(rank, size, -1)).reshape(len(whole) * size, -1)
-        rank = u.shape[1]
-    approximation = (whole @ rest).reshape(tensor.shape)
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(approximation, -1, 0)))
+    """Oseledets 2011, algorithm 1, in the order (in, k_h, k_w, out)."""
+    cores = tensor_train(np.moveaxis(weight.numpy(), 0, -1), [1, *ranks, 1])
+    return torch.from_numpy(tt_to_tensor(cores)).movedim(-1, 0)
 
 
 # --- the layer
