@@ -37,6 +37,7 @@ class Tucker2(Decomposition):
     """
 
     kind = "tucker2"
+    refines = True
 
     @override
     def unsupported(self, operator: Operator) -> str | None:
@@ -50,7 +51,7 @@ class Tucker2(Decomposition):
 
     @override
     def profile(self, weight: Tensor, metric: Tensor | None = None) -> RankProfile:
-        if metric is not None and bool(weight.any()):
+        if metric is not None and bool(metric.any()) and bool(weight.any()):
             return _TuckerFit(weight, metric).profile()
         limits = self.max_ranks(tuple(weight.shape))
         bases = [mode_basis(weight, mode)[:, :limit] for mode, limit in enumerate(limits)]
@@ -67,7 +68,7 @@ class Tucker2(Decomposition):
 
     @override
     def factorise(self, weight: Tensor, ranks: tuple[int, ...], metric: Tensor | None = None) -> dict[str, Tensor]:
-        if metric is not None and bool(weight.any()):
+        if metric is not None and bool(metric.any()) and bool(weight.any()):
             return _TuckerFit(weight, metric).fit(*ranks)
         if not bool(weight.any()):  # nothing to iterate on; bases that are not zero let the core train
             (r_out, r_in), (out, in_, *kernel) = ranks, weight.shape
@@ -80,7 +81,7 @@ class Tucker2(Decomposition):
         with tensorly_backend("numpy"), warnings.catch_warnings():  # ranks beyond the other mode's are harmless
             warnings.filterwarnings("ignore", message="Trying to compute SVD with n_eigenvecs")
             (core, (u_out, u_in)), _ = partial_tucker(
-                weight.numpy(), rank=list(ranks), modes=[0, 1], n_iter_max=50, tol=1e-7
+                weight.numpy(), rank=list(ranks), modes=[0, 1], n_iter_max=50, tol=1e-7, random_state=0
             )
         # The bases are orthonormal: put the core's scale into all three factors, so that they train alike.
         scale = (np.linalg.norm(core) / np.sqrt(core.size)) ** (1 / 3)
