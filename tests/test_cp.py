@@ -12,14 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.common import reference
-from lightning_compress import Budget, apply_plan_, compress_, load_compressed, save_compressed
+from lightning_compress import Budget, compress_, load_compressed, save_compressed
 from lightning_compress.analysis.costs import measure_costs
 from lightning_compress.analysis.inventory import take_inventory
-from lightning_compress.core.costs import Costs
-from lightning_compress.core.plan import LayerPlan, Plan
 from lightning_compress.kinds import cp_fit
-from lightning_compress.kinds.metric import Metric
-from lightning_compress.kinds.registry import DECOMPOSITIONS, factorise_in
+from lightning_compress.kinds.registry import DECOMPOSITIONS
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.layers.families import children_of, operator_of
 from lightning_compress.surgery.swap import plan_of
@@ -44,12 +41,6 @@ def with_random_factors(layer, kind, rank, dtype=torch.float64):
     last = children[list(children)[-1]]
     last.bias = layer.bias
     return FactorisedLayer(children, dense=layer, decomposition=DECOMPOSITIONS[kind], ranks=(rank,))
-
-
-def plan_for(layer, kind, rank):
-    costs = Costs(1, None, 4)
-    planned = LayerPlan("0", type(layer).__name__, kind, (rank,), tuple(layer.weight.shape), 0.0, 1, 1)
-    return Plan((planned,), costs, costs)
 
 
 def dense_twin(layer, new):
@@ -322,29 +313,6 @@ def test_profile_falls_and_is_kept(kind, metric):
 
 
 # --- everything around it
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("make", [nn.Conv2d, nn.ConvTranspose2d])
-def test_groups_are_fitted_each_in_its_own_metric(kind, make):
-    layer = randomised(make(8, 6, 3, groups=2))
-    metrics = torch.stack([smooth_metric(4, 3, seed=s) for s in (1, 2)])
-    weight = layer.weight if make is nn.Conv2d else layer.weight.reshape(2, 4, 3, 3, 3).transpose(1, 2).flatten(0, 1)
-    weight = weight.detach()
-    factors = factorise_in(kind, weight, (3,), Metric(metrics), groups=2)
-    for block, own in enumerate(metrics):
-        alone = DECOMPOSITIONS[kind].factorise(weight[3 * block : 3 * block + 3], (3,), own)
-        for name, factor in factors.items():
-            torch.testing.assert_close(factor.chunk(2)[block], alone[name])
-    plan = plan_for(layer, kind, 3)
-    model = nn.Sequential(layer)
-    apply_plan_(model, plan)
-    plain = factorise_in(kind, weight, (3,), None, groups=2)
-    products = [
-        DECOMPOSITIONS[kind].dense_weight({name: f.chunk(2)[block] for name, f in plain.items()}, (3, 4, 3, 3))
-        for block in range(2)
-    ]
-    torch.testing.assert_close(model[0].canonical_weight(), torch.cat(products))
 
 
 @pytest.mark.parametrize("heal", [False, pytest.param(True, marks=pytest.mark.slow)])
