@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import publish, reference
-from lightning_compress.kinds.cp import _Canonical, _Problem, _random_filters
+from lightning_compress.kinds.cp import _Canonical
+from lightning_compress.kinds.cp_fit import Problem, _random_filters
 from lightning_compress.kinds.registry import DECOMPOSITIONS
 
 STARTS = 10
@@ -46,7 +47,7 @@ def _row(name: str, kind: str, kernel: Tensor, rank: int) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     error = float((decomposition.dense_weight(factors, shape) - kernel).norm() / kernel.norm())
     dims = decomposition._dims(shape)
-    problem = _Problem.of(kernel.reshape(dims), None)
+    problem = Problem.of(kernel.reshape(dims), None)
     others = [problem.run(_random_filters(dims[1:], rank, 100 + i), SWEEPS).error ** 0.5 for i in range(STARTS)]
     return {
         "kernel": name,

@@ -133,11 +133,13 @@ class Decomposition(ABC):
         kind: Its name, a key of `DECOMPOSITIONS`.
         splits_outputs: Whether the output channels are shared between several factors; the metric
             of the outputs is then left out, as no one factor could undo it.
+        refines: Whether `factorise` betters the factors that `profile` measures, whose errors are then bounds.
         fits_roughly: Whether the errors of `profile` are those of a quick fit, which `factorise` betters.
     """
 
     kind: str
     splits_outputs: bool = False
+    refines: bool = False
     fits_roughly: bool = False
 
     @abstractmethod

@@ -115,21 +115,27 @@ def resolve_kinds(kinds: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def profile_in(kind: str, weight: Tensor, metric: Metric | None = None, groups: int = 1) -> RankProfile:
+def decomposition_of(kind: str | Decomposition) -> Decomposition:
+    """Returns the decomposition of a key of `DECOMPOSITIONS`, or the one given, which need not be among them."""
+    return DECOMPOSITIONS[kind] if isinstance(kind, str) else kind
+
+
+def profile_in(kind: str | Decomposition, weight: Tensor, metric: Metric | None = None, groups: int = 1) -> RankProfile:
     """Returns the errors ‖G^½ (W − Ŵ) S^½‖² / ‖G^½ W S^½‖² of every rank of a kind.
 
     Args:
-        kind: A key of `DECOMPOSITIONS`.
+        kind: A key of `DECOMPOSITIONS`, or a decomposition.
         weight: The dense weight, (groups · out, in, *kernel).
         metric: S and G; None for the identity in both.
         groups: Blocks of the weight that are factorised each on its own, with the same ranks.
     """
+    decomposition = decomposition_of(kind)
     if groups == 1:
-        return _profile(DECOMPOSITIONS[kind], weight, metric)
+        return _profile(decomposition, weight, metric)
     profiles, energies = [], []
     for index, block in enumerate(weight.chunk(groups)):
-        own = _usable(DECOMPOSITIONS[kind], metric.group(index) if metric is not None else None)
-        profiles.append(_profile(DECOMPOSITIONS[kind], block, own))
+        own = _usable(decomposition, metric.group(index) if metric is not None else None)
+        profiles.append(_profile(decomposition, block, own))
         energies.append(weighted_energy(block, own))
     shares = np.array(energies) / max(sum(energies), np.finfo(float).tiny)
     return RankProfile(profiles[0].ranks, np.sum([s * p.errors for s, p in zip(shares, profiles, strict=True)], axis=0))
@@ -158,7 +164,7 @@ def weighted_energy(weight: Tensor, metric: Metric | None, groups: int = 1) -> f
 
 
 def factorise_in(
-    kind: str,
+    kind: str | Decomposition,
     weight: Tensor,
     ranks: tuple[int, ...],
     metric: Metric | None = None,
@@ -172,14 +178,14 @@ def factorise_in(
     output channels to its last factor, so G is a change of their basis; kinds that split them ignore it.
 
     Args:
-        kind: A key of `DECOMPOSITIONS`.
+        kind: See `profile_in`.
         weight: See `profile_in`.
         ranks: Of the kind.
         metric: See `profile_in`.
         groups: See `profile_in`.
         draft: Whether a quick fit will do, see `Decomposition.draft`.
     """
-    decomposition = DECOMPOSITIONS[kind]
+    decomposition = decomposition_of(kind)
     if groups > 1:
         parts = [
             factorise_in(kind, block, ranks, metric.group(index) if metric is not None else None, draft=draft)
@@ -198,17 +204,20 @@ def factorise_in(
 
 
 def gated_weight(
-    kind: str, factors: Mapping[str, Tensor], operator: Operator, gates: Callable[[int, int], Tensor]
+    kind: str | Decomposition,
+    factors: Mapping[str, Tensor],
+    operator: Operator,
+    gates: Callable[[int, int], Tensor],
 ) -> Tensor:
     """Returns the weight (groups · out, in, *kernel) of canonical factors with each ordered component times its gate.
 
     Args:
-        kind: A key of `DECOMPOSITIONS`.
+        kind: See `profile_in`.
         factors: As from `factorise_in`.
         operator: Of the layer.
         gates: Called with the index of a rank and the number of its components, returns (count,).
     """
-    decomposition = DECOMPOSITIONS[kind]
+    decomposition = decomposition_of(kind)
     gated = by_group(lambda own: decomposition.gated(own, gates), factors, operator.groups)
     return multiplied_out(decomposition, gated, operator.shape, operator.groups)
 

@@ -157,7 +157,7 @@ class SpatialSvd(_MatrixDecomposition):
 
     @override
     def profile(self, weight: Tensor, metric: Tensor | None = None) -> RankProfile:
-        if metric is None or not bool(weight.any()):
+        if metric is None or not bool(metric.any()) or not bool(weight.any()):
             return super().profile(weight)
         spatial = _SpatialFit(weight.flatten(3), metric)
         targets = spatial.whitened()  # (r * k_w, out), rank by rank
@@ -167,7 +167,7 @@ class SpatialSvd(_MatrixDecomposition):
 
     @override
     def factorise(self, weight: Tensor, ranks: tuple[int, ...], metric: Tensor | None = None) -> dict[str, Tensor]:
-        if metric is None or not bool(weight.any()):
+        if metric is None or not bool(metric.any()) or not bool(weight.any()):
             return super().factorise(weight, ranks)
         (rank,) = ranks
         reduce, expand = _SpatialFit(weight.flatten(3), metric).fit(rank)  # (r, in * k_h), (out * k_w, r)

@@ -22,6 +22,7 @@ from lightning_compress.kinds.base import (
     singular_energies,
 )
 from lightning_compress.kinds.metric import regularised, solvable, whitened_targets
+from lightning_compress.kinds.multilinear import mode_basis
 from lightning_compress.kinds.svd import needs_spatial_kernel
 
 MOST = 1500
@@ -173,8 +174,7 @@ class _Features:
             mean = torch.einsum("pqrs,qs->pr", self.moments, torch.eye(q, dtype=matrix.dtype)) / q
             root = torch.linalg.cholesky(solvable(mean))
             matrix = root.T @ matrix
-        _, vectors = torch.linalg.eigh(matrix @ matrix.T)
-        core = vectors.flip(1)[:, : min(most, *matrix.shape)].T
+        core = mode_basis(matrix, 0)[:, : min(most, *matrix.shape)].T
         weight = (core @ matrix).reshape(len(core), -1, len(self.weight)).permute(2, 0, 1)
         if root is None or self.moments is None:
             return core, _Features(weight, core @ self.cross, None)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import cast
 
 import numpy as np
 import torch
-from tensorly.base import unfold
 from tensorly.decomposition import partial_tucker
-from tensorly.tenalg import multi_mode_dot
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_compress.kinds.base import (
     Decomposition,
-    Floats,
     Ints,
     Operator,
     RankProfile,
@@ -25,6 +21,7 @@ from lightning_compress.kinds.base import (
     pointwise,
 )
 from lightning_compress.kinds.metric import energy, regularised, solvable, whitened_targets
+from lightning_compress.kinds.multilinear import in_bases, mode_basis, tensorly_backend
 from lightning_compress.kinds.svd import axes_of, needs_spatial_kernel
 
 
@@ -40,6 +37,7 @@ class Tucker2(Decomposition):
     """
 
     kind = "tucker2"
+    refines = True
 
     @override
     def unsupported(self, operator: Operator) -> str | None:
@@ -53,18 +51,15 @@ class Tucker2(Decomposition):
 
     @override
     def profile(self, weight: Tensor, metric: Tensor | None = None) -> RankProfile:
-        if metric is not None and bool(weight.any()):
+        if metric is not None and bool(metric.any()) and bool(weight.any()):
             return _TuckerFit(weight, metric).profile()
-        array = weight.numpy()
-        max_out, max_in = self.max_ranks(array.shape)
-        bases = [_mode_basis(array, mode) for mode in (0, 1)]
-        core = multi_mode_dot(array, bases, modes=[0, 1], transpose=True)
-        energy = np.square(core).reshape(max_out, max_in, -1).sum(axis=2)
-        kept = energy.cumsum(axis=0).cumsum(axis=1)
+        limits = self.max_ranks(tuple(weight.shape))
+        bases = [mode_basis(weight, mode)[:, :limit] for mode, limit in enumerate(limits)]
+        kept = in_bases(weight, bases, (0, 1)).square().flatten(2).sum(dim=2).cumsum(0).cumsum(1)
         total = kept[-1, -1]
-        errors: Floats = np.clip(1 - kept / total, 0.0, 1.0) if total > 0 else np.zeros_like(kept)
-        grid = np.indices((max_out, max_in)).reshape(2, -1).T + 1
-        return RankProfile(ranks=grid, errors=errors.reshape(-1))
+        errors = (1 - kept / total).clamp(0, 1) if total > 0 else torch.zeros_like(kept)
+        grid = np.indices(limits).reshape(2, -1).T + 1
+        return RankProfile(ranks=grid, errors=errors.reshape(-1).numpy())
 
     @override
     def stages(self, shape: tuple[int, ...], ranks: Ints) -> tuple[Stage, ...]:
@@ -73,7 +68,7 @@ class Tucker2(Decomposition):
 
     @override
     def factorise(self, weight: Tensor, ranks: tuple[int, ...], metric: Tensor | None = None) -> dict[str, Tensor]:
-        if metric is not None and bool(weight.any()):
+        if metric is not None and bool(metric.any()) and bool(weight.any()):
             return _TuckerFit(weight, metric).fit(*ranks)
         if not bool(weight.any()):  # nothing to iterate on; bases that are not zero let the core train
             (r_out, r_in), (out, in_, *kernel) = ranks, weight.shape
@@ -82,10 +77,11 @@ class Tucker2(Decomposition):
                 "core": torch.zeros(r_out, r_in, *kernel, dtype=weight.dtype),
                 "expand": pointwise(torch.eye(out, r_out, dtype=weight.dtype), len(kernel)),
             }
-        with warnings.catch_warnings():  # ranks beyond what the other mode allows are harmless
+        # LAPACK through numpy takes half the time of "pytorch" on small kernels.
+        with tensorly_backend("numpy"), warnings.catch_warnings():  # ranks beyond the other mode's are harmless
             warnings.filterwarnings("ignore", message="Trying to compute SVD with n_eigenvecs")
             (core, (u_out, u_in)), _ = partial_tucker(
-                weight.numpy(), rank=list(ranks), modes=[0, 1], n_iter_max=50, tol=1e-7
+                weight.numpy(), rank=list(ranks), modes=[0, 1], n_iter_max=50, tol=1e-7, random_state=0
             )
         # The bases are orthonormal: put the core's scale into all three factors, so that they train alike.
         scale = (np.linalg.norm(core) / np.sqrt(core.size)) ** (1 / 3)
@@ -112,13 +108,6 @@ class Tucker2(Decomposition):
         return torch.einsum("or,rsk,si->oik", expand[:, :, 0], core, reduce[:, :, 0]).reshape(shape)
 
 
-def _mode_basis(array: Floats, mode: int) -> Floats:
-    """Returns the left singular vectors of an unfolding, (size of the mode, its rank)."""
-    matrix = unfold(array, mode)
-    _, vectors = np.linalg.eigh(matrix @ matrix.T)  # ascending
-    return cast(Floats, vectors[:, ::-1][:, : min(matrix.shape)])
-
-
 class _TuckerFit:
     """Tucker-2 in the metric: input channels from the channel moments, the rest by least squares.
 
@@ -137,9 +126,7 @@ class _TuckerFit:
         channels = torch.einsum("ikjl,kl->ij", self._metric, torch.eye(kernel, dtype=weight.dtype)) / kernel
         root = torch.linalg.cholesky(channels)
         mode = root.T @ weight.transpose(0, 1).flatten(1)  # (in, out * k_h * k_w)
-        _, vectors = torch.linalg.eigh(mode @ mode.T)
-        usable = min(mode.shape)
-        basis = vectors.flip(1)[:, :usable]
+        basis = mode_basis(mode, 0)[:, : min(mode.shape)]
         self._reduce = torch.linalg.solve_triangular(root, basis.T, upper=False, left=False)  # (r, in): Qᵀ L⁻¹
         self.total = energy(self._weight, metric)
 
