@@ -12,7 +12,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import Budget, Compress, FactorisedLayer, compress_, search_ranks
 from lightning_compress.core.errors import CompressionWarning
-from tests.conftest import InMode, TinyTask, Unchanged, compressed_model, interrupting
+from tests.support.compressing import compressed_model
+from tests.support.interruptions import interrupting
+from tests.support.nets import InMode, TinyTask
+from tests.support.unchanged import Unchanged
 
 IMAGE = (1, 3, 5, 5)
 VECTOR = (1, 8)

@@ -1,0 +1,430 @@
+from __future__ import annotations
+
+import gzip
+import struct
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lightning_compress.cli.demo import data as demo_data
+from lightning_compress.cli.demo.data import DigitsDataModule, FashionMNISTDataModule
+from lightning_compress.cli.demo.models import MLP, VGG, ResNet20, SmallCNN
+from lightning_compress.cli.demo.task import ClassificationTask
+from lightning_compress.core.errors import ConfigurationError, DataNotFoundError
+from tests.support.interruptions import block_imports
+
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+def splits(module):
+    module.setup("fit")
+    loaders = (module.train_dataloader(), module.val_dataloader(), module.test_dataloader())
+    return [loader.dataset.tensors for loader in loaders]
+
+
+def rows(images, labels):
+    table = np.column_stack([images.flatten(1).numpy(), labels.numpy()])
+    return table[np.lexsort(table.T)]
+
+
+# --- digits ----------------------------------------------------------------------------------
+
+
+def test_digits_splits_hold_every_image_once_normalised():
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    normalised = ((pixels - pixels.mean()) / pixels.std()).astype(np.float32)
+    parts = splits(DigitsDataModule())
+    assert [len(y) for _, y in parts] == [1078, 120, 599]
+    images, targets = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    assert images.shape == (1797, 1, 8, 8)
+    assert (images.dtype, targets.dtype) == (torch.float32, torch.int64)
+    np.testing.assert_array_equal(rows(images, targets), rows(torch.from_numpy(normalised), torch.from_numpy(labels)))
+    assert abs(float(images.double().mean())) < 1e-6
+    assert abs(float(images.double().std(correction=0)) - 1) < 1e-6
+
+
+def test_digits_splits_are_stratified():
+    parts = splits(DigitsDataModule())
+    whole = torch.bincount(torch.cat([y for _, y in parts]))
+    for _, labels in parts:
+        expected = whole * len(labels) / whole.sum()
+        assert (torch.bincount(labels, minlength=10) - expected).abs().max() <= 1
+
+
+def test_digits_splits_depend_on_their_seed_alone():
+    torch.manual_seed(1)
+    first = splits(DigitsDataModule(seed=3))
+    torch.manual_seed(2)
+    again, other = splits(DigitsDataModule(seed=3)), splits(DigitsDataModule(seed=4))
+    assert all(torch.equal(a, b) for x, y in zip(first, again, strict=True) for a, b in zip(x, y, strict=True))
+    assert not torch.equal(first[0][0], other[0][0])
+    assert not torch.equal(first[2][0], other[2][0])
+
+
+@pytest.mark.parametrize("limit", [1, 100, 500, 5000])
+def test_limit_keeps_the_first_images_of_each_split(limit):
+    for (images, labels), (all_images, all_labels) in zip(
+        splits(DigitsDataModule(limit=limit)), splits(DigitsDataModule()), strict=True
+    ):
+        assert torch.equal(images, all_images[:limit])
+        assert torch.equal(labels, all_labels[:limit])
+
+
+def test_loaders_batch_as_documented():
+    module = DigitsDataModule(batch_size=50, limit=230)
+    module.setup("fit")
+    assert [len(y) for _, y in module.train_dataloader()] == [50, 50, 50, 50]
+    assert [len(y) for _, y in module.val_dataloader()] == [120]
+    assert [len(y) for _, y in module.test_dataloader()] == [200, 30]
+
+
+def test_only_training_batches_are_shuffled():
+    module = DigitsDataModule(batch_size=64)
+    (train, _), (val, _), (test, _) = splits(module)
+    torch.manual_seed(0)
+    assert not torch.equal(next(iter(module.train_dataloader()))[0], train[:64])
+    assert torch.equal(next(iter(module.val_dataloader()))[0], val[:256])
+    assert torch.equal(next(iter(module.test_dataloader()))[0], test[:256])
+
+
+def test_setup_loads_once():
+    module = DigitsDataModule()
+    module.setup("fit")
+    first = module.train_dataloader().dataset
+    module.setup("test")
+    assert module.train_dataloader().dataset is first
+
+
+@pytest.mark.parametrize("make", [DigitsDataModule, FashionMNISTDataModule])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch_size", v) for v in (0, -1, 2.5, "64", True, None)] + [("limit", v) for v in (0, -3, 1.5, "10", True)],
+)
+def test_sizes_are_whole_numbers_of_at_least_one(make, name, value):
+    with pytest.raises(ConfigurationError) as caught:
+        make(**{name: value})
+    assert str(caught.value) == f"{make.__name__}({name}={value!r}): expected a whole number of at least 1."
+
+
+def test_digits_without_scikit_learn_say_how_to_get_it(monkeypatch):
+    block_imports(monkeypatch, "sklearn")
+    module = DigitsDataModule()
+    with pytest.raises(DataNotFoundError, match=r"scikit-learn.*pip install 'lightning_compress\[demo\]'"):
+        module.setup("fit")
+
+
+# --- augmentation ----------------------------------------------------------------------------
+
+
+class Recorder(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = {"train": [], "val": [], "test": []}
+
+    def training_step(self, batch, batch_idx):
+        self.seen["train"].append(batch)
+        return self.weight * 0
+
+    def validation_step(self, batch, batch_idx):
+        self.seen["val"].append(batch)
+
+    def test_step(self, batch, batch_idx):
+        self.seen["test"].append(batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def transforms(images, reach, *, flips):
+    variants = {}
+    for flip in (False, True) if flips else (False,):
+        base = images.flip(3) if flip else images
+        for dy in range(-reach, reach + 1):
+            for dx in range(-reach, reach + 1):
+                variants[flip, dy, dx] = torch.roll(base, (dy, dx), dims=(2, 3))
+    return variants
+
+
+class FakeFashion(FashionMNISTDataModule):
+    """Random images instead of files; every image is different and unsymmetric."""
+
+    def load(self):
+        generator = torch.Generator().manual_seed(0)
+        return {
+            name: (torch.randn(64, 1, 28, 28, generator=generator), torch.arange(64))
+            for name in ("train", "val", "test")
+        }
+
+
+def fit_and_test(module, make_trainer, epochs):
+    recorder = Recorder()
+    trainer = make_trainer(max_epochs=epochs)
+    trainer.fit(recorder, datamodule=module)
+    trainer.test(recorder, datamodule=module, verbose=False)
+    return recorder.seen
+
+
+@pytest.mark.parametrize(
+    ("module", "reach", "flips", "batch", "epochs"),
+    [
+        (DigitsDataModule(batch_size=77), 1, False, 77, 5),
+        (FakeFashion(batch_size=1), 2, True, 1, 4),
+    ],
+)
+def test_training_batches_are_shifted_and_only_clothes_flipped(make_trainer, module, reach, flips, batch, epochs):
+    seen = fit_and_test(module, make_trainer, epochs)
+    train = module.train_dataloader().dataset.tensors
+    originals = {}
+    for variant, images in transforms(train[0], reach, flips=flips).items():
+        for image in images:
+            originals.setdefault(image.numpy().tobytes(), set()).add(variant)
+    used = set()
+    for images, labels in seen["train"]:
+        assert len(labels) == batch
+        # one flip and one shift for the whole batch: some variant explains every image
+        common = set.intersection(*(originals[image.numpy().tobytes()] for image in images))
+        assert common
+        used |= common
+    shifts = {(dy, dx) for _, dy, dx in used}
+    assert {dy for dy, _ in shifts} == {dx for _, dx in shifts} == set(range(-reach, reach + 1))
+    assert {flip for flip, _, _ in used} == ({False, True} if flips else {False})
+
+
+@pytest.mark.parametrize("module", [DigitsDataModule(batch_size=77), FakeFashion(batch_size=16)])
+def test_validation_and_test_batches_are_left_alone(make_trainer, module):
+    seen = fit_and_test(module, make_trainer, 1)
+    for name, loader in (("val", module.val_dataloader()), ("test", module.test_dataloader())):
+        images, labels = (torch.cat(tensors) for tensors in zip(*seen[name], strict=True))
+        assert torch.equal(images, loader.dataset.tensors[0])
+        assert torch.equal(labels, loader.dataset.tensors[1])
+
+
+def test_augment_false_leaves_training_images_alone(make_trainer):
+    module = FakeFashion(batch_size=16, augment=False)
+    seen = fit_and_test(module, make_trainer, 2)
+    train = module.train_dataloader().dataset.tensors
+    for images, labels in seen["train"]:
+        assert torch.equal(images, train[0][labels])
+
+
+# --- Fashion-MNIST ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_debian(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo_data, "_DEBIAN", tmp_path / "debian")
+
+
+@pytest.fixture
+def idx_folder(tmp_path):
+    """Four IDX files of random images: 5,006 to train (6 after the split), 7 to test."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "idx"
+    folder.mkdir()
+    raw = {}
+    for split, count in (("train", 5006), ("t10k", 7)):
+        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = rng.integers(0, 10, count, dtype=np.uint8)
+        header = struct.pack(">IIII", 0x803, count, 28, 28)
+        write(folder / f"{split}-images-idx3-ubyte.gz", header + images.tobytes())
+        write(folder / f"{split}-labels-idx1-ubyte.gz", struct.pack(">II", 0x801, count) + labels.tobytes())
+        raw[split] = images, labels
+    return folder, raw
+
+
+def write(path, content):
+    path.write_bytes(gzip.compress(content, compresslevel=1))
+
+
+@pytest.mark.usefixtures("no_debian")
+def test_idx_files_are_read_split_and_normalised(idx_folder):
+    folder, raw = idx_folder
+    parts = splits(FashionMNISTDataModule(folder=str(folder), download=False))
+    images, labels = raw["train"]
+    expected = [(images[:6], labels[:6]), (images[6:], labels[6:]), raw["t10k"]]
+    for (x, y), (pixels, classes) in zip(parts, expected, strict=True):
+        assert x.shape == (len(pixels), 1, 28, 28)
+        assert (x.dtype, y.dtype) == (torch.float32, torch.int64)
+        reference = (pixels.astype(np.float64) / 255 - 0.2860) / 0.3530
+        np.testing.assert_allclose(x[:, 0].numpy(), reference, atol=1e-6)
+        np.testing.assert_array_equal(y.numpy(), classes)
+
+
+def test_the_given_folder_comes_before_debians(idx_folder, monkeypatch, tmp_path):
+    folder, raw = idx_folder
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in FILES:
+        write(other / f"{name}.gz", b"\0" * 16)
+    monkeypatch.setattr(demo_data, "_DEBIAN", other)
+    test = splits(FashionMNISTDataModule(folder=folder, download=False))[2]
+    np.testing.assert_array_equal(test[1].numpy(), raw["t10k"][1])
+
+
+def test_debians_files_serve_when_no_folder_or_an_incomplete_one_is_given(idx_folder, monkeypatch, tmp_path):
+    folder, raw = idx_folder
+    monkeypatch.setattr(demo_data, "_DEBIAN", folder)
+    for given in (None, tmp_path / "nowhere"):
+        test = splits(FashionMNISTDataModule(folder=given, download=False))[2]
+        np.testing.assert_array_equal(test[1].numpy(), raw["t10k"][1])
+
+
+def middle_flipped(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes(b ^ 0xFF for b in content[middle : middle + 64]) + content[middle + 64 :]
+
+
+@pytest.mark.usefixtures("no_debian")
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: b"not gzip at all",
+        lambda content: content[: len(content) // 2],
+        middle_flipped,
+        lambda content: content[:10] + b"\xff" * 20 + content[30:],
+        lambda content: gzip.compress(b"\0" * 4),
+        lambda content: gzip.compress(gzip.decompress(content)[:-1]),
+    ],
+    ids=["empty", "foreign", "truncated", "middle", "deflate", "no-header", "one-byte-short"],
+)
+def test_damaged_file_is_named(idx_folder, name, damage):
+    folder, _ = idx_folder
+    path = folder / name
+    path.write_bytes(damage(path.read_bytes()))
+    module = FashionMNISTDataModule(folder=folder, download=False)
+    with pytest.raises(DataNotFoundError) as caught:
+        module.setup("fit")
+    assert repr(str(path)) in str(caught.value)
+    assert "Get the file again" in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_debian")
+@pytest.mark.parametrize("missing", FILES)
+def test_one_missing_file_is_enough_to_refuse(idx_folder, missing):
+    folder, _ = idx_folder
+    (folder / f"{missing}.gz").unlink()
+    module = FashionMNISTDataModule(folder=folder, download=False)
+    with pytest.raises(DataNotFoundError) as caught:
+        module.setup("fit")
+    assert repr(str(folder)) in str(caught.value)
+    assert "download=false" in str(caught.value)
+    assert "dataset-fashion-mnist" in str(caught.value)
+    assert "data.module.folder=PATH" in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_debian")
+def test_without_a_folder_nothing_is_downloaded(tmp_path):
+    with pytest.raises(DataNotFoundError, match="no folder was given to download it to") as caught:
+        FashionMNISTDataModule().setup("fit")
+    assert repr(str(tmp_path / "debian")) in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_debian")
+def test_download_without_torchvision_says_why_it_failed(monkeypatch, tmp_path):
+    block_imports(monkeypatch, "torchvision")
+    folder = tmp_path / "new"
+    with pytest.raises(
+        DataNotFoundError, match=r"download failed \(ModuleNotFoundError: No module named 'torchvision'"
+    ):
+        FashionMNISTDataModule(folder=folder).setup("fit")
+    assert not folder.exists()
+
+
+@pytest.mark.skipif(not (demo_data._DEBIAN / f"{FILES[0]}.gz").is_file(), reason="needs Debian's dataset-fashion-mnist")
+def test_the_real_fashion_mnist():
+    (train, train_y), (val, val_y), (test, test_y) = splits(FashionMNISTDataModule(download=False))
+    assert [len(x) for x in (train, val, test)] == [55_000, 5_000, 10_000]
+    assert torch.bincount(torch.cat([train_y, val_y])).tolist() == [6_000] * 10
+    assert torch.bincount(test_y).tolist() == [1_000] * 10
+    whole = torch.cat([train, val])
+    assert abs(float(whole.mean(dtype=torch.float64))) < 1e-3
+    assert abs(float((whole - whole.mean()).square().mean(dtype=torch.float64).sqrt()) - 1) < 1e-3
+    assert test_y[:5].tolist() == [9, 2, 1, 1, 6]
+
+
+# --- networks --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("net", "params"),
+    [
+        (VGG(), 420_778),
+        (ResNet20(), 272_186),
+        (MLP(), 64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10),
+        (SmallCNN(), 9 * (32 + 32 * 64 + 64 * 128) + 2 * (32 + 64 + 128) + 128 * 10 + 10),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else str(value),
+)
+def test_number_of_parameters(net, params):
+    assert sum(p.numel() for p in net.parameters()) == params
+
+
+def test_resnet20_has_twenty_weighted_layers():
+    weighted = [m for m in ResNet20().modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert len(weighted) + 1 == 20
+
+
+@pytest.mark.parametrize(
+    ("net", "shape", "classes"),
+    [
+        (SmallCNN(3, 7, width=4), (2, 3, 8, 8), 7),
+        (SmallCNN(1, 10, width=4), (2, 1, 28, 28), 10),
+        (MLP(48, 5, hidden=[]), (2, 3, 4, 4), 5),
+        (MLP(48, 5, hidden=[8]), (2, 3, 4, 4), 5),
+        (VGG(3, 6, widths=[4, 8, 8], hidden=9), (2, 3, 32, 32), 6),
+        (VGG(1, 6, widths=[4, 8], hidden=9), (2, 1, 8, 8), 6),
+        (ResNet20(3, 4, width=4, blocks=1), (2, 3, 32, 32), 4),
+        (ResNet20(1, 4, width=4, blocks=1), (2, 1, 8, 8), 4),
+    ],
+)
+def test_networks_return_logits(net, shape, classes):
+    logits = net.eval()(torch.randn(shape))
+    assert logits.shape == (shape[0], classes)
+    assert torch.isfinite(logits).all()
+
+
+# --- task ------------------------------------------------------------------------------------
+
+
+def test_task_reports_accuracy_and_cross_entropy_of_all_test_images(make_trainer):
+    net = MLP(hidden=[16])
+    module = DigitsDataModule(batch_size=16, limit=150)
+    result = make_trainer().test(ClassificationTask(net), datamodule=module, verbose=False)[0]
+    images, labels = module.test_dataloader().dataset.tensors
+    with torch.no_grad():
+        logits = net.eval()(images)
+    assert set(result) == {"accuracy", "loss"}
+    assert result["accuracy"] == pytest.approx(float((logits.argmax(1) == labels).double().mean()), abs=1e-6)
+    assert result["loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-6)
+
+
+def test_task_trains_with_one_cycle_over_the_whole_fit(make_trainer):
+    task = ClassificationTask(MLP(hidden=[8]), lr=0.25, weight_decay=0.01, momentum=0.8)
+    trainer = make_trainer(max_epochs=2)
+    trainer.fit(task, datamodule=DigitsDataModule(batch_size=50, limit=500))
+    (optimizer,) = trainer.optimizers
+    group = optimizer.param_groups[0]
+    scheduler = trainer.lr_scheduler_configs[0].scheduler
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert group["nesterov"]
+    assert group["weight_decay"] == 0.01
+    assert group["max_lr"] == 0.25
+    assert scheduler.total_steps == 20
+    assert sum(p.numel() for p in group["params"]) == sum(p.numel() for p in task.net.parameters())
+
+
+def test_task_learns_the_digits(make_trainer):
+    torch.manual_seed(0)
+    module = DigitsDataModule()
+    task = ClassificationTask(MLP(hidden=[64]), lr=0.1)
+    trainer = make_trainer(max_epochs=8)
+    trainer.fit(task, datamodule=module)
+    assert trainer.test(task, datamodule=module, verbose=False)[0]["accuracy"] > 0.85

@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+import xml.etree.ElementTree as ET
+
+import pytest
+from rich.console import Console
+
+from lightning_compress.cli.report import Figures, Report, plot_plan
+from lightning_compress.core.costs import Costs
+from lightning_compress.core.errors import OutputFolderError, UnsupportedError
+from lightning_compress.core.plan import LayerPlan, Plan
+from lightning_compress.core.settings import Budget
+from tests.support.interruptions import block_imports
+
+DENSE, COMPRESSED = Costs(10_000, 200_000, 40_000), Costs(2_500, 20_000, 10_400)
+LAYERS = (
+    LayerPlan(
+        "conv", "Conv2d", "tucker2", (3, 5), (16, 8, 3, 3), 0.12345, 8_000, 500, 180_000, 9_000, source="batch norm"
+    ),
+    LayerPlan("norm", "BatchNorm2d", "dense", (), (), 0.0, 32, 32, reason="a norm layer"),
+    LayerPlan("head", "Linear", "dense", (), (10, 196), 0.0, 1_968, 1_968, 1_960, 1_960, "too small", "batch norm"),
+)
+PLAN = Plan(
+    layers=LAYERS,
+    dense=DENSE,
+    compressed=COMPRESSED,
+    budget=Budget(params=0.25, bytes=0.3),
+    method="exact",
+    objective="moments",
+    source="batch norm",
+    optimality_gap=0.0125,
+    output_distance=0.125,
+    seconds=1.5,
+    seed=0,
+)
+
+
+def make(plan=PLAN, **changes):
+    stages = {
+        "dense": Figures(DENSE, 0.002, {"accuracy": 0.95, "loss": 0.2}),
+        "zero_shot": Figures(COMPRESSED, 0.001, {"accuracy": 0.5, "loss": 1.25}),
+        "fine_tuned": Figures(COMPRESSED, 0.0008, {"accuracy": 0.9375, "loss": 0.25}),
+    }
+    return Report(plan, **{**stages, "seconds": {"search": 1.25, "swap": 0.06}, **changes})
+
+
+def stage(costs, latency_ms, accuracy, loss):
+    return {
+        "params": costs.params,
+        "macs": costs.macs,
+        "bytes": costs.bytes,
+        "latency_ms": pytest.approx(latency_ms, rel=1e-12),
+        "metrics": {"accuracy": accuracy, "loss": loss},
+    }
+
+
+def test_json_holds_exactly_what_was_measured():
+    report = make().as_dict()
+    assert report == {
+        "schema": 1,
+        "data_free": True,
+        "budget": {"params": 0.25, "bytes": 0.3},
+        "dense": stage(DENSE, 2.0, 0.95, 0.2),
+        "zero_shot": stage(COMPRESSED, 1.0, 0.5, 1.25),
+        "fine_tuned": stage(COMPRESSED, 0.8, 0.9375, 0.25),
+        "kept": {"params": 0.25, "macs": 0.1, "bytes": 0.26, "latency": pytest.approx(0.4, rel=1e-12)},
+        "search": {
+            "method": "exact",
+            "objective": "moments",
+            "source": "batch norm",
+            "seconds": 1.5,
+            "optimality_gap": 0.0125,
+            "output_distance": 0.125,
+        },
+        "seconds": {"search": 1.25, "swap": 0.06},
+        "layers": [
+            {
+                "name": "conv",
+                "type": "Conv2d",
+                "kind": "tucker2",
+                "ranks": [3, 5],
+                "error": 0.12345,
+                "source": "batch norm",
+                "params_before": 8_000,
+                "params_after": 500,
+                "reason": None,
+            },
+            {
+                "name": "norm",
+                "type": "BatchNorm2d",
+                "kind": "dense",
+                "ranks": [],
+                "error": 0.0,
+                "source": None,
+                "params_before": 32,
+                "params_after": 32,
+                "reason": "a norm layer",
+            },
+            {
+                "name": "head",
+                "type": "Linear",
+                "kind": "dense",
+                "ranks": [],
+                "error": 0.0,
+                "source": "batch norm",
+                "params_before": 1_968,
+                "params_after": 1_968,
+                "reason": "too small",
+            },
+        ],
+    }
+    assert [key for key in report if key in {"dense", "zero_shot", "fine_tuned"}] == [
+        "dense",
+        "zero_shot",
+        "fine_tuned",
+    ]
+
+
+def test_rows_are_the_figures_for_people():
+    assert make().rows() == [
+        ("parameters", "10,000", "2,500", "2,500", "25.0 % (4.00x)"),
+        ("MACs", "200,000", "20,000", "20,000", "10.0 % (10.00x)"),
+        ("bytes", "40,000", "10,400", "10,400", "26.0 % (3.85x)"),
+        ("latency, batch 1", "2.000 ms", "1.000 ms", "0.800 ms", "40.0 % (2.50x)"),
+        ("accuracy", "0.9500", "0.5000", "0.9375", "-0.0125"),
+        ("loss", "0.2000", "1.2500", "0.2500", "+0.0500"),
+    ]
+
+
+def test_markdown_is_the_headline_the_rows_and_the_layers():
+    assert make().to_markdown() == "\n".join(
+        [
+            "# Compression report",
+            "",
+            "budget params <= 25 %, bytes <= 30 %; data-free exact search in 1.50 s, at most 1.25 % above the optimum; "
+            "1 layers factorised",
+            "",
+            "|  | dense | zero-shot | fine-tuned | kept / change |",
+            "| --- | --- | --- | --- | --- |",
+            "| parameters | 10,000 | 2,500 | 2,500 | 25.0 % (4.00x) |",
+            "| MACs | 200,000 | 20,000 | 20,000 | 10.0 % (10.00x) |",
+            "| bytes | 40,000 | 10,400 | 10,400 | 26.0 % (3.85x) |",
+            "| latency, batch 1 | 2.000 ms | 1.000 ms | 0.800 ms | 40.0 % (2.50x) |",
+            "| accuracy | 0.9500 | 0.5000 | 0.9375 | -0.0125 |",
+            "| loss | 0.2000 | 1.2500 | 0.2500 | +0.0500 |",
+            "",
+            "## Time",
+            "",
+            "| part | took |",
+            "| --- | --- |",
+            "| search | 1.2 s |",
+            "| swap | 0.1 s |",
+            "",
+            "## Layers",
+            "",
+            "| layer | type | kind | ranks | error | measured on | parameters | afterwards | reason |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| `conv` | Conv2d | tucker2 | 3, 5 | 0.1235 | batch norm | 8,000 | 500 |  |",
+            "| `norm` | BatchNorm2d | dense |  |  |  | 32 | 32 | a norm layer |",
+            "| `head` | Linear | dense |  |  | batch norm | 1,968 | 1,968 | too small |",
+            "",
+        ]
+    )
+
+
+def test_table_shows_every_cell():
+    console = Console(width=160, color_system=None)
+    with console.capture() as capture:
+        console.print(make().table())
+    text = capture.get()
+    for row in make().rows():
+        assert all(cell in text for cell in row)
+    assert make().to_markdown().splitlines()[2] in " ".join(text.split())  # the headline, wrapped
+
+
+def test_unknown_macs_are_a_question_mark_and_null():
+    unknown = Costs(10_000, None, 40_000)
+    report = make(dense=Figures(unknown, 0.002, {}), fine_tuned=Figures(COMPRESSED, 0.001, {}))
+    assert report.rows()[1] == ("MACs", "?", "20,000", "20,000", "?")
+    assert json.loads(json.dumps(report.as_dict()))["kept"]["macs"] is None
+
+
+def test_real_data_is_said_so():
+    report = make(dataclasses.replace(PLAN, data_free=False))
+    assert report.as_dict()["data_free"] is False
+    assert "; not data-free exact search" in report.to_markdown()
+
+
+def test_plan_without_a_known_gap_claims_none():
+    # a plan read off a model was not searched: nothing is known about the optimum
+    read_off = dataclasses.replace(PLAN, budget=None, method=None, objective=None, optimality_gap=None, seconds=None)
+    read_off = dataclasses.replace(read_off, source=None, output_distance=None)
+    report = make(read_off, seconds={})
+    assert report.as_dict()["budget"] == {}
+    keys = ("method", "objective", "source", "seconds", "optimality_gap", "output_distance")
+    assert report.as_dict()["search"] == dict.fromkeys(keys)
+    assert report.as_dict()["seconds"] == {}
+    assert "## Time" not in report.to_markdown()
+    assert "above the optimum" not in report.to_markdown()
+    assert "None" not in report.to_markdown()
+
+
+def test_save_writes_json_markdown_and_plan(tmp_path):
+    report = make()
+    folder = tmp_path / "new" / "folder"
+    report.save(str(folder))
+    assert sorted(path.name for path in folder.iterdir()) == ["plan.json", "report.json", "report.md"]
+    assert json.loads((folder / "report.json").read_text("utf-8")) == json.loads(json.dumps(report.as_dict()))
+    assert (folder / "report.md").read_text("utf-8") == report.to_markdown()
+    assert Plan.from_json((folder / "plan.json").read_text("utf-8")) == PLAN
+    report.save(folder)
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_save_under_a_file_is_refused_and_the_file_left_alone(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OutputFolderError) as caught:
+            make().save(folder)
+        assert repr(str(folder)) in str(caught.value)
+        assert "Choose a folder you can write" in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def png_size(path):
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert content[12:16] == b"IHDR"
+    assert content[-8:-4] == b"IEND"
+    return struct.unpack(">II", content[16:24])
+
+
+@pytest.mark.parametrize("count", [1, 30])
+def test_plot_is_a_png_that_grows_with_the_layers(tmp_path, count):
+    pytest.importorskip("matplotlib")
+    layers = [dataclasses.replace(LAYERS[i % 2 * 2], name=f"layer{i}") for i in range(count)]
+    plot_plan(dataclasses.replace(PLAN, layers=(*layers, LAYERS[1])), tmp_path / "plan.png")
+    width, height = png_size(tmp_path / "plan.png")
+    assert width == 11 * 120
+    assert height == pytest.approx(120 * (1.8 + 0.32 * count), abs=1)
+
+
+def test_plot_shows_names_ranks_and_kinds(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
+        plot_plan(PLAN, tmp_path / "plan.svg")
+    root = ET.parse(tmp_path / "plan.svg").getroot()
+    texts = {"".join(node.itertext()).strip() for node in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"conv", "head", "rank 3 x 5", "tucker2", "dense", "before"} <= texts
+    assert "25.0 % of 10,000 parameters kept (exact plan)" in texts
+    assert "norm" not in texts
+
+
+def test_plot_leaves_pyplot_alone(tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    before = pyplot.get_fignums()
+    plot_plan(PLAN, tmp_path / "plan.png")
+    assert pyplot.get_fignums() == before
+
+
+def test_plot_without_matplotlib_says_how_to_get_it(tmp_path, monkeypatch):
+    block_imports(monkeypatch, "matplotlib")
+    with pytest.raises(UnsupportedError, match=r"pip install 'lightning_compress\[plots\]'"):
+        plot_plan(PLAN, tmp_path / "plan.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plot_into_a_missing_or_impossible_folder_is_refused(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "missing" / "plan.png", tmp_path / "file" / "plan.png"):
+        with pytest.raises(OutputFolderError) as caught:
+            plot_plan(PLAN, path)
+        assert repr(str(path)) in str(caught.value)
+        assert "Choose a folder you can write" in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,347 @@
+"""The CP kinds: sums of separable filters (Lebedev et al. 2015), fitted with bounded norms (Phan et al. 2020)."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from tensorly.decomposition import parafac
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.common import reference
+from lightning_compress import Budget, compress_, load_compressed, save_compressed
+from lightning_compress.analysis.costs import measure_costs
+from lightning_compress.analysis.inventory import take_inventory
+from lightning_compress.kinds import cp_fit
+from lightning_compress.kinds.registry import DECOMPOSITIONS
+from lightning_compress.layers.factorised import FactorisedLayer
+from lightning_compress.layers.families import children_of, operator_of
+from lightning_compress.surgery.embodied import embodied_plan
+from tests.support.compressing import DEFAULTS, WEIGHTS_ALONE
+from tests.support.nets import TinyNet
+from tests.support.zoo import normal, randomised
+
+KINDS = ("cp", "cp3")
+SHAPES = [(6, 5, 3, 3), (3, 7, 5, 3), (4, 4, 2, 3, 2), (5, 4, 1, 3, 3)]
+CASES = [*itertools.product(KINDS, SHAPES), ("cp3", (6, 5, 3)), ("cp3", (6, 5, 3, 1))]
+
+
+def convolution(shape, **settings):
+    make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(shape) - 3]
+    return randomised(make(shape[1], shape[0], shape[2:], **settings))
+
+
+def with_random_factors(layer, kind, rank, dtype=torch.float64):
+    """The factorised layer with random child weights: no fit, so that only the layers are tested."""
+    children = children_of(DECOMPOSITIONS[kind], layer, (rank,))
+    for seed, child in enumerate(children.values()):
+        child.weight = nn.Parameter(normal(*child.weight.shape, seed=seed + 7).to(dtype))
+    last = children[list(children)[-1]]
+    last.bias = layer.bias
+    return FactorisedLayer(children, dense=layer, decomposition=DECOMPOSITIONS[kind], ranks=(rank,))
+
+
+def dense_twin(layer, new):
+    """The layer itself with the weight of the factors."""
+    with torch.no_grad():
+        layer.weight.copy_(new.dense_weight())
+    return layer
+
+
+def separable(shape, rank, seed=0):
+    """A kernel of given rank with components of comparable norm, written out with numpy."""
+    generator = np.random.default_rng(seed)
+    letters = "abcde"[: len(shape)]
+    factors = [generator.standard_normal((size, rank)) for size in shape]
+    return torch.from_numpy(np.einsum(",".join(f"{x}r" for x in letters) + "->" + letters, *factors))
+
+
+def error_of(kind, weight, factors, metric=None):
+    lost = (DECOMPOSITIONS[kind].dense_weight(factors, tuple(weight.shape)) - weight).flatten(1)
+    flat = weight.flatten(1)
+    if metric is None:
+        return float(lost.square().sum() / flat.square().sum())
+    return float(((lost @ metric) * lost).sum() / ((flat @ metric) * flat).sum())
+
+
+def component_norms(factors):
+    return torch.stack(
+        [f.flatten(1).norm(dim=0 if name == "expand" else 1) for name, f in factors.items()]
+    )  # (modes, R)
+
+
+def smooth_metric(channels, size, seed=0):
+    """The second moment of patches of smooth, correlated images."""
+    images = torch.einsum("bihw,ij->bjhw", normal(8, channels, 20, 20, seed=seed), normal(channels, channels, seed=9))
+    images = F.avg_pool2d(images, 3, 1).relu() + 0.1 * images[:, :, 1:-1, 1:-1]
+    rows = F.unfold(images, size).transpose(1, 2).flatten(0, 1)
+    return rows.T @ rows / len(rows)
+
+
+def trained(network, layer):
+    return dict(reference(network).named_parameters())[f"{layer}.weight"].detach().double()
+
+
+# --- the layer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_layer_is_the_dense_one_with_the_multiplied_out_weight(kind, transposed, groups):
+    seen = 0
+    paddings = [(0, 0), (1, 2)] if transposed else [(0, 0), (1, 2), "same", "valid"]
+    for stride, padding, dilation, bias in itertools.product(
+        [(1, 1), (2, 3)], paddings, [(1, 1), (2, 1)], (True, False)
+    ):
+        if padding == "same" and stride != (1, 1):
+            continue  # torch refuses it
+        settings = {"stride": stride, "padding": padding, "dilation": dilation, "bias": bias, "groups": groups}
+        make = nn.ConvTranspose2d if transposed else nn.Conv2d
+        extra = {"output_padding": tuple(s - 1 for s in stride)} if transposed else {}
+        layer = randomised(make(4, 6, (3, 5), **settings, **extra), seed=seen)
+        new = with_random_factors(layer, kind, 3)
+        x = normal(2, 4, 11, 10, seed=9)
+        got = new(x)
+        torch.testing.assert_close(got, dense_twin(layer, new)(x), rtol=1e-10, atol=1e-10)
+        got = new(x.to(memory_format=torch.channels_last))
+        torch.testing.assert_close(got, layer(x), rtol=1e-10, atol=1e-10)
+        seen += 1
+    assert seen == (16 if transposed else 28)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padding_modes_are_separable(kind, mode):
+    layer = convolution((5, 4, 3, 3), padding=(1, 2), padding_mode=mode)
+    new, x = with_random_factors(layer, kind, 3), normal(1, 4, 7, 6)
+    torch.testing.assert_close(new(x), dense_twin(layer, new)(x), rtol=1e-10, atol=1e-10)
+
+
+def test_children_filter_each_channel_alone():
+    conv = nn.Conv2d(8, 6, (3, 5), stride=(2, 1), padding=(1, 2))
+    new = with_random_factors(conv, "cp", 4, torch.float32)
+    assert list(new.factors()) == ["reduce", "axis0", "axis1", "expand"]
+    assert [child.kernel_size for child in new] == [(1, 1), (3, 1), (1, 5), (1, 1)]
+    assert [child.stride for child in new] == [(1, 1), (2, 1), (1, 1), (1, 1)]
+    assert [child.groups for child in new] == [1, 4, 4, 1]
+    assert new.dense_weight().dtype == torch.float32
+    whole = with_random_factors(conv, "cp3", 4)
+    assert list(whole.factors()) == ["reduce", "kernel", "expand"]
+    assert [child.kernel_size for child in whole] == [(1, 1), (3, 5), (1, 1)]
+    assert new.bias is conv.bias
+    flat = with_random_factors(nn.Conv3d(8, 6, (1, 3, 3), stride=2), "cp", 4)
+    assert [child.kernel_size for child in flat] == [(1, 1, 1), (1, 3, 1), (1, 1, 3), (1, 1, 1)]
+    assert [child.stride for child in flat] == [(1, 1, 1), (2, 2, 1), (1, 1, 2), (1, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "why"),
+    [
+        ("cp", nn.Linear(4, 4), "cp factorises convolutions only"),
+        ("cp3", nn.Linear(4, 4), "cp3 factorises convolutions only"),
+        ("cp", nn.Conv2d(3, 4, 1), "cp of a 1x1 convolution is svd"),
+        ("cp3", nn.Conv2d(3, 4, 1), "cp3 of a 1x1 convolution is svd"),
+        ("cp", nn.Conv1d(3, 4, 3), "cp of a kernel along one axis is cp3"),
+        ("cp", nn.Conv2d(3, 4, (3, 1)), "cp of a kernel along one axis is cp3"),
+        ("cp3", nn.Conv1d(3, 4, 3), None),
+        ("cp3", nn.Conv2d(3, 4, (3, 1)), None),
+        ("cp", nn.Conv3d(3, 4, (1, 3, 3)), None),
+    ],
+)
+def test_kind_says_why_it_does_not_apply(kind, layer, why):
+    assert DECOMPOSITIONS[kind].unsupported(operator_of(layer)) == why
+
+
+def test_auto_tries_cp_only_where_its_components_are_clearly_smaller_than_those_of_cp3():
+    net = nn.Sequential(nn.Conv2d(3, 16, 11), nn.Conv2d(16, 32, 3), nn.Conv3d(32, 8, 3), nn.Conv1d(8, 8, 31))
+    kinds = [layer.kinds for layer in take_inventory(net)]
+    assert ["cp" in own for own in kinds] == [True, False, True, False]
+    assert all("cp3" in own for own in kinds)
+    assert all("cp" in layer.kinds for layer in take_inventory(net[:3], kinds="cp"))
+    named = take_inventory(net, overrides={"1": {"kinds": ["cp", "svd"]}})
+    assert ["cp" in layer.kinds for layer in named] == [True, True, True, False]
+    automatic = take_inventory(net[:3], kinds="cp", overrides={"1": {"kinds": "auto"}})
+    assert "cp" not in automatic[1].kinds
+
+
+# --- the fit
+
+
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+@pytest.mark.parametrize("metric", [False, True])
+def test_a_kernel_of_low_rank_is_recovered(kind, shape, metric):
+    whole = separable(shape, 2) if kind == "cp" else separable((*shape[:2], int(np.prod(shape[2:]))), 2).reshape(shape)
+    size = whole[0].numel()
+    basis, _ = torch.linalg.qr(normal(size, size))
+    moment = (basis * torch.logspace(0, 2, size, dtype=torch.float64)) @ basis.T if metric else None
+    factors = DECOMPOSITIONS[kind].factorise(whole, (2,), moment)
+    assert error_of(kind, whole, factors, moment) < 1e-8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fit_is_at_least_as_good_as_tensorly_from_several_starts(kind):
+    weight = trained("resnet20", "blocks.3.conv2")
+    tensor = weight.numpy() if kind == "cp" else weight.flatten(2).numpy()
+    for rank in (4, 24):
+        errors = [
+            parafac(tensor, rank, n_iter_max=60, init="random", random_state=seed, return_errors=True)[1][-1]
+            for seed in range(3)
+        ]
+        fitted = error_of(kind, weight, DECOMPOSITIONS[kind].factorise(weight, (rank,))) ** 0.5
+        assert fitted <= 1.01 * float(min(errors))
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_components_of_a_degenerate_tensor_stay_bounded(size):
+    # a∘a∘b + a∘b∘a + b∘a∘a has rank 3, but n (a + b/n)∘(a + b/n)∘(a + b/n) − n a∘a∘a comes as close as one likes.
+    a, b = torch.linalg.qr(normal(size, 2))[0].T
+    tensor = sum(torch.einsum("i,j,k->ijk", *parts) for parts in ((a, a, b), (a, b, a), (b, a, a)))
+    factors = DECOMPOSITIONS["cp3"].factorise(tensor, (2,))
+    assert float(component_norms(factors).prod(dim=0).norm() / tensor.norm()) <= cp_fit.LARGEST
+    assert error_of("cp3", tensor, factors) < 0.02
+    problem = cp_fit.Problem.of(tensor, None)
+    near = cp_fit._unit(torch.stack([a + b / 500, a], dim=1))
+    diverging = problem.solve([near, near])
+    assert diverging.size > 100
+    assert diverging.error < 1e-4
+    bounded, _ = cp_fit._bounded(problem, diverging, 0.0)
+    assert bounded.size <= cp_fit.LARGEST
+    assert bounded.error < 0.02
+
+
+def test_correction_shrinks_norms_at_hardly_more_error():
+    weight = trained("vgg", "features.3.0")
+    problem = cp_fit.Problem.of(weight, None)
+    free = problem.run(cp_fit.Slices(problem.weight).filters(22), 150)
+    found, _ = cp_fit._corrected(problem, free, 6)
+    assert found.size < 0.97 * free.size
+    assert found.error <= (1 + cp_fit.SLACK) * free.error + 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [1e-150, 1e150])
+def test_scale_does_not_matter(kind, scale):
+    weight = normal(6, 5, 3, 3)
+    one, other = (DECOMPOSITIONS[kind].factorise(w, (4,)) for w in (weight, weight * scale))
+    product = DECOMPOSITIONS[kind].dense_weight(other, (6, 5, 3, 3)) / scale
+    torch.testing.assert_close(product, DECOMPOSITIONS[kind].dense_weight(one, (6, 5, 3, 3)), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("broken", ["slices", "random"])
+def test_starts_that_are_not_finite_are_left_out(kind, broken, monkeypatch):
+    weight = trained("resnet20", "blocks.3.conv2")
+    expected = error_of(kind, weight, DECOMPOSITIONS[kind].factorise(weight, (8,)))
+
+    def not_a_number(*args):
+        return [
+            torch.full((n, 8), torch.nan, dtype=torch.float64) for n in DECOMPOSITIONS[kind]._dims(weight.shape)[1:]
+        ]
+
+    if broken == "slices":
+        monkeypatch.setattr(cp_fit.Slices, "filters", not_a_number)
+    else:
+        monkeypatch.setattr(cp_fit, "_random_filters", not_a_number)
+    got = error_of(kind, weight, DECOMPOSITIONS[kind].factorise(weight, (8,)))
+    assert got == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fit_in_a_metric_beats_the_plain_one_in_it_and_its_own_start(kind):
+    weight, metric = trained("resnet20", "blocks.3.conv2"), smooth_metric(32, 3)
+    decomposition = DECOMPOSITIONS[kind]
+    for rank in (6, 24):
+        plain = error_of(kind, weight, decomposition.factorise(weight, (rank,)), metric)
+        fitted = error_of(kind, weight, decomposition.factorise(weight, (rank,), metric), metric)
+        problem = cp_fit.Problem.of(weight.reshape(decomposition._dims(weight.shape)), metric)
+        slices = cp_fit.Slices(problem.weight).filters(rank)
+        start = problem.solve(cp_fit._separable(problem).run(slices, 60).filters).error
+        assert fitted < 0.8 * plain
+        assert fitted < 0.97 * start
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_a_separable_metric_the_fit_is_that_of_the_whitened_weight(kind):
+    weight, decomposition = normal(8, 6, 3, 3), DECOMPOSITIONS[kind]
+    roots = [normal(n, 2 * n, seed=n) for n in (6, 3, 3)]
+    moments = [root @ root.T for root in roots]
+    metric = torch.kron(moments[0], torch.kron(moments[1], moments[2]))
+    white = torch.einsum("oihw,ij,hk,wl->ojkl", weight, *(torch.linalg.cholesky(m) for m in moments))
+    expected = error_of(kind, white, decomposition.factorise(white, (5,)))
+    assert error_of(kind, weight, decomposition.factorise(weight, (5,), metric), metric) < expected * 1.02
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("metric", [False, True])
+def test_factors_share_the_norm_and_come_in_its_order_and_twice_the_same(kind, metric):
+    weight = trained("resnet20", "blocks.2.conv1")
+    moment = smooth_metric(16, 3) if metric else None
+    factors = DECOMPOSITIONS[kind].factorise(weight, (7,), moment)
+    norms = component_norms(factors)
+    torch.testing.assert_close(norms, norms[:1].expand_as(norms))
+    if not metric:
+        sizes = norms.prod(dim=0)
+        assert bool((sizes[1:] <= sizes[:-1] * (1 + 1e-12)).all())
+    again = DECOMPOSITIONS[kind].factorise(weight, (7,), moment)
+    assert all(torch.equal(factors[name], again[name]) for name in factors)
+    gated = DECOMPOSITIONS[kind].gated(factors, lambda _, count: (torch.arange(count) < 3).double())
+    kept = {n: f[:, :3] if n == "expand" else f[:3] for n, f in factors.items()}
+    product = DECOMPOSITIONS[kind].dense_weight
+    torch.testing.assert_close(product(gated, (16, 16, 3, 3)), product(kept, (16, 16, 3, 3)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("metric", [False, True])
+def test_profile_falls_and_is_kept(kind, metric):
+    weight, decomposition = trained("resnet20", "blocks.2.conv1"), DECOMPOSITIONS[kind]
+    moment = smooth_metric(16, 3) if metric else None
+    profile = decomposition.profile(weight, moment)
+    assert profile.ranks[:, 0].tolist() == list(range(1, len(profile.ranks) + 1))
+    costs = decomposition.parameters((16, 16, 3, 3), np.array([[len(profile.ranks)], [len(profile.ranks) + 1]]))
+    assert costs[0] < weight.numel() <= costs[1]
+    assert (np.diff(profile.errors) <= 0).all()
+    assert ((profile.errors >= 0) & (profile.errors <= 1)).all()
+    ratios = []
+    for rank in (1, 6, 20, len(profile.ranks)):
+        error = error_of(kind, weight, decomposition.factorise(weight, (rank,), moment), moment)
+        ratios.append(error / profile.errors[rank - 1])
+    assert max(ratios) <= 1.05
+    assert ratios[0] > 0.8  # a bound that says something
+
+
+# --- everything around it
+
+
+@pytest.mark.parametrize("heal", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_model_is_compressed_saved_and_loaded(kind, heal, tmp_path):
+    net, shape = TinyNet().eval(), (1, 3, 8, 8)
+    plan = compress_(net, Budget(params=0.75), example_input=shape, kinds=kind, **(DEFAULTS if heal else WEIGHTS_ALONE))
+    assert {p.kind for p in plan.factorised} == {kind}
+    assert measure_costs(net, shape) == plan.compressed
+    seen = embodied_plan(net, shape)
+    assert [(p.name, p.ranks, p.macs_after) for p in seen.factorised] == [
+        (p.name, p.ranks, p.macs_after) for p in plan.factorised
+    ]
+    save_compressed(net, tmp_path)
+    again = TinyNet().eval()
+    load_compressed(again, tmp_path)
+    x = normal(2, 3, 8, 8).float()
+    assert torch.equal(again(x), net(x))
+    torch.testing.assert_close(torch.export.export(net, (x,)).module()(x), net(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layer", ["features.3.0", "features.4.0", "features.6.0"])
+def test_predictions_are_kept_on_trained_kernels(kind, layer):
+    weight, decomposition = trained("vgg", layer), DECOMPOSITIONS[kind]
+    for metric in (None, smooth_metric(weight.shape[1], 3)):
+        profile = decomposition.profile(weight, metric)
+        for rank in np.geomspace(1, len(profile.ranks), 8).round().astype(int).tolist():
+            error = error_of(kind, weight, decomposition.factorise(weight, (rank,), metric), metric)
+            assert error <= 1.05 * profile.errors[rank - 1]
