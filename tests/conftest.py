@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
+
 import lightning as L
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress.analysis import synthetic as synthesis
+from lightning_compress.core.effort import EFFORTS, trying
 from lightning_compress.kinds import shrinkage
-from lightning_compress.search import end_to_end
-from lightning_compress.surgery import distillation
 from tests.support.nets import TinyNet
 from tests.support.unchanged import Unchanged
 
@@ -27,10 +28,16 @@ def unshrunk(monkeypatch):
 
 
 @pytest.fixture
-def less_work(monkeypatch) -> None:
+def try_only():
+    """Limits the effort of what names none, until the end of the test: `try_only(work=10**9)`."""
+    with contextlib.ExitStack() as stack:
+        yield lambda **fields: stack.enter_context(trying(replace(EFFORTS["balanced"], **fields)))
+
+
+@pytest.fixture
+def less_work(try_only) -> None:
     """Fewer synthetic inputs and steps, as for a model that is too large for more."""
-    for module in (synthesis, end_to_end, distillation):
-        monkeypatch.setattr(module, "WORK", 10**10)
+    try_only(work=10**10)
 
 
 @pytest.fixture

@@ -81,17 +81,20 @@ def synthesise(
     model: nn.Module,
     example_input: ExampleInput,
     *,
+    count: int | None = None,
+    steps: int | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> SyntheticInputs:
     """Returns synthetic inputs for a model; deterministic under the seed.
 
-    Their number and the steps of their optimisation are those of the current `Effort`; images are smaller and then
-    inputs fewer for models so large that it would cost more than its `work`.
+    Images are smaller and then inputs fewer for models so large that it would cost more than the effort's `work`.
 
     Args:
         model: Any module; it is not changed.
         example_input: See `search_ranks`.
+        count: Number of inputs, None for that of the current `Effort`.
+        steps: Steps of their optimisation, likewise.
         seed: Of everything random.
         progress: Called with what is being done and the fraction done.
 
@@ -99,7 +102,7 @@ def synthesise(
         ExampleInputError: If the example input has a wrong type.
     """
     effort = current_effort()
-    count, steps = effort.inputs, effort.input_steps
+    count, steps = count or effort.inputs, steps or effort.input_steps
     example = as_arguments(model, example_input)
     generator = torch.Generator().manual_seed(seed)
     norms, macs, scarce = running_norms(model), 0, False

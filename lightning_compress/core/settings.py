@@ -220,7 +220,8 @@ class SearchSettings:
         overrides: Pattern to `Override`, a mapping of its fields, or "dense".
         rank_multiple: Ranks are multiples of this number.
         seed: Of everything random in the search and the repair.
-        effort: How hard to try: "fast", "balanced", "thorough", or an `Effort` of one's own.
+        effort: How hard to try: "fast", "balanced", "thorough", or an `Effort` of one's own; None is that of the
+            enclosing `trying`, "balanced" without one.
 
     Raises:
         ConfigurationError: If the objective is unknown, or a number is out of range. Names of strategies, kinds and
@@ -235,10 +236,11 @@ class SearchSettings:
     overrides: Mapping[str, Any] | None = None
     rank_multiple: int = 1
     seed: int = 0
-    effort: EffortName | Effort = "balanced"
+    effort: EffortName | Effort | None = None
 
     def __post_init__(self) -> None:
-        effort_of(self.effort)
+        if self.effort is not None:
+            effort_of(self.effort)
         if self.objective not in OBJECTIVES:
             msg = f"objective={self.objective!r} is unknown.{did_you_mean(self.objective, OBJECTIVES)}"
             raise ConfigurationError(msg)
@@ -278,4 +280,4 @@ class SearchKeywords(TypedDict, total=False):
     overrides: Mapping[str, Any] | None
     rank_multiple: int
     seed: int
-    effort: EffortName | Effort
+    effort: EffortName | Effort | None

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_compress.core.effort import current_effort
 from lightning_compress.kinds.base import tail_errors
 from lightning_compress.kinds.metric import regularised
 from lightning_compress.kinds.multilinear import in_bases, mode_basis
@@ -258,7 +259,7 @@ class Slices:
 def drafted(problem: Problem, rank: int, slices: Slices | None = None) -> Components:
     """Returns the components that a few sweeps lead to from the slices, which are worked out where not given."""
     slices = slices or Slices(problem.weight)
-    sweeps = int(np.clip(PROFILE_WORK / sweep_work(tuple(problem.weight.shape), rank), *PROFILE_SWEEPS))
+    sweeps = _sweeps(PROFILE_WORK, sweep_work(tuple(problem.weight.shape), rank), PROFILE_SWEEPS)
     found = _separable(problem).run(slices.filters(rank), sweeps)
     return found if problem.metric is None else problem.solve(found.filters)
 
@@ -267,7 +268,7 @@ def fitted(problem: Problem, rank: int) -> Components:
     """Returns the components of the better of two starts, with bounded norms."""
     dims = tuple(problem.weight.shape)
     separable = _separable(problem)
-    total = int(np.clip(WORK / sweep_work(dims, rank), *SWEEPS))
+    total = _sweeps(WORK, sweep_work(dims, rank), SWEEPS)
     starts = [Slices(problem.weight).filters(rank)]
     if total >= SWEEPS_FOR_BOTH:
         starts.append(_random_filters(dims[1:], rank))
@@ -277,7 +278,7 @@ def fitted(problem: Problem, rank: int) -> Components:
     if problem.metric is None:
         return best
     work = (2 + (len(dims) - 1) * CG_STEPS) * rank * problem.metric.numel()
-    sweeps = int(np.clip(WORK / work, *METRIC_SWEEPS))
+    sweeps = _sweeps(WORK, work, METRIC_SWEEPS)
     return _bounded(problem, problem.run(best.filters, sweeps, ridge), ridge)[0]
 
 
@@ -392,3 +393,10 @@ def _unit(columns: Tensor) -> Tensor:
 
 def _extrapolated(current: Sequence[Tensor], before: Sequence[Tensor], step: float) -> list[Tensor]:
     return [_unit(now + step * (now - then)) for now, then in zip(current, before, strict=True)]
+
+
+def _sweeps(work: float, each: float, bounds: tuple[int, int]) -> int:
+    """Returns how many sweeps are affordable where each takes so much work, by the current `Effort`."""
+    fewest, most = bounds
+    fits = current_effort().fits
+    return int(np.clip(fits * work / each, fewest, max(fewest, fits * most)))

@@ -16,7 +16,7 @@ from lightning_compress.core.errors import ConfigurationError, PlanMismatchError
 from lightning_compress.core.plan import LayerPlan, Plan
 from lightning_compress.core.progress import Progress, silent
 from lightning_compress.kinds.metric import Metric
-from lightning_compress.kinds.registry import DECOMPOSITIONS
+from lightning_compress.kinds.registry import DECOMPOSITIONS, known_kinds
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.layers.unfused import Unfusing, put_, redo_, undo_, unfusable, unfuse_
 from lightning_compress.surgery.build import build_layer, build_sharing_layers, build_tied_layer
@@ -195,7 +195,7 @@ def _require_applicable(layer: Layer, planned: LayerPlan) -> None:
         raise PlanMismatchError(msg)
     decomposition = DECOMPOSITIONS.get(planned.kind)
     if decomposition is None:
-        msg = f"{where} has the unknown kind {planned.kind!r} in the plan.{did_you_mean(planned.kind, DECOMPOSITIONS)}"
+        msg = f"{where} has the unknown kind {planned.kind!r} in the plan.{known_kinds(planned.kind)}"
         raise PlanMismatchError(msg)
     refusal = decomposition.unsupported(layer.operator)
     largest = decomposition.max_ranks(layer.operator.shape) if refusal is None else ()

@@ -101,7 +101,7 @@ class Compress(RestoringCallback):
         overrides: Mapping[str, Any] | None = None,
         rank_multiple: int = 1,
         seed: int = 0,
-        effort: EffortName | Effort = "balanced",
+        effort: EffortName | Effort | None = None,
         heal: bool = True,
         calibration: Iterable[Any] | None = None,
         schedule: Schedule | Mapping[str, Any] | None = None,

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from lightning_compress import Budget, apply_plan_, search_ranks
 from lightning_compress.analysis.moments import input_moments
 from lightning_compress.analysis.statistics import gather_statistics
-from lightning_compress.analysis.synthetic import LEAST_COUNT, LEAST_STEPS, WORK, affordable, synthesise
+from lightning_compress.analysis.synthetic import LEAST_COUNT, LEAST_STEPS, affordable, synthesise
+from lightning_compress.core.effort import EFFORTS
 from lightning_compress.core.errors import ExampleInputError
 from lightning_compress.layers.families import family_of
 from tests.support.errors import planned_error
@@ -19,6 +20,8 @@ from tests.support.unchanged import Unchanged
 
 BOUNDED = {"tucker2", "tt", "cp", "cp3"}
 """Kinds whose planned error is an upper bound of that of the fitted factors."""
+
+WORK = EFFORTS["balanced"].work
 
 
 def mismatch(net: TinyNet, images: torch.Tensor) -> float:

@@ -396,7 +396,7 @@ def edited(overrides, key, value):
     [
         ("compresion", {"x": 1}, ConfigurationError, ["unknown key 'compresion'", "Did you mean 'compression'?"]),
         ("compression.foo", 1, ConfigurationError, ["unknown key 'foo' in compression", "Known: ", "budget"]),
-        ("compression.serch", "exact", ConfigurationError, ["unknown key 'serch'", "Did you mean 'search'?"]),
+        ("compression.metod", "exact", ConfigurationError, ["unknown key 'metod'", "Did you mean 'method'?"]),
         ("dense.foo", 1, ConfigurationError, ["unknown key 'foo' in dense", "Known: epochs, lr"]),
         ("finetune.epoch", 1, ConfigurationError, ["unknown key 'epoch' in finetune", "Did you mean 'epochs'?"]),
         ("task.momentun", 1, ConfigurationError, ["unknown key 'momentun' in task", "Did you mean 'momentum'?"]),

@@ -19,7 +19,7 @@ from lightning_compress import Budget, Compress, FactorisedLayer, Plan, apply_pl
 from lightning_compress.analysis.inventory import take_inventory
 from lightning_compress.analysis.moments import PROBES, output_moments
 from lightning_compress.analysis.statistics import Statistics, gather_statistics
-from lightning_compress.analysis.synthetic import WORK
+from lightning_compress.core.effort import EFFORTS
 from lightning_compress.core.errors import BudgetError, CompressionWarning, ConfigurationError, ExampleInputError
 from lightning_compress.kinds.metric import OUTPUT_FLOOR, Metric
 from lightning_compress.kinds.registry import (
@@ -33,10 +33,8 @@ from lightning_compress.kinds.registry import (
 from lightning_compress.search.candidates import tabulate
 from lightning_compress.search.end_to_end import (
     GROUP,
-    INPUTS,
     LEAST_INPUTS,
     LEAST_TEMPERATURE,
-    STEPS,
     Outputs,
     _gates,
     _gradient_of_log_distance,
@@ -44,12 +42,13 @@ from lightning_compress.search.end_to_end import (
 )
 from lightning_compress.search.exact import solve
 from lightning_compress.search.problem import Problem
-from lightning_compress.search.quality_target import BISECTIONS
 from lightning_compress.search.refine import refined
 from lightning_compress.search.units import units_of
 from tests.support.nets import SHAPE, InMode, TinyTask, trained_like
 from tests.support.unchanged import Unchanged
 
+BALANCED = EFFORTS["balanced"]
+WORK, INPUTS, STEPS = BALANCED.work, BALANCED.descent_inputs, BALANCED.descent_steps
 VECTOR = (1, 6)
 KIND_SHAPES = {
     "svd": (12, 7),
@@ -350,7 +349,13 @@ def test_models_so_large_that_it_would_take_long_are_searched_by_moments():
 
 @pytest.mark.parametrize(
     ("macs", "inputs"),
-    [(0, INPUTS), (10**6, INPUTS), (WORK // (3 * STEPS * 16), 16), (WORK // (3 * STEPS), 1), (WORK, 0)],
+    [
+        (0, INPUTS),
+        (10**6, INPUTS),
+        (WORK // (3 * STEPS * 16), 16),
+        (WORK // (3 * STEPS), 1),
+        (WORK, 0),
+    ],
 )
 def test_inputs_of_a_step_are_those_that_can_be_afforded(macs, inputs):
     assert affordable_inputs(macs) == inputs
@@ -753,7 +758,7 @@ def test_quality_target_is_met_as_closely_as_the_bisection_can(small):
             low = middle
         if high / low < 1.001:
             break
-    resolution = (1 / 0.1) ** (2.0 ** (1 - BISECTIONS))  # of a floor above 0.1
+    resolution = (1 / 0.1) ** (2.0 ** (1 - BALANCED.bisections))  # of a floor above 0.1
     assert plan.compressed.params <= best.compressed.params * resolution * 1.002 + 1
     tighter = Budget(params=plan.compressed.params / resolution**2 / plan.dense.params - 1 / plan.dense.params)
     assert search_ranks(net, tighter, **settings).output_distance > target

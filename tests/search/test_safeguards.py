@@ -15,8 +15,9 @@ from lightning_compress.analysis.drawing import leaves, noise, textured
 from lightning_compress.analysis.inventory import take_inventory
 from lightning_compress.analysis.moments import OTHER_KIND, Moments, batch_statistics, input_moments
 from lightning_compress.analysis.statistics import Statistics, gather_statistics
-from lightning_compress.analysis.synthetic import COUNT, LEAST_SIDE, synthesise
+from lightning_compress.analysis.synthetic import LEAST_SIDE, synthesise
 from lightning_compress.analysis.trace import trace
+from lightning_compress.core.effort import EFFORTS
 from lightning_compress.core.errors import CompressionWarning
 from lightning_compress.core.plan import BETTER_ELSEWHERE, DENSE, LayerPlan
 from lightning_compress.core.progress import silent
@@ -74,12 +75,12 @@ def test_norms_take_the_statistics_of_the_batch_for_a_while():
     before.check()
 
 
-def test_images_are_smaller_where_as_many_large_ones_are_too_dear(monkeypatch):
+def test_images_are_smaller_where_as_many_large_ones_are_too_dear(try_only):
     net, shape = pooled(), (1, 3, 2 * LEAST_SIDE, 2 * LEAST_SIDE)
     small = synthesise(net, shape, count=8, steps=2)
     assert small.batches[0][0][0].shape[2:] == shape[2:]
     assert small.drawn == ()
-    monkeypatch.setattr("lightning_compress.analysis.synthetic.WORK", 10**9)
+    try_only(work=10**9)
     made = synthesise(net, shape, count=64, steps=2)
     assert made.batches[0][0][0].shape[2:] == (LEAST_SIDE, LEAST_SIDE)
     assert made.drawn
@@ -94,9 +95,9 @@ def test_images_are_smaller_where_as_many_large_ones_are_too_dear(monkeypatch):
 
 
 @pytest.fixture
-def scarce(monkeypatch) -> tuple[nn.Module, Statistics]:
+def scarce(try_only) -> tuple[nn.Module, Statistics]:
     """A network and what is known of it where few inputs can be afforded."""
-    monkeypatch.setattr("lightning_compress.analysis.synthetic.WORK", 10**8)
+    try_only(work=10**8)
     net = pooled()
     return net, gather_statistics(net, (1, 3, 2 * LEAST_SIDE, 2 * LEAST_SIDE))
 
@@ -119,12 +120,12 @@ def test_moments_of_drawn_inputs_are_the_mean_of_two_kinds_shrunk(scarce):
         assert found.shrinkage >= OTHER_KIND
 
 
-def test_small_images_are_not_drawn_and_their_factors_are_repaired(monkeypatch):
-    monkeypatch.setattr("lightning_compress.analysis.synthetic.WORK", 10**8)
+def test_small_images_are_not_drawn_and_their_factors_are_repaired(try_only):
+    try_only(work=10**8)
     net = pooled()
     made = synthesise(net, IMAGE)
     assert made.source == "batch norm"
-    assert sum(len(batch[0][0]) for batch in made.batches) < COUNT
+    assert sum(len(batch[0][0]) for batch in made.batches) < EFFORTS["balanced"].inputs
     assert made.drawn == ()
     done = compressed_model(net, Budget(params=0.6), example_input=IMAGE)
     assert done.healing is not None
@@ -229,7 +230,7 @@ def test_factors_of_a_plan_of_the_weights_are_fitted_to_the_weights_whatever_sta
         assert torch.equal(ours, plain)
 
 
-def test_layers_of_a_large_model_are_measured_on_few_inputs_or_not_at_all(monkeypatch):
+def test_layers_of_a_large_model_are_measured_on_few_inputs_or_not_at_all(try_only):
     net = pooled()
     statistics = gather_statistics(net, IMAGE)
     layers, budget = units_of(take_inventory(net, kinds=["svd", "channel_svd"])), Budget(params=0.7)
@@ -239,12 +240,12 @@ def test_layers_of_a_large_model_are_measured_on_few_inputs_or_not_at_all(monkey
     seen: list[int] = []
     with net[8].register_forward_pre_hook(lambda _m, args: seen.append(len(args[0]))):
         for inputs, most in ((10_000, 256), (70, 64), (10, 10)):
-            monkeypatch.setattr("lightning_compress.search.sensitivity.WORK", inputs * macs * len(layers))
+            try_only(work=inputs * macs * len(layers))
             seen.clear()
             assert weighted(problem, choice, outputs).weights is not None
             assert sum(len(args[0]) for args, _ in outputs.within(inputs).statistics.batches) == most
             assert sum(seen) <= 64 + (1 + len(layers)) * most  # the count of MACs, the dense outputs, each layer
-        monkeypatch.setattr("lightning_compress.search.sensitivity.WORK", 2 * macs * len(layers))
+        try_only(work=2 * macs * len(layers))
         assert weighted(problem, choice, outputs) is problem
 
 

@@ -15,6 +15,7 @@ from lightning_compress import Budget, Override, apply_plan_, search_ranks
 from lightning_compress.analysis.costs import measure_costs
 from lightning_compress.analysis.inventory import take_inventory
 from lightning_compress.analysis.trace import trace
+from lightning_compress.core.effort import EFFORTS
 from lightning_compress.core.errors import (
     BudgetError,
     ConfigurationError,
@@ -27,7 +28,7 @@ from lightning_compress.core.errors import (
 from lightning_compress.core.plan import signal_loss
 from lightning_compress.core.settings import RESOURCES
 from lightning_compress.layers.factorised import FactorisedLayer
-from lightning_compress.search.candidates import MAX_RANKS, MAX_RANKS_PER_MODE, Candidates, tabulate
+from lightning_compress.search.candidates import Candidates, tabulate
 from lightning_compress.search.exact import smallest, solve
 from lightning_compress.search.problem import Problem
 from lightning_compress.search.strategies import STRATEGIES, search_exact
@@ -364,12 +365,12 @@ def test_many_ranks_are_thinned_with_both_ends_kept():
     table = table_of(nn.Linear(1100, 1100, bias=False), kinds="svd")
     ranks = [r for (r,) in table.ranks[:-1]]
     assert 1 in ranks
-    assert len(ranks) <= MAX_RANKS
+    assert len(ranks) <= EFFORTS["balanced"].ranks
     assert ranks[:20] == list(range(1, 21))
     assert max(ranks) < 550
     tucker = table_of(nn.Conv2d(80, 70, 3, bias=False), kinds="tucker2")
     for mode in (0, 1):
-        assert len({ranks[mode] for ranks in tucker.ranks[:-1]}) <= MAX_RANKS_PER_MODE
+        assert len({ranks[mode] for ranks in tucker.ranks[:-1]}) <= EFFORTS["balanced"].ranks_per_mode
 
 
 def test_signal_loss_is_the_negative_logarithm_and_finite():

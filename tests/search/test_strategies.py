@@ -100,7 +100,7 @@ def test_own_strategy_is_given_the_layers_of_its_candidates(monkeypatch):
         assert [unit.name for unit in problem.units] == ["conv1", "point", "fc1", "fc2"]
         for unit, table in zip(problem.units, problem.layers, strict=True):
             assert torch.equal(unit.double_weight(), net.get_submodule(unit.name).weight.detach().double())
-            assert unit.operator.shape == tuple(unit.weight.shape)
+            assert unit.operator.shape == tuple(unit.double_weight().shape)
             assert set(table.kinds) <= {*unit.kinds, "dense"}
 
 

@@ -330,10 +330,8 @@ def test_half_precision_is_regressed_but_not_distilled(dtype):
     assert all(p.dtype == dtype for p in case.model.parameters())
 
 
-def test_distillation_that_costs_too_much_is_skipped(monkeypatch):
-    import lightning_compress.surgery.distillation as module
-
-    monkeypatch.setattr(module, "WORK", 10**6)
+def test_distillation_that_costs_too_much_is_skipped(try_only):
+    try_only(work=10**6)
     healing = image_case().heal()
     assert healing.skipped == "20 steps would cost more than 1e+06 MACs"
 

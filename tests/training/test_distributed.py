@@ -14,7 +14,7 @@ import torch
 
 from lightning_compress.core.errors import DivergedRanksError, UnsupportedError
 from lightning_compress.core.parallel import Processes, current_processes, from_first, shared_map, sharing_work
-from tests import ddp_fits
+from tests.support import ddp_fits
 from tests.support.compressing import DEFAULTS, compress, compressed_model
 from tests.support.nets import TinyTask
 

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+
+from lightning_compress import Budget, Compress, search_ranks
+from lightning_compress.core.effort import EFFORTS, Effort, current_effort, effort_of, trying
+from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.parallel import in_threads
+from tests.support.nets import SHAPE
+
+
+def test_presets_try_ever_harder():
+    fast, balanced, thorough = (vars(EFFORTS[name]) for name in ("fast", "balanced", "thorough"))
+    for name in fast:
+        assert fast[name] <= balanced[name] <= thorough[name], name
+
+
+def test_effort_is_that_of_the_innermost_block_in_threads_too():
+    own = Effort(inputs=7)
+    with trying("fast"), trying(own):
+        assert current_effort() is own
+        assert in_threads(lambda _: current_effort().inputs, range(3)) == [7, 7, 7]
+        with trying(None) as same:
+            assert same is own
+    assert current_effort() == EFFORTS["balanced"]
+
+
+@pytest.mark.parametrize("value", ["fastest", 3, ["fast"]])
+def test_unknown_effort_is_an_error_whatever_the_entrance(net, value):
+    for call in (lambda: effort_of(value), lambda: Compress(Budget(params=0.5), effort=value)):
+        with pytest.raises(ConfigurationError, match=r"effort=.* is unknown: expected an Effort or a preset"):
+            call()
+    with pytest.raises(ConfigurationError, match="effort="):
+        search_ranks(net, Budget(params=0.5), effort=value)
+
+
+def test_a_search_that_tries_less_makes_fewer_inputs_and_keeps_the_budget(net):
+    reports = []
+    for effort in ("fast", Effort(inputs=16, input_steps=1, descent_steps=1)):
+        reports.append([])
+        report = lambda what, _, to=reports[-1]: to.append(what)  # noqa: E731
+        plan = search_ranks(net, Budget(params=0.6), example_input=SHAPE, effort=effort, progress=report)
+        assert plan.kept["params"] <= 0.6
+    fast, least = (report.count("synthetic inputs") for report in reports)
+    assert least < fast
