@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 from lightning_compress.analysis.statistics import Statistics, gather_statistics
 from lightning_compress.analysis.trace import ExampleInput
 from lightning_compress.core.copies import detached_copy
+from lightning_compress.core.effort import trying
 from lightning_compress.core.errors import CompressionWarning, ExampleInputError
 from lightning_compress.core.parallel import current_processes
 from lightning_compress.core.plan import Plan
@@ -107,7 +108,24 @@ def compress_model_(
     progress: Progress | None = None,
 ) -> Compression:
     """Like `compress_`, and returns all that was done."""
-    settings, report = settings or SearchSettings(), progress or silent
+    settings = settings or SearchSettings()
+    with trying(settings.effort):
+        return _compress_(
+            model, budget, settings, example_input, calibration, statistics, progress or silent, heal=heal
+        )
+
+
+def _compress_(  # noqa: PLR0917
+    model: nn.Module,
+    budget: Budget | Mapping[str, Any],
+    settings: SearchSettings,
+    example_input: ExampleInput | None,
+    calibration: Iterable[Any] | None,
+    statistics: Statistics | None,
+    progress: Progress,
+    *,
+    heal: bool,
+) -> Compression:
     plan, metric = search_with_statistics(
         model,
         budget,
@@ -118,7 +136,7 @@ def compress_model_(
         progress=progress,
     )
     seed = settings.seed
-    inputs = _inputs_for_healing(model, metric, example_input, calibration, seed, report) if heal else None
+    inputs = _inputs_for_healing(model, metric, example_input, calibration, seed, progress) if heal else None
     start = time.perf_counter()
     if current_processes().rank:  # the first process's factors are everyone's
         replacements = apply_shells_(model, plan)
@@ -126,16 +144,13 @@ def compress_model_(
         return Compression(plan, replacements, None, kept, plan.timings)
     dense = detached_copy(model) if inputs is not None else None
     replacements = apply_plan_(model, plan, statistics=metric, progress=progress)
-    seconds = {
-        **(inputs.seconds if inputs is not None else {}),
-        **plan.timings,
-        "swap": time.perf_counter() - start,
-    }
+    gathered = inputs.seconds if inputs is not None else {}
+    seconds = {**gathered, **plan.timings, "swap": time.perf_counter() - start}
     if dense is None or inputs is None or not replacements:
         return Compression(plan, replacements, None, (), seconds)
     kept = shared_state(model, replacements)
     try:
-        healing = heal_(dense, model, replacements, inputs, seed=seed, progress=report)
+        healing = heal_(dense, model, replacements, inputs, seed=seed, progress=progress)
     except BaseException:
         uninstall(model, replacements)
         restore_(kept)

@@ -10,14 +10,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
 from lightning_compress.analysis.trace import Trace
 from lightning_compress.core.compat import has_gradient_hooks
 from lightning_compress.core.errors import (
     ConfigurationError,
-    ModelError,
-    NonFiniteWeightError,
     NothingToFactoriseError,
     SelectionError,
 )
@@ -149,44 +146,6 @@ def take_inventory(
     if all(layer.reason for layer in result):
         raise NothingToFactoriseError(_nothing_message(model, result))
     return tuple(result)
-
-
-def require_module(model: object) -> None:
-    """Checks that a model is a module whose parameters all have a shape.
-
-    Raises:
-        ConfigurationError: If it is no module.
-        ModelError: If a lazy parameter has no shape yet.
-    """
-    if not isinstance(model, nn.Module):
-        msg = f"model={model!r}: expected a torch.nn.Module."
-        raise ConfigurationError(msg)
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedParameter):
-            msg = f"parameter {name!r} has no shape yet: run one batch through the model first."
-            raise ModelError(msg)
-
-
-def require_usable_weights(model: nn.Module) -> None:
-    """Checks that every parameter has a shape and finite values.
-
-    Raises:
-        ConfigurationError: If the model is no module.
-        ModelError: If a lazy parameter has no shape yet, or a parameter on the meta device no values.
-        NonFiniteWeightError: If a parameter holds NaN or infinite values.
-    """
-    require_module(model)
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            msg = f"parameter {name!r} is on the meta device and has no values: load weights before compressing."
-            raise ModelError(msg)
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            bad = int((~torch.isfinite(parameter)).sum())
-            msg = (
-                f"parameter {name!r} holds {bad} NaN or infinite values of {parameter.numel()}: "
-                "load weights of a run that converged before compressing."
-            )
-            raise NonFiniteWeightError(msg)
 
 
 def list_layers(model: nn.Module, trace: Trace | None = None) -> list[Layer]:

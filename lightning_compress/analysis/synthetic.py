@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -86,16 +87,14 @@ def synthesise(
     seed: int = 0,
     progress: Progress = silent,
 ) -> SyntheticInputs:
-    """Returns synthetic inputs for a model; deterministic under the seed.
-
-    Images are smaller and then inputs fewer for models so large that it would cost more than the effort's `work`.
+    """Returns synthetic inputs; images are smaller and then inputs fewer where they would cost more than `Effort.work`.
 
     Args:
         model: Any module; it is not changed.
         example_input: See `search_ranks`.
         count: Number of inputs, None for that of the current `Effort`.
         steps: Steps of their optimisation, likewise.
-        seed: Of everything random.
+        seed: Of everything random; the inputs are the same under the same.
         progress: Called with what is being done and the fraction done.
 
     Raises:
@@ -108,41 +107,45 @@ def synthesise(
     norms, macs, scarce = running_norms(model), 0, False
     if norms:
         macs = trace(model, example_input).macs
-        scarce = affordable(macs, count, steps)[0] < count
-        example, macs = _affordable_example(model, example, macs, count, steps)
+        example, macs, scarce = _affordable_example(model, example, macs, count, steps)
         count, steps = affordable(macs, count, steps)
     sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
     made = [_draw(model, example, size, generator) for size in sizes]
     batches, tokens = [arguments for arguments, _ in made], made[-1][1]
-    source = "tokens" if tokens else "noise"
-    mismatches: list[float] = []
-    drawn: list[Arguments] = []
     optimised = bool(norms) and not tokens
-
-    def laid_out(arguments: Arguments) -> Arguments:
-        return _channels_last(arguments) if channels_last else arguments
-
     channels_last = optimised and _runs_channels_last(model, example)
+    source, mismatch, drawn = "tokens" if tokens else "noise", None, []
     if optimised:
-        batches = [laid_out(a) for a in batches]
-
-        def match(index: int) -> tuple[Arguments, float]:
-            report = functools.partial(_report, progress, index, len(batches))
-            return _match(model, start[index], norms, steps, report)
-
-        start = batches
-        matched = shared_map("synthetic inputs", match, range(len(batches)))
-        batches = [arguments for arguments, _ in matched]
-        mismatches = [mismatch for _, mismatch in matched if math.isfinite(mismatch)]
-        if math.isfinite(matched[-1][1]):  # else no norm was called, or its inputs are not finite
-            source = "batch norm"
+        batches = [_laid_out(a, channels_last=channels_last) for a in batches]
+        batches, mismatch, whole = _matched(model, batches, norms, steps, progress)
+        source = "batch norm" if whole else source
     if source == "batch norm" and scarce and _shows_textures(example):
         more = max(1, min(effort.drawn, effort.work // (10 * max(1, macs))) // BATCH)
-        drawn = [laid_out(_draw(model, example, BATCH, generator)[0]) for _ in range(more)]
-    judging = laid_out(_judging(model, example, generator))
+        drawn = [_draw(model, example, BATCH, generator)[0] for _ in range(more)]
+    *drawn, judging = (_laid_out(a, channels_last=channels_last) for a in (*drawn, _judging(model, example, generator)))
     progress("synthetic inputs", 1.0)
-    mismatch = sum(mismatches) / len(mismatches) if mismatches else None
     return SyntheticInputs(tuple(batches), source, mismatch, tuple(drawn), (judging,))
+
+
+def _matched(
+    model: nn.Module, start: list[Arguments], norms: list[_BatchNorm], steps: int, progress: Progress
+) -> tuple[list[Arguments], float | None, bool]:
+    """Returns batches matched to the norms' running statistics, their mean mismatch, and whether they could be matched.
+
+    They cannot where no norm is called, or its inputs are not finite.
+    """
+
+    def match(index: int) -> tuple[Arguments, float]:
+        return _match(model, start[index], norms, steps, functools.partial(_report, progress, index, len(start)))
+
+    found = shared_map("synthetic inputs", match, range(len(start)))
+    known = [mismatch for _, mismatch in found if math.isfinite(mismatch)]
+    mean = sum(known) / len(known) if known else None
+    return [arguments for arguments, _ in found], mean, math.isfinite(found[-1][1])
+
+
+def _laid_out(arguments: Arguments, *, channels_last: bool) -> Arguments:
+    return _channels_last(arguments) if channels_last else arguments
 
 
 def running_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -249,11 +252,12 @@ def _is_image(shape: Sequence[int]) -> bool:
 
 def _affordable_example(
     model: nn.Module, example: Arguments, macs: int, count: int, steps: int
-) -> tuple[Arguments, int]:
-    """Returns the example, with images halved until so many are affordable, and the MACs of a forward pass.
+) -> tuple[Arguments, int, bool]:
+    """Returns the example with images halved until so many are affordable, its MACs, and whether halving was needed.
 
     Only as long as the model takes them and its outputs keep their shapes.
     """
+    scarce = affordable(macs, count, steps)[0] < count
     while affordable(macs, count, steps)[0] < count:
         smaller = tree_map(_halved, example)
         if all(a is b for a, b in zip(tree_flatten(smaller)[0], tree_flatten(example)[0], strict=True)):
@@ -266,7 +270,7 @@ def _affordable_example(
         if shapes[0] != shapes[1]:
             break
         example, macs = smaller, macs // 4
-    return example, macs
+    return example, macs, scarce
 
 
 def _halved(leaf: Any) -> Any:
@@ -288,43 +292,45 @@ def _match(
     free = [leaf.float().requires_grad_() for leaf in leaves if _is_free(leaf)]
     deviations: list[Tensor] = []
     best, best_loss, mismatch = [f.detach().clone() for f in free], math.inf, math.inf
-    with (
-        hooked(
-            norm.register_forward_pre_hook(
-                lambda m, args, kwargs: deviations.append(_deviation(m, input_of(args, kwargs))),
-                with_kwargs=True,
-            )
-            for norm in norms
-        ),
-        inference(model),
-        torch.inference_mode(mode=False),
-        torch.enable_grad(),
-    ):
+
+    def loss_now() -> tuple[Tensor, Tensor] | None:
+        deviations.clear()
+        args, kwargs = tree_unflatten(_with_free(leaves, free), spec)
+        outputs = run(model, (args, kwargs), "batch norm inputs")
+        if not deviations:  # no norm was called
+            return None
+        deviation = torch.stack(deviations).mean()
+        loss = deviation + _indecision(outputs)
+        return (loss, deviation) if bool(torch.isfinite(loss)) else None
+
+    with _watching(norms, deviations), inference(model), torch.inference_mode(mode=False), torch.enable_grad():
         optimizer = torch.optim.Adam(free, betas=(0.5, 0.9))
         for step in range(steps + 1):
-            deviations.clear()
-            args, kwargs = tree_unflatten(_with_free(leaves, free), spec)
-            outputs = run(model, (args, kwargs), "batch norm inputs")
-            if not deviations:  # no norm was called
+            if (found := loss_now()) is None:
                 break
-            deviation = torch.stack(deviations).mean()
-            loss = deviation + _indecision(outputs)
-            if not bool(torch.isfinite(loss)):
-                break
+            loss, deviation = found
             if float(loss.detach()) < best_loss:
                 best, best_loss = [f.detach().clone() for f in free], float(loss.detach())
                 mismatch = float(deviation.detach())
-            if step == steps:
+            if step == steps or not loss.requires_grad:  # or there is nothing the inputs could change
                 break
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps) ** 0.5
-            if not loss.requires_grad:  # nothing the inputs could change
-                break
             gradients = torch.autograd.grad(loss, free, allow_unused=True)  # of the inputs alone
             for leaf, gradient in zip(free, gradients, strict=True):
                 leaf.grad = gradient  # None where the outputs do not depend on it: it stays as it is
             optimizer.step()
             progress((step + 1) / steps)
     return tree_unflatten(_with_free(leaves, best), spec), mismatch
+
+
+def _watching(norms: list[_BatchNorm], deviations: list[Tensor]) -> AbstractContextManager[None]:
+    """Collects how far what enters each norm deviates from its running statistics."""
+    return hooked(
+        norm.register_forward_pre_hook(
+            lambda m, args, kwargs: deviations.append(_deviation(m, input_of(args, kwargs))), with_kwargs=True
+        )
+        for norm in norms
+    )
 
 
 def _indecision(outputs: Any) -> Tensor:

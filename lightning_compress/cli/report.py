@@ -12,7 +12,7 @@ from rich.table import Table
 
 from lightning_compress.core.costs import Costs
 from lightning_compress.core.errors import OutputFolderError, UnsupportedError
-from lightning_compress.core.plan import Plan, percent
+from lightning_compress.core.plan import LayerPlan, Plan, percent
 
 SCHEMA = 1
 STAGES = ("dense", "zero_shot", "fine_tuned")
@@ -194,9 +194,22 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
         raise UnsupportedError(msg) from error
     layers = [layer for layer in plan.layers if layer.weight_shape]
     kinds = list(dict.fromkeys(layer.kind for layer in layers))
-    colours = {kind: _GREY if kind == "dense" else _COLOURS[i % len(_COLOURS)] for i, kind in enumerate(kinds)}
     figure = Figure(figsize=(11, 1.8 + 0.32 * len(layers)), layout="constrained")
     sizes, errors = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    _draw_layers(sizes, errors, layers, kinds)
+    figure.legend(loc="outside lower center", ncols=len(kinds) + 1, frameon=False)
+    kept = percent(plan.kept["params"])
+    figure.suptitle(f"{kept} of {plan.dense.params:,} parameters kept ({plan.method or 'given'} plan)")
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        msg = f"cannot write the plot {str(path)!r}: {error}. Choose a folder you can write."
+        raise OutputFolderError(msg) from error
+
+
+def _draw_layers(sizes: Any, errors: Any, layers: Sequence[LayerPlan], kinds: Sequence[str]) -> None:
+    """Draws the layers into the axes of sizes and of errors."""
+    colours = {kind: _GREY if kind == "dense" else _COLOURS[i % len(_COLOURS)] for i, kind in enumerate(kinds)}
     rows = range(len(layers))
     sizes.barh(rows, [p.params_before for p in layers], color="0.9", label="before")
     for kind in kinds:
@@ -218,14 +231,6 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
         xlabel=r"$\Vert G^{1/2} (W - \hat{W}) S^{1/2} \Vert^2$ / $\Vert G^{1/2} W S^{1/2} \Vert^2$",
         title="Relative error",
     )
-    figure.legend(loc="outside lower center", ncols=len(kinds) + 1, frameon=False)
-    kept = percent(plan.kept["params"])
-    figure.suptitle(f"{kept} of {plan.dense.params:,} parameters kept ({plan.method or 'given'} plan)")
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        msg = f"cannot write the plot {str(path)!r}: {error}. Choose a folder you can write."
-        raise OutputFolderError(msg) from error
 
 
 _GREY = "0.55"

@@ -1,11 +1,10 @@
 """The alternating least squares fits of the CP kinds.
 
-They are alternating least squares (Carroll and Chang 1970; Harshman 1970) with extrapolation
-between the sweeps (Mitchell, Ye and De Sterck 2020, "Nesterov acceleration of alternating least squares
-for canonical tensor decomposition"; Ang, Cohen, Gillis and Hien 2021, "Accelerating block coordinate
+Carroll and Chang 1970; Harshman 1970; with extrapolation between the sweeps (Mitchell, Ye and De Sterck 2020,
+"Nesterov acceleration of alternating least squares for canonical tensor decomposition"; Ang, Cohen, Gillis and Hien 2021, "Accelerating block coordinate
 descent for nonnegative tensor factorization": the step grows while the error falls and shrinks when it
-does not). A sweep shares its two large products between the modes, which makes it some twenty times as
-fast as one of tensorly's `parafac` on a kernel; the fit is checked against that in the tests.
+does not). A sweep shares its two large products between the modes: some twenty times as fast as one of tensorly's
+`parafac` on a kernel, against which the fit is checked in the tests.
 """
 
 from __future__ import annotations
@@ -397,6 +396,5 @@ def _extrapolated(current: Sequence[Tensor], before: Sequence[Tensor], step: flo
 
 def _sweeps(work: float, each: float, bounds: tuple[int, int]) -> int:
     """Returns how many sweeps are affordable where each takes so much work, by the current `Effort`."""
-    fewest, most = bounds
-    fits = current_effort().fits
+    (fewest, most), fits = bounds, current_effort().fits
     return int(np.clip(fits * work / each, fewest, max(fewest, fits * most)))

@@ -11,9 +11,9 @@ from torch import nn
 from typing_extensions import Unpack
 
 from lightning_compress.analysis.inspection import Inspection, inspect_model
-from lightning_compress.analysis.inventory import require_usable_weights
 from lightning_compress.analysis.statistics import Statistics
 from lightning_compress.analysis.trace import ExampleInput
+from lightning_compress.analysis.usable import require_usable_weights
 from lightning_compress.core.effort import trying
 from lightning_compress.core.errors import ExampleInputError
 from lightning_compress.core.memory import freed_memory_kept
@@ -35,6 +35,8 @@ from lightning_compress.search.tables import join_where_better, tabulate_units
 from lightning_compress.search.to_plan import to_plan, warn_of_layers_given_up
 from lightning_compress.search.units import SingleLayer, Unit, units_of
 
+_BESIDE = ("example_input", "calibration", "statistics", "progress")
+
 
 def search_ranks(
     model: nn.Module,
@@ -48,39 +50,34 @@ def search_ranks(
 ) -> Plan:
     """Chooses kind and ranks of every layer, without data.
 
-    The plan keeps every budget, makes no layer larger than dense or, where MACs are known,
-    slower in MACs, and says how far it is at most from the optimum (`plan.optimality_gap`).
+    The plan keeps every budget, makes no layer larger than dense or, where they are known, slower in MACs, and says how
+    far it is at most from the optimum (`plan.optimality_gap`).
     The projections of attention and recurrent layers are layers of their own in it (see `layers.unfused`).
 
     Args:
         model: Any module; it is not changed.
         budget: Upper bounds, see `Budget`.
-        example_input: A tensor, a tuple or dict of a forward pass's arguments, or a shape with
-            its batch dimension. Needed for a budget in MACs; used to find layers whose weight
-            is used outside their own forward.
-        calibration: Batches of real inputs, in the place of synthetic ones; the plan then says that it
-            is not data-free.
+        example_input: A tensor, a tuple or dict of a forward pass's arguments, or a shape with its batch dimension.
+            Needed for a budget in MACs; used to find layers whose weight is used outside their own forward.
+        calibration: Batches of real inputs, in the place of synthetic ones; the plan then is not data-free.
         statistics: From `gather_statistics`; made with `example_input` if they are needed.
         progress: Called with what is being done and the fraction done.
-        **settings: The fields of `SearchSettings`: method, objective, kinds, include, exclude, overrides,
-            rank_multiple, seed.
+        **settings: The fields of `SearchSettings`.
 
     Returns:
         A frozen plan for `apply_plan_`.
 
     Raises:
         ConfigurationError: If an argument has a wrong type, name or value.
-        BudgetError: If a budget is malformed; InfeasibleBudgetError, with the smallest
-            reachable budget, if no plan keeps it.
+        BudgetError: If a budget is malformed; InfeasibleBudgetError, with the smallest one, if no plan keeps it.
         SelectionError: If a pattern matches no layer.
-        ModelError: If the model has lazy or non-finite weights, fails on the example input,
-            or holds nothing to factorise.
+        ModelError: If weights are lazy or not finite, the model fails on the example input, or there is nothing to do.
     """
-    beside = ("example_input", "calibration", "statistics", "progress")
+    own = SearchSettings.of(settings, owner="search_ranks", beside=_BESIDE)
     return search_with_statistics(
         model,
         budget,
-        SearchSettings.of(settings, owner="search_ranks", beside=beside),
+        own,
         example_input=example_input,
         calibration=calibration,
         statistics=statistics,

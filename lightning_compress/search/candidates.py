@@ -14,7 +14,7 @@ from lightning_compress.core.effort import current_effort
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.plan import DENSE, signal_loss
 from lightning_compress.core.settings import RESOURCES
-from lightning_compress.kinds.base import Floats, Ints, LayerCall, threads_for
+from lightning_compress.kinds.base import Floats, Ints, LayerCall, RankProfile, threads_for
 from lightning_compress.kinds.joint_svd import shared_errors
 from lightning_compress.kinds.metric import Metric
 from lightning_compress.kinds.registry import DECOMPOSITIONS, profile_in, weighted_energy
@@ -79,23 +79,20 @@ def tabulate(
 ) -> Candidates:
     """Returns the candidates of a layer: smaller than dense, no more MACs, none dominated.
 
-    Only lookups may cost more MACs than dense, as a dense one costs none.
-    A candidate is dominated if another of its kind has no larger error and no larger cost in
-    any budgeted resource.
+    Only lookups may cost more MACs than dense, as a dense one costs none. A candidate is dominated if another of its
+    kind has no larger error and no larger cost in any budgeted resource.
 
     Args:
         layer: A layer that can be factorised.
         budgeted: The resources some budget bounds.
-        rank_multiple: Ranks are multiples of this number, for hardware that prefers them.
+        rank_multiple: See `SearchSettings`.
         metric: In which errors are measured, None for the identity.
 
     Raises:
         ConfigurationError: If the layer's rank bounds leave no rank of any kind.
     """
-    weight = layer.double_weight()
-    groups = layer.operator.groups
+    weight, groups = layer.double_weight(), layer.operator.groups
     columns = [RESOURCES.index(name) for name in budgeted]
-    dense = _dense_costs(layer)
     found: list[tuple[str, Ints, Floats, Floats]] = []
     in_bounds = False
     for kind in layer.kinds:
@@ -103,12 +100,7 @@ def tabulate(
             profile = profile_in(kind, weight, metric, groups)
         rows = np.flatnonzero(_allowed(layer, profile.ranks, rank_multiple))
         in_bounds = in_bounds or len(rows) > 0
-        rows = rows[_thinned(profile.ranks[rows])]
-        ranks, errors = profile.ranks[rows], profile.errors[rows]
-        costs = _costs(layer, kind, ranks)
-        rows = np.flatnonzero((costs[:, 0] < dense[0]) & ((costs[:, 1] <= dense[1]) | layer.operator.lookup))
-        rows = rows[_undominated(errors[rows], costs[rows][:, columns])]
-        found.append((kind, ranks[rows], errors[rows], costs[rows]))
+        found.append((kind, *_worth_considering(layer, kind, profile, rows, columns)))
     if not in_bounds:
         msg = (
             f"layer {layer.name!r}: no rank of {list(layer.kinds)} is a multiple of {rank_multiple} between "
@@ -122,11 +114,24 @@ def tabulate(
         ranks=(*(tuple(map(int, row)) for _, ranks, *_ in found for row in ranks), ()),
         errors=np.concatenate([*(errors for *_, errors, _ in found), np.zeros(1)]),
         energy=weighted_energy(weight, metric, groups),
-        costs=np.concatenate([*(costs for *_, costs in found), dense[None]]),
+        costs=np.concatenate([*(costs for *_, costs in found), _dense_costs(layer)[None]]),
         activations=np.concatenate([*(_activations(layer, kind, ranks) for kind, ranks, *_ in found), np.zeros(1)]),
         dense_activations=_dense_activations(layer),
         unseen=metric.unseen(groups) if metric is not None else None,
     )
+
+
+def _worth_considering(
+    layer: Layer, kind: str, profile: RankProfile, rows: Ints, columns: list[int]
+) -> tuple[Ints, Floats, Floats]:
+    """Returns ranks, errors and costs of the rows of a profile that are smaller than dense and not dominated."""
+    dense = _dense_costs(layer)
+    rows = rows[_thinned(profile.ranks[rows])]
+    ranks, errors = profile.ranks[rows], profile.errors[rows]
+    costs = _costs(layer, kind, ranks)
+    rows = np.flatnonzero((costs[:, 0] < dense[0]) & ((costs[:, 1] <= dense[1]) | layer.operator.lookup))
+    rows = rows[_undominated(errors[rows], costs[rows][:, columns])]
+    return ranks[rows], errors[rows], costs[rows]
 
 
 def tabulate_shared(

@@ -25,20 +25,7 @@ def statistics_for(  # noqa: PLR0917
     given: Statistics | None,
     progress: Progress,
 ) -> tuple[Statistics | None, str]:
-    """Returns the statistics an objective needs, and the objective that can be had with them.
-
-    Args:
-        inspection: Of the model.
-        strategy: That was chosen.
-        settings: With the objective that was asked for.
-        example_input: See `search_ranks`.
-        calibration: See `search_ranks`.
-        given: Statistics that the user has.
-        progress: Called with what is being done and the fraction done.
-
-    Raises:
-        ExampleInputError: If the objective needs inputs and there are none, or the model fails on real ones.
-    """
+    """Returns the statistics an objective needs, and the objective that can be had with them; see `search_ranks`."""
     objective, best = settings.objective, strategy.objectives[-1]
     if objective == "weight" or best == "weight":
         return None, "weight"

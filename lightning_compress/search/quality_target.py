@@ -34,15 +34,6 @@ def within_error(  # noqa: PLR0917
 ) -> tuple[Problem, Ints]:
     """Returns the smallest choice whose output distance stays under the target, by bisection, and its problem.
 
-    Args:
-        units: What is factorised.
-        tables: Candidates of each unit.
-        dense: Costs of the whole dense model.
-        budget: With `max_error`.
-        strategy: That chooses at every share.
-        outputs: Of the model, None if none are known.
-        progress: Called with what is being done and the fraction done.
-
     Raises:
         ExampleInputError: If no outputs are known.
     """
@@ -52,7 +43,6 @@ def within_error(  # noqa: PLR0917
             "than 'weight'."
         )
         raise ExampleInputError(msg)
-    target = cast(float, budget.max_error)
 
     def at(share: float) -> Problem:
         return problem_of(tables, dense, Budget(params=share), units)
@@ -66,17 +56,23 @@ def within_error(  # noqa: PLR0917
     for step in range(bisections):
         progress("quality target", step / bisections)
         share = low if step == 0 else (low * high) ** 0.5
-        plain = at(min(1.0, share))
-        found = []
-        for tried in (plain, replace(plain, weights=weights))[: 1 if weights is None else 2]:
-            choice = strategy.solve(tried, progress=silent)
-            found.append((output_distance(outputs, tried, choice), tried, choice))
-        distance, tried, choice = min(found, key=lambda each: each[0])
-        if distance <= target:
-            best, problem, high = choice, tried, share
-            if step == 0:
-                break
-        else:
+        distance, tried, choice = _nearest(at(min(1.0, share)), weights, strategy, outputs)
+        if distance > cast(float, budget.max_error):
             low = share
+            continue
+        best, problem, high = choice, tried, share
+        if step == 0:
+            break
     progress("quality target", 1.0)
     return problem, best
+
+
+def _nearest(
+    plain: Problem, weights: tuple[float, ...] | None, strategy: RegisteredStrategy, outputs: Outputs
+) -> tuple[float, Problem, Ints]:
+    """Returns the choice that leaves the outputs nearer, with measured weights or without, its problem and distance."""
+    found = []
+    for tried in (plain, replace(plain, weights=weights))[: 1 if weights is None else 2]:
+        choice = strategy.solve(tried, progress=silent)
+        found.append((output_distance(outputs, tried, choice), tried, choice))
+    return min(found, key=lambda each: each[0])

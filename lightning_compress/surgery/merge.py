@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lightning_compress.analysis.inventory import list_layers, require_module
+from lightning_compress.analysis.inventory import list_layers
+from lightning_compress.analysis.usable import require_module
 from lightning_compress.core.errors import ModelError
 from lightning_compress.core.progress import Progress, silent
 from lightning_compress.layers.factorised import FactorisedLayer

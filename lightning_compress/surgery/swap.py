@@ -9,8 +9,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lightning_compress.analysis.inventory import Layer, list_layers, require_module, require_usable_weights
+from lightning_compress.analysis.inventory import Layer, list_layers
 from lightning_compress.analysis.statistics import Statistics
+from lightning_compress.analysis.usable import require_module, require_usable_weights
 from lightning_compress.core.checks import did_you_mean
 from lightning_compress.core.errors import ConfigurationError, PlanMismatchError
 from lightning_compress.core.plan import LayerPlan, Plan

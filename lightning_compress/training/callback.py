@@ -110,16 +110,9 @@ class Compress(RestoringCallback):
         require_used: bool = True,
     ) -> None:
         self.budget = Budget.from_value(_plain(budget))
+        include, exclude, overrides = _plain(include), _plain(exclude), _plain(overrides)
         self.settings = SearchSettings(
-            method,
-            objective,
-            _plain(kinds),
-            _plain(include),
-            _plain(exclude),
-            _plain(overrides),
-            rank_multiple,
-            seed,
-            effort,
+            method, objective, _plain(kinds), include, exclude, overrides, rank_multiple, seed, effort
         )
         strategy_of(self.settings)
         resolve_kinds(self.settings.kinds)

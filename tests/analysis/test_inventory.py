@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_compress import Budget, Override, apply_plan_, search_ranks
-from lightning_compress.analysis.inventory import list_layers, require_usable_weights, take_inventory
+from lightning_compress.analysis.inventory import list_layers, take_inventory
 from lightning_compress.analysis.trace import trace
+from lightning_compress.analysis.usable import require_usable_weights
 from lightning_compress.core.errors import (
     ConfigurationError,
     ModelError,

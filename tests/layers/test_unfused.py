@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress import Budget, Compress, apply_plan_, compress_, load_compressed, save_compressed, search_ranks
 from lightning_compress.analysis.costs import measure_costs
-from lightning_compress.analysis.inventory import list_layers, require_module, take_inventory
+from lightning_compress.analysis.inventory import list_layers, take_inventory
 from lightning_compress.analysis.statistics import gather_statistics
+from lightning_compress.analysis.usable import require_module
 from lightning_compress.core.costs import Costs
 from lightning_compress.core.errors import ConfigurationError, ModelError, PlanMismatchError
 from lightning_compress.core.plan import LayerPlan, Plan

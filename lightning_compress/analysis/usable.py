@@ -1,0 +1,51 @@
+"""Checks that a model can be looked at: it is a module, and its weights have shapes and finite values."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from lightning_compress.core.errors import (
+    ConfigurationError,
+    ModelError,
+    NonFiniteWeightError,
+)
+
+
+def require_module(model: object) -> None:
+    """Checks that a model is a module whose parameters all have a shape.
+
+    Raises:
+        ConfigurationError: If it is no module.
+        ModelError: If a lazy parameter has no shape yet.
+    """
+    if not isinstance(model, nn.Module):
+        msg = f"model={model!r}: expected a torch.nn.Module."
+        raise ConfigurationError(msg)
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            msg = f"parameter {name!r} has no shape yet: run one batch through the model first."
+            raise ModelError(msg)
+
+
+def require_usable_weights(model: nn.Module) -> None:
+    """Checks that every parameter has a shape and finite values.
+
+    Raises:
+        ConfigurationError: If the model is no module.
+        ModelError: If a lazy parameter has no shape yet, or a parameter on the meta device no values.
+        NonFiniteWeightError: If a parameter holds NaN or infinite values.
+    """
+    require_module(model)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            msg = f"parameter {name!r} is on the meta device and has no values: load weights before compressing."
+            raise ModelError(msg)
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            bad = int((~torch.isfinite(parameter)).sum())
+            msg = (
+                f"parameter {name!r} holds {bad} NaN or infinite values of {parameter.numel()}: "
+                "load weights of a run that converged before compressing."
+            )
+            raise NonFiniteWeightError(msg)
