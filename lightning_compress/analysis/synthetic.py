@@ -100,17 +100,18 @@ def synthesise(
     Raises:
         ExampleInputError: If the example input has a wrong type.
     """
-    effort = current_effort()
+    effort, example, generator = (
+        current_effort(),
+        as_arguments(model, example_input),
+        torch.Generator().manual_seed(seed),
+    )
     count, steps = count or effort.inputs, steps or effort.input_steps
-    example = as_arguments(model, example_input)
-    generator = torch.Generator().manual_seed(seed)
     norms, macs, scarce = running_norms(model), 0, False
     if norms:
         macs = trace(model, example_input).macs
         example, macs, scarce = _affordable_example(model, example, macs, count, steps)
         count, steps = affordable(macs, count, steps)
-    sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
-    made = [_draw(model, example, size, generator) for size in sizes]
+    made = [_draw(model, example, min(BATCH, count - at), generator) for at in range(0, count, BATCH)]
     batches, tokens = [arguments for arguments, _ in made], made[-1][1]
     optimised = bool(norms) and not tokens
     channels_last = optimised and _runs_channels_last(model, example)

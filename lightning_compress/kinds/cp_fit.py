@@ -1,10 +1,10 @@
 """The alternating least squares fits of the CP kinds.
 
-Carroll and Chang 1970; Harshman 1970; with extrapolation between the sweeps (Mitchell, Ye and De Sterck 2020,
-"Nesterov acceleration of alternating least squares for canonical tensor decomposition"; Ang, Cohen, Gillis and Hien 2021, "Accelerating block coordinate
-descent for nonnegative tensor factorization": the step grows while the error falls and shrinks when it
-does not). A sweep shares its two large products between the modes: some twenty times as fast as one of tensorly's
-`parafac` on a kernel, against which the fit is checked in the tests.
+Carroll and Chang 1970; Harshman 1970; with extrapolation between the sweeps (Mitchell, Ye and De Sterck 2020, "Nesterov
+acceleration of alternating least squares for canonical tensor decomposition"; Ang, Cohen, Gillis and Hien 2021,
+"Accelerating block coordinate descent for nonnegative tensor factorization": the step grows while the error falls and
+shrinks when it does not). A sweep shares its two large products between the modes: some twenty times as fast as one of
+tensorly's `parafac` on a kernel, against which the fit is checked in the tests.
 """
 
 from __future__ import annotations
