@@ -21,14 +21,7 @@ from lightning_compress.core.errors import (
 from lightning_compress.core.settings import Override, Patterns
 from lightning_compress.kinds.registry import DECOMPOSITIONS, LayerCall, Operator, is_automatic, resolve_kinds
 from lightning_compress.layers.factorised import FactorisedLayer
-from lightning_compress.layers.families import (
-    canonical,
-    family_of,
-    known_types,
-    layer_type,
-    operator_of,
-    own_layout,
-)
+from lightning_compress.layers.families import canonical, family_of, known_types, layer_type, operator_of, own_layout
 from lightning_compress.layers.unfused import STATE_DICT_HOOKS, UnfusedModule, unfusable
 
 TIED_KINDS = ("svd",)

@@ -100,11 +100,8 @@ def synthesise(
     Raises:
         ExampleInputError: If the example input has a wrong type.
     """
-    effort, example, generator = (
-        current_effort(),
-        as_arguments(model, example_input),
-        torch.Generator().manual_seed(seed),
-    )
+    effort, generator = current_effort(), torch.Generator().manual_seed(seed)
+    example = as_arguments(model, example_input)
     count, steps = count or effort.inputs, steps or effort.input_steps
     norms, macs, scarce = running_norms(model), 0, False
     if norms:

@@ -13,13 +13,7 @@ from typing_extensions import override
 from lightning_compress.core.errors import UnsupportedError
 from lightning_compress.kinds.base import Decomposition
 from lightning_compress.kinds.registry import multiplied_out
-from lightning_compress.layers.families import (
-    canonical_factors,
-    operator_of,
-    own_layout,
-    stored_factor,
-    template_of,
-)
+from lightning_compress.layers.families import canonical_factors, operator_of, own_layout, stored_factor, template_of
 
 _SHAPE_ATTRIBUTES = (
     "in_features",

@@ -27,6 +27,7 @@ from lightning_compress.kinds.base import Decomposition, LayerCall, Operator, St
 from lightning_compress.kinds.interpolative import Interpolative
 from lightning_compress.kinds.tensorised import TtEmbedding
 from lightning_compress.layers.interpolation import Interpolation
+from lightning_compress.layers.patches import all_patches, stuffed_between
 from lightning_compress.layers.tensorised import lookup_cores
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -144,11 +145,11 @@ class _ConvType(LayerType):
         inputs = inputs if inputs.ndim == dims + 2 else inputs[None]
         stride: tuple[int, ...] = conv.stride
         if isinstance(conv, _TRANSPOSED):
-            inputs, stride = _stuffed(conv, inputs), (1,) * dims
+            inputs, stride = stuffed_between(conv, inputs), (1,) * dims
         else:
             mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
             inputs = F.pad(inputs, conv._reversed_padding_repeated_twice, mode=mode)
-        patches = _patches(inputs, conv.kernel_size, stride, conv.dilation)  # (B, *outputs, C, *kernel)
+        patches = all_patches(inputs, conv.kernel_size, stride, conv.dilation)  # (B, *outputs, C, *kernel)
         if isinstance(conv, _TRANSPOSED):
             patches = patches.flip(tuple(range(-dims, 0)))
         rows = patches.reshape(patches.shape[: dims + 1].numel(), conv.groups, -1)
@@ -381,26 +382,3 @@ def _full_name(layer: nn.Module) -> str:
 def _swapped(weight: Tensor, groups: int) -> Tensor:
     """Returns (g · a, b, *kernel) as (g · b, a, *kernel), group by group."""
     return weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
-
-
-def _stuffed(conv: _ConvTransposeNd, inputs: Tensor) -> Tensor:
-    """Returns the inputs with zeros between them and padding around: the transposed convolution then has stride 1."""
-    stride, kernel, dilation = conv.stride, conv.kernel_size, conv.dilation
-    padding, more = cast("tuple[int, ...]", conv.padding), conv.output_padding
-    sizes = [(n - 1) * s + 1 for n, s in zip(inputs.shape[2:], stride, strict=True)]
-    stuffed = inputs.new_zeros((*inputs.shape[:2], *sizes))
-    stuffed[(slice(None), slice(None), *(slice(None, None, s) for s in stride))] = inputs
-    pads: list[int] = []
-    for axis in reversed(range(len(sizes))):
-        around = dilation[axis] * (kernel[axis] - 1) - padding[axis]
-        pads += [around, around + more[axis]]
-    return F.pad(stuffed, pads)
-
-
-def _patches(inputs: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
-    """Returns a view of all patches of (B, C, *inputs), (B, *outputs, C, *kernel)."""
-    dims = len(kernel)
-    for axis in range(dims):
-        span = dilation[axis] * (kernel[axis] - 1) + 1
-        inputs = inputs.unfold(2 + axis, span, stride[axis])[..., :: dilation[axis]]
-    return inputs.movedim(1, dims + 1)

@@ -26,14 +26,7 @@ from lightning_compress.kinds.registry import (
     profile_in,
     weighted_energy,
 )
-from lightning_compress.layers.families import (
-    canonical,
-    family_of,
-    known_types,
-    layer_type,
-    operator_of,
-    own_layout,
-)
+from lightning_compress.layers.families import canonical, family_of, known_types, layer_type, operator_of, own_layout
 from lightning_compress.surgery.embodied import embodied_plan
 from lightning_compress.surgery.swap import apply_shells_
 from tests.support.compressing import WEIGHTS_ALONE
