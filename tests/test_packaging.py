@@ -13,7 +13,6 @@ import pytest
 import yaml
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
-from hydra.utils import instantiate
 
 import lightning_compress
 from hydra_plugins.lightning_compress_searchpath import LightningCompressSearchPath
@@ -21,16 +20,10 @@ from lightning_compress.cli.app import main
 from lightning_compress.cli.config import CONFIG_FOLDER
 from lightning_compress.core.settings import Budget
 from lightning_compress.training.callback import Compress
+from tests.support.cli import compose, make
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = sorted(str(path.relative_to(CONFIG_FOLDER)) for path in CONFIG_FOLDER.rglob("*.yaml"))
-
-
-@pytest.fixture(autouse=True)
-def _clear_hydra():
-    GlobalHydra.instance().clear()
-    yield
-    GlobalHydra.instance().clear()
 
 
 # --- our groups in another Hydra application ---------------------------------------------------
@@ -45,37 +38,32 @@ def app_folder(tmp_path):
     return folder
 
 
-def compose(folder, *overrides, name="theirs"):
-    with hydra.initialize_config_dir(str(folder), version_base="1.3"):
-        return hydra.compose(name, list(overrides))
+def theirs(folder, *overrides, name="theirs"):
+    return compose(*overrides, folder=folder, name=name)
 
 
 def test_own_application_composes_our_compression(app_folder):
-    cfg = compose(app_folder)
+    cfg = theirs(app_folder)
     assert set(cfg) == {"compression", "seed", "name"}
-    callback = instantiate(cfg.compression, _convert_="all")
+    callback = make(cfg.compression)
     assert type(callback) is Compress
     assert callback.budget == Budget(params=0.2)
     assert callback.settings.seed == 11
 
 
-def test_own_application_switches_our_options_on_the_command_line(app_folder):
-    (app_folder / "bare.yaml").write_text("seed: 1\n")
-    assert compose(app_folder, "compression=edge").compression.rank_multiple == 4
-    assert compose(app_folder, "+compression=ratio_5x", name="bare").compression.budget == {"ratio": "5x"}
-
-
-def test_own_application_needs_no_seed_of_its_own(app_folder):
+def test_own_application_switches_our_options_and_needs_no_seed_of_its_own(app_folder):
     (app_folder / "bare.yaml").write_text("name: theirs\n")
-    callback = instantiate(compose(app_folder, "+compression=params_20", name="bare").compression, _convert_="all")
+    assert theirs(app_folder, "compression=edge").compression.rank_multiple == 4
+    assert theirs(app_folder, "+compression=ratio_5x", name="bare").compression.budget == {"ratio": "5x"}
+    callback = make(theirs(app_folder, "+compression=params_20", name="bare").compression)
     assert callback.budget == Budget(params=0.2)
 
 
 def test_own_options_of_the_same_name_come_first(app_folder):
     (app_folder / "compression").mkdir()
     (app_folder / "compression" / "params_20.yaml").write_text("budget:\n  params: 0.123\n")
-    assert compose(app_folder).compression == {"budget": {"params": 0.123}}
-    assert compose(app_folder, "compression=params_50").compression.budget.params == 0.5
+    assert theirs(app_folder).compression == {"budget": {"params": 0.123}}
+    assert theirs(app_folder, "compression=params_50").compression.budget.params == 0.5
 
 
 def test_search_path_is_appended_once_with_the_configuration_folder(app_folder):
@@ -179,14 +167,10 @@ def unpacked(wheel, tmp_path_factory):
     return folder
 
 
-def names_in(wheel):
-    with zipfile.ZipFile(wheel) as archive:
-        return archive.namelist()
-
-
 @pytest.mark.slow
 def test_wheel_holds_the_package_the_configuration_and_the_plugin_only(wheel):
-    names = [name for name in names_in(wheel) if ".dist-info/" not in name]
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
     code = [path.relative_to(ROOT) for path in (ROOT / "lightning_compress").rglob("*.py")]
     assert sorted(names) == sorted(
         [

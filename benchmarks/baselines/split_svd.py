@@ -46,6 +46,8 @@ class SplitSvd(Decomposition):
         splits: Number of groups k.
     """
 
+    refines = True
+
     def __init__(self, splits: int) -> None:
         self.splits = splits
         self.kind = f"split{splits}_svd"

@@ -48,18 +48,18 @@ def make(plan=PLAN, **changes):
 
 
 def stage(costs, latency_ms, accuracy, loss):
-    return {
-        "params": costs.params,
-        "macs": costs.macs,
-        "bytes": costs.bytes,
-        "latency_ms": pytest.approx(latency_ms, rel=1e-12),
-        "metrics": {"accuracy": accuracy, "loss": loss},
-    }
+    latency = pytest.approx(latency_ms, rel=1e-12)
+    return {**vars(costs), "latency_ms": latency, "metrics": {"accuracy": accuracy, "loss": loss}}
+
+
+def layer(name, type_, kind="dense", ranks=(), error=0.0, source=None, *, before, after=None, reason=None):
+    found = {"name": name, "type": type_, "kind": kind, "ranks": list(ranks), "error": error, "source": source}
+    return {**found, "params_before": before, "params_after": after or before, "reason": reason}
 
 
 def test_json_holds_exactly_what_was_measured():
-    report = make().as_dict()
-    assert report == {
+    search = {"method": "exact", "objective": "moments", "source": "batch norm"}
+    expected = {
         "schema": 1,
         "data_free": True,
         "budget": {"params": 0.25, "bytes": 0.3},
@@ -67,56 +67,18 @@ def test_json_holds_exactly_what_was_measured():
         "zero_shot": stage(COMPRESSED, 1.0, 0.5, 1.25),
         "fine_tuned": stage(COMPRESSED, 0.8, 0.9375, 0.25),
         "kept": {"params": 0.25, "macs": 0.1, "bytes": 0.26, "latency": pytest.approx(0.4, rel=1e-12)},
-        "search": {
-            "method": "exact",
-            "objective": "moments",
-            "source": "batch norm",
-            "seconds": 1.5,
-            "optimality_gap": 0.0125,
-            "output_distance": 0.125,
-        },
+        "search": {**search, "seconds": 1.5, "optimality_gap": 0.0125, "output_distance": 0.125},
         "seconds": {"search": 1.25, "swap": 0.06},
         "layers": [
-            {
-                "name": "conv",
-                "type": "Conv2d",
-                "kind": "tucker2",
-                "ranks": [3, 5],
-                "error": 0.12345,
-                "source": "batch norm",
-                "params_before": 8_000,
-                "params_after": 500,
-                "reason": None,
-            },
-            {
-                "name": "norm",
-                "type": "BatchNorm2d",
-                "kind": "dense",
-                "ranks": [],
-                "error": 0.0,
-                "source": None,
-                "params_before": 32,
-                "params_after": 32,
-                "reason": "a norm layer",
-            },
-            {
-                "name": "head",
-                "type": "Linear",
-                "kind": "dense",
-                "ranks": [],
-                "error": 0.0,
-                "source": "batch norm",
-                "params_before": 1_968,
-                "params_after": 1_968,
-                "reason": "too small",
-            },
+            layer("conv", "Conv2d", "tucker2", (3, 5), 0.12345, "batch norm", before=8_000, after=500),
+            layer("norm", "BatchNorm2d", before=32, reason="a norm layer"),
+            layer("head", "Linear", source="batch norm", before=1_968, reason="too small"),
         ],
     }
-    assert [key for key in report if key in {"dense", "zero_shot", "fine_tuned"}] == [
-        "dense",
-        "zero_shot",
-        "fine_tuned",
-    ]
+    report = make().as_dict()
+    assert report == expected
+    for found, wanted in ((report, expected), *zip(report["layers"], expected["layers"], strict=True)):
+        assert list(found) == list(wanted)  # in this order
 
 
 def test_rows_are_the_figures_for_people():
@@ -140,12 +102,7 @@ def test_markdown_is_the_headline_the_rows_and_the_layers():
             "",
             "|  | dense | zero-shot | fine-tuned | kept / change |",
             "| --- | --- | --- | --- | --- |",
-            "| parameters | 10,000 | 2,500 | 2,500 | 25.0 % (4.00x) |",
-            "| MACs | 200,000 | 20,000 | 20,000 | 10.0 % (10.00x) |",
-            "| bytes | 40,000 | 10,400 | 10,400 | 26.0 % (3.85x) |",
-            "| latency, batch 1 | 2.000 ms | 1.000 ms | 0.800 ms | 40.0 % (2.50x) |",
-            "| accuracy | 0.9500 | 0.5000 | 0.9375 | -0.0125 |",
-            "| loss | 0.2000 | 1.2500 | 0.2500 | +0.0500 |",
+            *(f"| {' | '.join(row)} |" for row in make().rows()),
             "",
             "## Time",
             "",
@@ -204,44 +161,43 @@ def test_plan_without_a_known_gap_claims_none():
 
 
 def test_save_writes_json_markdown_and_plan(tmp_path):
-    report = make()
-    folder = tmp_path / "new" / "folder"
-    report.save(str(folder))
-    assert sorted(path.name for path in folder.iterdir()) == ["plan.json", "report.json", "report.md"]
+    report, folder = make(), tmp_path / "new" / "folder"
+    for _ in range(2):
+        report.save(str(folder))
+        assert sorted(path.name for path in folder.iterdir()) == ["plan.json", "report.json", "report.md"]
     assert json.loads((folder / "report.json").read_text("utf-8")) == json.loads(json.dumps(report.as_dict()))
     assert (folder / "report.md").read_text("utf-8") == report.to_markdown()
     assert Plan.from_json((folder / "plan.json").read_text("utf-8")) == PLAN
-    report.save(folder)
-    assert len(list(folder.iterdir())) == 3
 
 
-def test_save_under_a_file_is_refused_and_the_file_left_alone(tmp_path):
+@pytest.mark.parametrize(
+    ("write", "below"),
+    [
+        *((make().save, below) for below in ("file", "file/below")),
+        *(((lambda path: plot_plan(PLAN, path)), below) for below in ("missing/plan.png", "file/plan.png")),
+    ],
+)
+def test_impossible_folder_is_refused_and_a_file_in_its_place_left_alone(tmp_path, write, below):
+    pytest.importorskip("matplotlib")
     (tmp_path / "file").write_text("mine")
-    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(OutputFolderError) as caught:
-            make().save(folder)
-        assert repr(str(folder)) in str(caught.value)
-        assert "Choose a folder you can write" in str(caught.value)
+    with pytest.raises(OutputFolderError, match="Choose a folder you can write") as caught:
+        write(tmp_path / below)
+    assert repr(str(tmp_path / below)) in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def png_size(path):
-    content = path.read_bytes()
-    assert content[:8] == b"\x89PNG\r\n\x1a\n"
-    assert content[12:16] == b"IHDR"
-    assert content[-8:-4] == b"IEND"
-    return struct.unpack(">II", content[16:24])
-
-
 @pytest.mark.parametrize("count", [1, 30])
-def test_plot_is_a_png_that_grows_with_the_layers(tmp_path, count):
-    pytest.importorskip("matplotlib")
+def test_plot_is_a_png_that_grows_with_the_layers_and_leaves_pyplot_alone(tmp_path, count):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    before = pyplot.get_fignums()
     layers = [dataclasses.replace(LAYERS[i % 2 * 2], name=f"layer{i}") for i in range(count)]
     plot_plan(dataclasses.replace(PLAN, layers=(*layers, LAYERS[1])), tmp_path / "plan.png")
-    width, height = png_size(tmp_path / "plan.png")
-    assert width == 11 * 120
-    assert height == pytest.approx(120 * (1.8 + 0.32 * count), abs=1)
+    content = (tmp_path / "plan.png").read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert content[-8:-4] == b"IEND"
+    assert struct.unpack(">II", content[16:24]) == (11 * 120, pytest.approx(120 * (1.8 + 0.32 * count), abs=1))
+    assert pyplot.get_fignums() == before
 
 
 def test_plot_shows_names_ranks_and_kinds(tmp_path):
@@ -255,26 +211,8 @@ def test_plot_shows_names_ranks_and_kinds(tmp_path):
     assert "norm" not in texts
 
 
-def test_plot_leaves_pyplot_alone(tmp_path):
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    before = pyplot.get_fignums()
-    plot_plan(PLAN, tmp_path / "plan.png")
-    assert pyplot.get_fignums() == before
-
-
 def test_plot_without_matplotlib_says_how_to_get_it(tmp_path, monkeypatch):
     block_imports(monkeypatch, "matplotlib")
     with pytest.raises(UnsupportedError, match=r"pip install 'lightning_compress\[plots\]'"):
         plot_plan(PLAN, tmp_path / "plan.png")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_plot_into_a_missing_or_impossible_folder_is_refused(tmp_path):
-    pytest.importorskip("matplotlib")
-    (tmp_path / "file").write_text("mine")
-    for path in (tmp_path / "missing" / "plan.png", tmp_path / "file" / "plan.png"):
-        with pytest.raises(OutputFolderError) as caught:
-            plot_plan(PLAN, path)
-        assert repr(str(path)) in str(caught.value)
-        assert "Choose a folder you can write" in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import operator
 
 import pytest
 import torch
@@ -62,7 +64,6 @@ def test_json_round_trip_without_what_is_optional():
 def test_json_names_format_and_schema(plan):
     data = json.loads(plan.to_json())
     assert (data["format"], data["schema"]) == (FORMAT, SCHEMA) == ("lightning_compress/plan", 1)
-    assert {layer["name"] for layer in data["layers"]} == {"conv1", "norm", "conv2", "point", "fc1", "fc2"}
 
 
 def test_print_shows_every_layer_and_every_reason(plan):
@@ -89,7 +90,11 @@ def test_print_shows_every_layer_and_every_reason(plan):
     assert "\x1b" not in text
 
 
-def test_print_without_macs_and_search_shows_neither():
+def test_print_does_without_what_is_optional(plan):
+    for field in ("seconds", "optimality_gap", "method", "seed"):
+        assert "budget params <= 50 %" in str(
+            Plan.from_json(changed(plan, lambda d, name=field: d.update({name: None})))
+        )
     bare = Plan((LayerPlan("", "Linear", "svd", (1,), (2, 3), 0.25, 10, 5),), Costs(10, None, 40), Costs(5, None, 20))
     assert "MACs" not in str(bare)
     assert "budget" not in str(bare)
@@ -114,12 +119,6 @@ def test_plan_of_a_search_on_outputs_says_so_and_comes_back_equal(net):
     assert plan.factorised
     assert {layer.source for layer in plan.factorised} == {"batch norm"}
     assert all(measured[layer.name] == f"{layer.samples} batch norm" for layer in plan.factorised)
-
-
-@pytest.mark.parametrize("field", ["seconds", "optimality_gap", "method", "seed"])
-def test_print_does_without_an_optional_field(plan, field):
-    text = str(Plan.from_json(changed(plan, lambda d: d.update({field: None}))))
-    assert "budget params <= 50 %" in text
 
 
 @pytest.mark.parametrize("name", ["[bold]", "[/x]", "a[0]", "[link=x]y[/link]"])
@@ -186,23 +185,17 @@ def test_plan_written_before_the_later_fields_is_read(plan):
     assert Plan.from_json(changed(plan, older)) == dataclasses.replace(plan, layers=layers, **LATER)
 
 
-@pytest.mark.parametrize("field", PLAN_FIELDS)
-def test_missing_field_is_named(plan, field):
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        *(((), field) for field in PLAN_FIELDS),
+        *((("layers", 2), field) for field in LAYER_FIELDS),
+        *(((costs,), field) for costs in ("dense", "compressed") for field in ("params", "macs", "bytes")),
+    ],
+)
+def test_missing_field_is_named(plan, path, field):
     with pytest.raises(PlanFormatError, match=f"the plan is damaged: KeyError: '{field}'"):
-        Plan.from_json(changed(plan, lambda d: d.pop(field)))
-
-
-@pytest.mark.parametrize("field", LAYER_FIELDS)
-def test_missing_field_of_a_layer_is_named(plan, field):
-    with pytest.raises(PlanFormatError, match=f"the plan is damaged: KeyError: '{field}'"):
-        Plan.from_json(changed(plan, lambda d: d["layers"][2].pop(field)))
-
-
-@pytest.mark.parametrize("field", ["params", "macs", "bytes"])
-@pytest.mark.parametrize("costs", ["dense", "compressed"])
-def test_missing_cost_is_named(plan, costs, field):
-    with pytest.raises(PlanFormatError, match=f"KeyError: '{field}'"):
-        Plan.from_json(changed(plan, lambda d: d[costs].pop(field)))
+        Plan.from_json(changed(plan, lambda d: functools.reduce(operator.getitem, path, d).pop(field)))
 
 
 @pytest.mark.parametrize(
@@ -227,33 +220,26 @@ def test_missing_cost_is_named(plan, costs, field):
         ("source", 1, r"'source' is 1, expected str"),
         ("output_distance", "0", r"'output_distance' is '0', expected float"),
         ("timings", [1.0], r"'timings' is \[1.0\], expected dict"),
+        ("layers.0.name", 3, r"'name' is 3, expected str"),
+        ("layers.0.kind", None, r"'kind' is None, expected str"),
+        ("layers.0.ranks", 3, r"'ranks' is 3, expected list"),
+        ("layers.0.ranks", [0], r"'ranks' is \[0\], expected whole numbers above 0"),
+        ("layers.0.ranks", [2.0], r"'ranks' is \[2.0\], expected whole numbers above 0"),
+        ("layers.0.ranks", [True], r"'ranks' is \[True\], expected whole numbers"),
+        ("layers.0.weight_shape", ["8"], r"'weight_shape' is \['8'\], expected whole numbers"),
+        ("layers.0.error", "small", r"'error' is 'small', expected float"),
+        ("layers.0.params_before", 1.5, r"'params_before' is 1.5, expected int"),
+        ("layers.0.macs_after", "1", r"'macs_after' is '1', expected int"),
+        ("layers.0.reason", 1, r"'reason' is 1, expected str"),
+        ("layers.0.source", 1, r"'source' is 1, expected str"),
     ],
 )
 def test_field_of_a_wrong_type_is_named(plan, field, value, message):
-    with pytest.raises(PlanFormatError, match=f"the plan is damaged: .*{message}"):
-        Plan.from_json(changed(plan, lambda d: d.update({field: value})))
+    def change(data):
+        (data["layers"][0] if field.startswith("layers.0.") else data)[field.removeprefix("layers.0.")] = value
 
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("name", 3, r"'name' is 3, expected str"),
-        ("kind", None, r"'kind' is None, expected str"),
-        ("ranks", 3, r"'ranks' is 3, expected list"),
-        ("ranks", [0], r"'ranks' is \[0\], expected whole numbers above 0"),
-        ("ranks", [2.0], r"'ranks' is \[2.0\], expected whole numbers above 0"),
-        ("ranks", [True], r"'ranks' is \[True\], expected whole numbers"),
-        ("weight_shape", ["8"], r"'weight_shape' is \['8'\], expected whole numbers"),
-        ("error", "small", r"'error' is 'small', expected float"),
-        ("params_before", 1.5, r"'params_before' is 1.5, expected int"),
-        ("macs_after", "1", r"'macs_after' is '1', expected int"),
-        ("reason", 1, r"'reason' is 1, expected str"),
-        ("source", 1, r"'source' is 1, expected str"),
-    ],
-)
-def test_field_of_a_layer_of_a_wrong_type_is_named(plan, field, value, message):
     with pytest.raises(PlanFormatError, match=f"the plan is damaged: .*{message}"):
-        Plan.from_json(changed(plan, lambda d: d["layers"][0].update({field: value})))
+        Plan.from_json(changed(plan, change))
 
 
 def test_whole_numbers_are_read_where_fractions_are_expected(plan):

@@ -15,13 +15,17 @@ from torch import nn
 
 from lightning_compress import FactorisedLayer, apply_plan_
 from lightning_compress.core.errors import ModelError
-from lightning_compress.kinds.registry import DECOMPOSITIONS
 from lightning_compress.surgery.swap import apply_shells_
-from tests.support.zoo import LAYERS, Conv1D, factorised, fitting, full_ranks, low_ranks, plan_for
+from tests.support.zoo import LAYERS, Conv1D, factorised, fitting, full_ranks, plan_for
 
 EVERY = pytest.mark.parametrize(("name", "kind"), fitting())
-ONE_OF_EACH = list({param.values[0]: param for param in reversed(fitting())}.values())
+FIRST = list({param.values[0]: param for param in reversed(fitting())}.values())
+ONE_OF_EACH = pytest.mark.parametrize(("name", "kind"), FIRST)
 """Each type of layer with one kind."""
+LEFT = [param for param in fitting() if param not in FIRST]
+SWEPT = [pytest.param(*param.values, id=param.id, marks=[pytest.mark.slow, pytest.mark.sweep]) for param in LEFT]
+ONE_AND_SWEEP = pytest.mark.parametrize(("name", "kind"), FIRST + SWEPT)
+"""The others in the sweep alone."""
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
@@ -36,76 +40,36 @@ def single(name, kind):
     return layer, tuple(a.float() if a.is_floating_point() else a for a in arguments)
 
 
-def low_precision(name, kind, dtype):
-    layer, arguments = single(name, kind)
-    return layer.to(dtype), tuple(a.to(dtype) if a.is_floating_point() else a for a in arguments)
-
-
 def relative_error(got, expected):
     got, expected = got.detach().double(), expected.detach().double()
     return float((got - expected).norm() / expected.norm())
 
 
-def check_compiled(name, kind, backend):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=[pytest.mark.slow, pytest.mark.sweep])])
+@ONE_AND_SWEEP
+def test_compiles_without_a_graph_break(name, kind, backend):
     layer, arguments = single(name, kind)
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend=backend, fullgraph=True)
     torch.testing.assert_close(compiled(*arguments), layer(*arguments), **CLOSE)
 
 
-@pytest.mark.parametrize(("name", "kind"), ONE_OF_EACH)
-def test_compiles_without_a_graph_break(name, kind):
-    check_compiled(name, kind, "eager")
-
-
-@pytest.mark.slow
-@pytest.mark.sweep
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@EVERY
-def test_every_kind_compiles_without_a_graph_break(name, kind, backend):
-    check_compiled(name, kind, backend)
-
-
-def check_exported(name, kind):
+@ONE_AND_SWEEP
+def test_exports(name, kind):
     layer, arguments = single(name, kind)
     program = torch.export.export(layer, arguments)
     assert set(program.state_dict) == set(layer.state_dict())
     torch.testing.assert_close(program.module()(*arguments), layer(*arguments), **CLOSE)
 
 
-@pytest.mark.parametrize(("name", "kind"), ONE_OF_EACH)
-def test_exports(name, kind):
-    check_exported(name, kind)
-
-
-@pytest.mark.slow
-@pytest.mark.sweep
-@EVERY
-def test_every_kind_exports(name, kind):
-    check_exported(name, kind)
-
-
-def check_traced(name, kind):
-    layer, arguments = single(name, kind)
-    traced = torch.jit.trace(layer, arguments)
-    file = io.BytesIO()
-    torch.jit.save(traced, file)
-    file.seek(0)
-    torch.testing.assert_close(torch.jit.load(file)(*arguments), layer(*arguments), **CLOSE)
-
-
-@pytest.mark.parametrize(("name", "kind"), ONE_OF_EACH)
+@ONE_AND_SWEEP
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated", "ignore::torch.jit.TracerWarning")  # torch's own
 def test_traces(name, kind):
-    check_traced(name, kind)
-
-
-@pytest.mark.slow
-@pytest.mark.sweep
-@EVERY
-@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated", "ignore::torch.jit.TracerWarning")
-def test_every_kind_traces(name, kind):
-    check_traced(name, kind)
+    layer, arguments = single(name, kind)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(layer, arguments), file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(*arguments), layer(*arguments), **CLOSE)
 
 
 def run_onnx(file, arguments):
@@ -118,7 +82,9 @@ def run_onnx(file, arguments):
     return torch.from_numpy(output)
 
 
-def check_onnx(name, kind):
+@ONE_AND_SWEEP
+@pytest.mark.filterwarnings("ignore")  # the old exporter's own
+def test_exports_to_onnx_by_tracing(name, kind):
     onnx = pytest.importorskip("onnx")
     layer, arguments = single(name, kind)
     file = io.BytesIO()
@@ -135,22 +101,8 @@ def check_onnx(name, kind):
     torch.testing.assert_close(run_onnx(file.getvalue(), arguments), layer(*arguments).detach(), **CLOSE)
 
 
-@pytest.mark.parametrize(("name", "kind"), ONE_OF_EACH)
-@pytest.mark.filterwarnings("ignore")  # the old exporter's own
-def test_exports_to_onnx_by_tracing(name, kind):
-    check_onnx(name, kind)
-
-
 @pytest.mark.slow
-@pytest.mark.sweep
-@EVERY
-@pytest.mark.filterwarnings("ignore")
-def test_every_kind_exports_to_onnx_by_tracing(name, kind):
-    check_onnx(name, kind)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "kind"), ONE_OF_EACH)
+@ONE_OF_EACH
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
 def test_exports_to_onnx(name, kind, tmp_path):
     pytest.importorskip("onnxscript")
@@ -193,21 +145,20 @@ def test_autocast_computes_in_low_precision(name, kind):
 
 def check_low_precision(layer, name, kind, dtype, small):
     dense, arguments = single(name, kind)
-    expected = dense(*arguments)
     assert {p.dtype for p in layer.parameters()} == {layer.weight.dtype} == {dtype}
-    got = layer(*low_precision(name, kind, dtype)[1])
+    got = layer(*(a.to(dtype) if a.is_floating_point() else a for a in arguments))
     assert got.dtype == dtype
-    assert relative_error(got, expected) < (0.05 if dtype == torch.bfloat16 else small)
+    assert relative_error(got, dense(*arguments)) < (0.05 if dtype == torch.bfloat16 else small)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @EVERY
 def test_low_precision_weights_give_nearly_the_same(name, kind, dtype):
-    check_low_precision(low_precision(name, kind, dtype)[0], name, kind, dtype, 0.01)
+    check_low_precision(single(name, kind)[0].to(dtype), name, kind, dtype, 0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("name", "kind"), ONE_OF_EACH)
+@ONE_OF_EACH
 def test_low_precision_of_the_dense_layer_is_inherited(name, kind, dtype):
     layer = factorised(LAYERS[name].layer().to(dtype), kind)
     # a rounded weight may lead the sweeps of CP to another fit of the same error
@@ -244,23 +195,7 @@ def test_copies_are_independent_and_equal(name, kind, copied, importable):
 
 
 @EVERY
-def test_state_dict_is_saved_and_loaded_strictly(name, kind):
-    layer, arguments = single(name, kind)
-    file = io.BytesIO()
-    torch.save(layer.state_dict(), file)
-    file.seek(0)
-    model = nn.Sequential(LAYERS[name].layer(seed=5).float())
-    apply_shells_(model, plan_for(model[0], kind, layer.ranks))
-    model[0].load_state_dict(torch.load(file, weights_only=True), strict=True)
-    assert torch.equal(model[0](*arguments), layer(*arguments))
-    names = [*(f"{child}.weight" for child in layer.factors())]
-    names += [f"{list(layer.factors())[-1]}.bias"] if layer.bias is not None else []
-    names += [name for name, _ in layer.named_buffers()]
-    assert list(layer.state_dict()) == names
-
-
-@EVERY
-def test_plan_of_a_real_model_makes_shells_on_the_meta_device(name, kind):
+def test_shells_on_the_meta_device_take_the_state_dict(name, kind):
     layer, arguments = single(name, kind)
     with torch.device("meta"):
         model = nn.Sequential(LAYERS[name].make())
@@ -273,6 +208,9 @@ def test_plan_of_a_real_model_makes_shells_on_the_meta_device(name, kind):
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
     model[0].load_state_dict(layer.state_dict(), strict=True)
     assert torch.equal(model[0](*arguments), layer(*arguments))
+    *_, last = layer.factors()
+    names = [*(f"{child}.weight" for child in layer.factors()), *([f"{last}.bias"] if layer.bias is not None else [])]
+    assert list(layer.state_dict()) == names + [name for name, _ in layer.named_buffers()]
     moved = copy.deepcopy(layer).to("meta")
     assert moved.weight.is_meta
     assert moved(*(a.to("meta") for a in arguments)).shape == layer(*arguments).shape
@@ -286,32 +224,34 @@ def test_weights_on_the_meta_device_cannot_be_decomposed():
     assert type(model[0]) is nn.Linear
 
 
-# --- training
+# --- what it shows
 
 
-@EVERY
-def test_factors_train_towards_any_weight_of_their_ranks(name, kind):
-    layer, arguments = single(name, kind)
-    layer.train()
-    target = layer(*arguments).detach() * 0.5
-    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(4):
-        loss = (layer(*arguments) - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < losses[0]
-
-
-@EVERY
-def test_layer_at_full_ranks_and_one_is_a_working_layer(name, kind):
-    layer, arguments = LAYERS[name].layer(), LAYERS[name].call()
-    expected = layer(*arguments)
-    for ranks in (full_ranks(layer, kind), (1,) * len(low_ranks(layer, kind))):
-        got = factorised(layer, kind, ranks)(*arguments)
-        assert got.shape == expected.shape
-        assert bool(torch.isfinite(got).all())
-    assert DECOMPOSITIONS[kind].unsupported(factorised(layer, kind).operator) is None
+@pytest.mark.parametrize(
+    ("kind", "layer", "names"),
+    [
+        ("svd", nn.Linear(4, 6), ["reduce", "expand"]),
+        ("svd", nn.Conv2d(4, 6, 1), ["reduce", "expand"]),
+        ("channel_svd", nn.Conv2d(4, 6, 3), ["reduce", "expand"]),
+        ("spatial_svd", nn.Conv2d(4, 6, 3), ["reduce", "expand"]),
+        ("tucker2", nn.Conv2d(4, 6, 3, bias=False), ["reduce", "core", "expand"]),
+    ],
+)
+def test_factorised_layer_shows_what_it_is(kind, layer, names):
+    ranks = (2,) * len(full_ranks(layer, kind))
+    model, bias = nn.Sequential(layer), layer.bias
+    apply_plan_(model, plan_for(layer, kind, ranks))
+    new = model[0]
+    assert repr(new).startswith("FactorisedLayer(")
+    assert f"kind={kind}, ranks={ranks}" in repr(new)
+    assert (new.kind, new.ranks, new.dense_type) == (kind, ranks, type(layer).__name__)
+    assert new.bias is bias
+    assert list(new.factors()) == names
+    assert new.weight.shape == layer.weight.shape == new.weight_shape
+    assert torch.equal(new.weight, new.dense_weight())
+    assert all(value is getattr(new, name).weight for name, value in new.factors().items())
+    convolution = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"]
+    attributes = ["in_features", "out_features"] if isinstance(layer, nn.Linear) else convolution
+    assert all(getattr(new, name) == getattr(layer, name) for name in attributes)
+    with pytest.raises(AttributeError):
+        new.weight = new.weight.detach()

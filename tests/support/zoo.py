@@ -18,9 +18,6 @@ from lightning_compress.core.plan import LayerPlan, Plan
 from lightning_compress.kinds.registry import AUTOMATIC, DECOMPOSITIONS
 from lightning_compress.layers.families import operator_of
 
-SAMPLE_OR_ALL = pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
-"""Of all geometries every fifth, or all: those that vary fastest have 2, 2 and 4 settings, so that all of them meet."""
-
 
 class Conv1D(nn.Module):
     """Like the layer of that name in transformers: a linear layer with the weight (inputs, outputs)."""
@@ -51,6 +48,12 @@ def random_metric(size: int, seed: int = 0, condition: float = 1e3) -> Tensor:
 def error_in(metric: Tensor, weight: Tensor, product: Tensor) -> float:
     lost, flat = (weight - product).flatten(1), weight.flatten(1)
     return float(((lost @ metric) * lost).sum() / ((flat @ metric) * flat).sum())
+
+
+def error_of(kind: str, weight: Tensor, factors: dict[str, Tensor], metric: Tensor | None = None) -> float:
+    """The relative squared error of factors, in second moments of the inputs."""
+    metric = torch.eye(weight[0].numel(), dtype=torch.float64) if metric is None else metric
+    return error_in(metric, weight, DECOMPOSITIONS[kind].dense_weight(factors, tuple(weight.shape)))
 
 
 def randomised(layer: nn.Module, seed: int = 0) -> nn.Module:

@@ -1,3 +1,5 @@
+"""The data modules: splits, limits, augmentation, and files that are damaged or missing."""
+
 from __future__ import annotations
 
 import gzip
@@ -7,12 +9,9 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 from lightning_compress.cli.demo import data as demo_data
 from lightning_compress.cli.demo.data import DigitsDataModule, FashionMNISTDataModule
-from lightning_compress.cli.demo.models import MLP, VGG, ResNet20, SmallCNN
-from lightning_compress.cli.demo.task import ClassificationTask
 from lightning_compress.core.errors import ConfigurationError, DataNotFoundError
 from tests.support.interruptions import block_imports
 
@@ -75,29 +74,18 @@ def test_limit_keeps_the_first_images_of_each_split(limit):
         assert torch.equal(labels, all_labels[:limit])
 
 
-def test_loaders_batch_as_documented():
+def test_loaders_batch_as_documented_and_shuffle_training_batches_alone():
     module = DigitsDataModule(batch_size=50, limit=230)
-    module.setup("fit")
+    (train, _), (val, _), (test, _) = splits(module)
     assert [len(y) for _, y in module.train_dataloader()] == [50, 50, 50, 50]
     assert [len(y) for _, y in module.val_dataloader()] == [120]
     assert [len(y) for _, y in module.test_dataloader()] == [200, 30]
-
-
-def test_only_training_batches_are_shuffled():
-    module = DigitsDataModule(batch_size=64)
-    (train, _), (val, _), (test, _) = splits(module)
+    module.setup("test")  # loads once
+    assert module.train_dataloader().dataset.tensors[0] is train
     torch.manual_seed(0)
-    assert not torch.equal(next(iter(module.train_dataloader()))[0], train[:64])
-    assert torch.equal(next(iter(module.val_dataloader()))[0], val[:256])
-    assert torch.equal(next(iter(module.test_dataloader()))[0], test[:256])
-
-
-def test_setup_loads_once():
-    module = DigitsDataModule()
-    module.setup("fit")
-    first = module.train_dataloader().dataset
-    module.setup("test")
-    assert module.train_dataloader().dataset is first
+    assert not torch.equal(next(iter(module.train_dataloader()))[0], train[:50])
+    for loader, images in ((module.val_dataloader(), val), (module.test_dataloader(), test)):
+        assert torch.equal(torch.cat([x for x, _ in loader]), images)
 
 
 @pytest.mark.parametrize("make", [DigitsDataModule, FashionMNISTDataModule])
@@ -141,6 +129,13 @@ class Recorder(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+def fit_and_test(module, make_trainer, epochs):
+    recorder, trainer = Recorder(), make_trainer(max_epochs=epochs)
+    trainer.fit(recorder, datamodule=module)
+    trainer.test(recorder, datamodule=module, verbose=False)
+    return recorder.seen
+
+
 def transforms(images, reach, *, flips):
     variants = {}
     for flip in (False, True) if flips else (False,):
@@ -160,14 +155,6 @@ class FakeFashion(FashionMNISTDataModule):
             name: (torch.randn(64, 1, 28, 28, generator=generator), torch.arange(64))
             for name in ("train", "val", "test")
         }
-
-
-def fit_and_test(module, make_trainer, epochs):
-    recorder = Recorder()
-    trainer = make_trainer(max_epochs=epochs)
-    trainer.fit(recorder, datamodule=module)
-    trainer.test(recorder, datamodule=module, verbose=False)
-    return recorder.seen
 
 
 @pytest.mark.parametrize(
@@ -196,21 +183,15 @@ def test_training_batches_are_shifted_and_only_clothes_flipped(make_trainer, mod
     assert {flip for flip, _, _ in used} == ({False, True} if flips else {False})
 
 
-@pytest.mark.parametrize("module", [DigitsDataModule(batch_size=77), FakeFashion(batch_size=16)])
-def test_validation_and_test_batches_are_left_alone(make_trainer, module):
-    seen = fit_and_test(module, make_trainer, 1)
+@pytest.mark.parametrize("augment", [True, False])
+def test_validation_and_test_batches_are_left_alone_and_those_of_training_without_augment(make_trainer, augment):
+    module = FakeFashion(batch_size=16, augment=augment)
+    seen, (given, _) = fit_and_test(module, make_trainer, 1), module.train_dataloader().dataset.tensors
     for name, loader in (("val", module.val_dataloader()), ("test", module.test_dataloader())):
         images, labels = (torch.cat(tensors) for tensors in zip(*seen[name], strict=True))
         assert torch.equal(images, loader.dataset.tensors[0])
         assert torch.equal(labels, loader.dataset.tensors[1])
-
-
-def test_augment_false_leaves_training_images_alone(make_trainer):
-    module = FakeFashion(batch_size=16, augment=False)
-    seen = fit_and_test(module, make_trainer, 2)
-    train = module.train_dataloader().dataset.tensors
-    for images, labels in seen["train"]:
-        assert torch.equal(images, train[0][labels])
+    assert all(torch.equal(images, given[labels]) for images, labels in seen["train"]) is not augment
 
 
 # --- Fashion-MNIST ---------------------------------------------------------------------------
@@ -311,13 +292,10 @@ def test_damaged_file_is_named(idx_folder, name, damage):
 def test_one_missing_file_is_enough_to_refuse(idx_folder, missing):
     folder, _ = idx_folder
     (folder / f"{missing}.gz").unlink()
-    module = FashionMNISTDataModule(folder=folder, download=False)
     with pytest.raises(DataNotFoundError) as caught:
-        module.setup("fit")
-    assert repr(str(folder)) in str(caught.value)
-    assert "download=false" in str(caught.value)
-    assert "dataset-fashion-mnist" in str(caught.value)
-    assert "data.module.folder=PATH" in str(caught.value)
+        FashionMNISTDataModule(folder=folder, download=False).setup("fit")
+    words = (repr(str(folder)), "download=false", "dataset-fashion-mnist", "data.module.folder=PATH")
+    assert all(word in str(caught.value) for word in words)
 
 
 @pytest.mark.usefixtures("no_debian")
@@ -348,83 +326,3 @@ def test_the_real_fashion_mnist():
     assert abs(float(whole.mean(dtype=torch.float64))) < 1e-3
     assert abs(float((whole - whole.mean()).square().mean(dtype=torch.float64).sqrt()) - 1) < 1e-3
     assert test_y[:5].tolist() == [9, 2, 1, 1, 6]
-
-
-# --- networks --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("net", "params"),
-    [
-        (VGG(), 420_778),
-        (ResNet20(), 272_186),
-        (MLP(), 64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10),
-        (SmallCNN(), 9 * (32 + 32 * 64 + 64 * 128) + 2 * (32 + 64 + 128) + 128 * 10 + 10),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else str(value),
-)
-def test_number_of_parameters(net, params):
-    assert sum(p.numel() for p in net.parameters()) == params
-
-
-def test_resnet20_has_twenty_weighted_layers():
-    weighted = [m for m in ResNet20().modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
-    assert len(weighted) + 1 == 20
-
-
-@pytest.mark.parametrize(
-    ("net", "shape", "classes"),
-    [
-        (SmallCNN(3, 7, width=4), (2, 3, 8, 8), 7),
-        (SmallCNN(1, 10, width=4), (2, 1, 28, 28), 10),
-        (MLP(48, 5, hidden=[]), (2, 3, 4, 4), 5),
-        (MLP(48, 5, hidden=[8]), (2, 3, 4, 4), 5),
-        (VGG(3, 6, widths=[4, 8, 8], hidden=9), (2, 3, 32, 32), 6),
-        (VGG(1, 6, widths=[4, 8], hidden=9), (2, 1, 8, 8), 6),
-        (ResNet20(3, 4, width=4, blocks=1), (2, 3, 32, 32), 4),
-        (ResNet20(1, 4, width=4, blocks=1), (2, 1, 8, 8), 4),
-    ],
-)
-def test_networks_return_logits(net, shape, classes):
-    logits = net.eval()(torch.randn(shape))
-    assert logits.shape == (shape[0], classes)
-    assert torch.isfinite(logits).all()
-
-
-# --- task ------------------------------------------------------------------------------------
-
-
-def test_task_reports_accuracy_and_cross_entropy_of_all_test_images(make_trainer):
-    net = MLP(hidden=[16])
-    module = DigitsDataModule(batch_size=16, limit=150)
-    result = make_trainer().test(ClassificationTask(net), datamodule=module, verbose=False)[0]
-    images, labels = module.test_dataloader().dataset.tensors
-    with torch.no_grad():
-        logits = net.eval()(images)
-    assert set(result) == {"accuracy", "loss"}
-    assert result["accuracy"] == pytest.approx(float((logits.argmax(1) == labels).double().mean()), abs=1e-6)
-    assert result["loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-6)
-
-
-def test_task_trains_with_one_cycle_over_the_whole_fit(make_trainer):
-    task = ClassificationTask(MLP(hidden=[8]), lr=0.25, weight_decay=0.01, momentum=0.8)
-    trainer = make_trainer(max_epochs=2)
-    trainer.fit(task, datamodule=DigitsDataModule(batch_size=50, limit=500))
-    (optimizer,) = trainer.optimizers
-    group = optimizer.param_groups[0]
-    scheduler = trainer.lr_scheduler_configs[0].scheduler
-    assert isinstance(optimizer, torch.optim.SGD)
-    assert group["nesterov"]
-    assert group["weight_decay"] == 0.01
-    assert group["max_lr"] == 0.25
-    assert scheduler.total_steps == 20
-    assert sum(p.numel() for p in group["params"]) == sum(p.numel() for p in task.net.parameters())
-
-
-def test_task_learns_the_digits(make_trainer):
-    torch.manual_seed(0)
-    module = DigitsDataModule()
-    task = ClassificationTask(MLP(hidden=[64]), lr=0.1)
-    trainer = make_trainer(max_epochs=8)
-    trainer.fit(task, datamodule=module)
-    assert trainer.test(task, datamodule=module, verbose=False)[0]["accuracy"] > 0.85
