@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from torch import nn
-from torch.optim import SGD, AdamW
-from torch.optim.lr_scheduler import OneCycleLR
 
-from lightning_compress import FactorisedLayer
 from tests.support.compressing import compress
+from tests.support.fitting import factorised, planned, require_same_state
 
 EPOCHS, BATCHES = 4, 4
 
@@ -20,16 +18,13 @@ IN_STEPS = {
     "phases": [{"budget": {"params": 0.8}, "steps": 3}, {"budget": {"params": 0.5}, "steps": 3, "warmup_steps": 2}]
 }
 
-
-def factorised(module: nn.Module) -> dict[str, tuple]:
-    return {n: (m.kind, m.ranks) for n, m in module.named_modules() if isinstance(m, FactorisedLayer)}
-
-
-def require_same_state(a: nn.Module, b: nn.Module) -> None:
-    first, second = a.state_dict(), b.state_dict()
-    assert list(first) == list(second)
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+THREE = {
+    "phases": [
+        {"budget": {"params": 0.8}, "epochs": 1},
+        {"budget": {"params": 0.6}, "epochs": 1},
+        {"budget": {"params": 0.4}},
+    ]
+}
 
 
 def require_same_optimizers(a: L.Trainer, b: L.Trainer) -> None:
@@ -44,30 +39,6 @@ def require_same_optimizers(a: L.Trainer, b: L.Trainer) -> None:
         assert {k: v for k, v in state.items() if k != "lr_lambdas"} == {
             k: v for k, v in other.items() if k != "lr_lambdas"
         }
-
-
-def momentum(task):
-    return SGD(task.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
-
-
-def groups(task):
-    decayed = [p for p in task.parameters() if p.ndim > 1]
-    rest = [p for p in task.parameters() if p.ndim <= 1]
-    return AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": rest, "lr": 3e-3}], lr=1e-2)
-
-
-def named(task):
-    return AdamW(task.named_parameters(), lr=1e-2)
-
-
-def one_cycle(task):
-    optimizer = momentum(task)
-    scheduler = OneCycleLR(optimizer, max_lr=0.1, total_steps=EPOCHS * BATCHES + 1)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def lbfgs(task):
-    return torch.optim.LBFGS(task.parameters(), lr=0.1, max_iter=3, history_size=4)
 
 
 class Losses(Callback):
@@ -88,6 +59,18 @@ def run(make_trainer, loader, task, callback, folder, *, epochs=EPOCHS, ckpt_pat
     return trainer, losses.losses
 
 
+def first_epoch(make_trainer, loader, tmp_path, task, callback, **settings) -> str:
+    run(make_trainer, loader, task, callback, tmp_path / "first", epochs=1, **settings)
+    return str(tmp_path / "first" / "epoch=0.ckpt")
+
+
+def dense_checkpoint(make_trainer, loader, tmp_path, task) -> Path:
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(task, loader)
+    trainer.save_checkpoint(tmp_path / "dense.ckpt")
+    return tmp_path / "dense.ckpt"
+
+
 def require_identical_resume(make_trainer, loader, tmp_path, task, settings, after, **trainer_settings) -> None:
     fresh, stopped = copy.deepcopy(task), copy.deepcopy(task)
     whole, losses = run(make_trainer, loader, task, compress(**settings), tmp_path / "whole", **trainer_settings)
@@ -99,7 +82,7 @@ def require_identical_resume(make_trainer, loader, tmp_path, task, settings, aft
     again, rest = run(make_trainer, loader, fresh, callback, tmp_path / "again", ckpt_path=path, **trainer_settings)
     assert rest == losses[len(losses) - len(rest) :]
     assert again.global_step == whole.global_step
-    assert factorised(fresh) == factorised(task) == {p.name: (p.kind, p.ranks) for p in callback.plan.factorised}
+    assert factorised(fresh) == factorised(task) == planned(callback)
     require_same_state(task, fresh)
     require_same_optimizers(whole, again)
     held = {id(p) for o in again.optimizers for group in o.param_groups for p in group["params"]}

@@ -22,6 +22,10 @@ slow = pytest.mark.slow
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no .val_dataloader.")
 SCRIPT = Path(__file__).parents[1] / "support" / "ddp_fits.py"
 TIMEOUT = 600
+TRAINED = [
+    "plain", "defaults", "freezing", "distillation", "frozen_layer",
+    "unused", "averaging", "rounds", "resume", "shared",
+]  # fmt: skip
 
 
 def run_two(folder, *cases, launcher=()):
@@ -55,21 +59,7 @@ def same(first, second) -> bool:
 
 
 @slow
-@pytest.mark.parametrize(
-    "case",
-    [
-        "plain",
-        "defaults",
-        "freezing",
-        "distillation",
-        "frozen_layer",
-        "unused",
-        "averaging",
-        "rounds",
-        "resume",
-        "shared",
-    ],
-)
+@pytest.mark.parametrize("case", TRAINED)
 def test_ranks_are_identical_and_trained_at_the_end(results, case):
     first, second = results(case)
     parameters = set(first["epochs"][-1])

@@ -1,10 +1,11 @@
-"""Compress beside Lightning's other callbacks and features: averages, tuner, monitors, summaries, compilation."""
+"""Compress beside Lightning's other callbacks and features: averages, tuner, monitors, compilation, LightningCLI."""
 
 from __future__ import annotations
 
 import copy
-import io
-import pickle
+import functools
+import importlib.util
+import os
 
 import lightning as L
 import pytest
@@ -20,12 +21,13 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from packaging.version import Version
-from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, Adam
 
 from lightning_compress import FactorisedLayer, apply_plan_
 from tests.support.compressing import WEIGHTS_ALONE, compress
+from tests.support.fitting import QUIET, factorised, held_by, planned, require_same_state
 from tests.support.nets import TinyTask
+from tests.support.optimizers import momentum
 
 try:
     from lightning.pytorch.callbacks import EMAWeightAveraging
@@ -33,27 +35,10 @@ except ImportError:  # before Lightning 2.6
     EMAWeightAveraging = None
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no .val_dataloader."),
-    pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., callbacks used to create"),
-    pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
+    *QUIET,
     pytest.mark.filterwarnings("ignore:layer 'net.conv2' loses 5:lightning_compress.core.errors.CompressionWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch.compile looks
 ]
-
-
-def momentum(task):
-    return SGD(task.parameters(), lr=0.05, momentum=0.9)
-
-
-def factorised(module) -> dict[str, tuple]:
-    return {n: (m.kind, m.ranks) for n, m in module.named_modules() if isinstance(m, FactorisedLayer)}
-
-
-def require_same(a: nn.Module, b: nn.Module) -> None:
-    first, second = a.state_dict(), b.state_dict()
-    assert list(first) == list(second)
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
 
 
 def ema():
@@ -85,12 +70,13 @@ def test_averages_are_those_of_a_fit_of_the_factorised_module(make_trainer, load
     apply_plan_(plain, callback.plan)
     apply_plan_(last, callback.plan)
     make_trainer(make(), max_epochs=3).fit(plain, loader, loader)
-    require_same(task, plain)
+    require_same_state(task, plain)
     make_trainer(max_epochs=3).fit(last, loader, loader)
     assert not all(torch.equal(a, b) for a, b in zip(task.parameters(), last.parameters(), strict=True))
 
 
-ROUNDS = {"phases": [{"budget": {"params": 0.7}, "epochs": 2}, {"budget": {"params": 0.4}, "epochs": 2}]}
+def rounds(epochs: int):
+    return {"phases": [{"budget": {"params": params}, "epochs": epochs} for params in (0.7, 0.4)]}
 
 
 @pytest.mark.parametrize("make", AVERAGES)
@@ -99,8 +85,8 @@ ROUNDS = {"phases": [{"budget": {"params": 0.7}, "epochs": 2}, {"budget": {"para
     "settings",
     [
         pytest.param({}, id="once"),
-        pytest.param({"schedule": ROUNDS}, marks=pytest.mark.slow, id="rounds"),
-        pytest.param({"schedule": ROUNDS, "distill": {}}, marks=pytest.mark.slow, id="rounds-distilled"),
+        pytest.param({"schedule": rounds(2)}, marks=pytest.mark.slow, id="rounds"),
+        pytest.param({"schedule": rounds(2), "distill": {}}, marks=pytest.mark.slow, id="rounds-distilled"),
     ],
 )
 def test_a_fit_with_averages_resumes_identically(make_trainer, loader, tmp_path, make, first, settings):
@@ -119,7 +105,7 @@ def test_a_fit_with_averages_resumes_identically(make_trainer, loader, tmp_path,
     for name in ("fresh",) if "distill" in settings else ("module", "fresh"):
         model = {"module": stopped, "fresh": fresh}[name]
         fit(model, tmp_path / name, ckpt_path=tmp_path / "first" / "epoch=2.ckpt")
-        require_same(task, model)
+        require_same_state(task, model)
 
 
 @pytest.mark.parametrize("make", AVERAGES)
@@ -155,29 +141,28 @@ def test_the_learning_rate_finder_leaves_the_module_dense_and_the_fit_compresses
     found = Tuner(trainer).lr_find(task, loader, num_training=8, early_stop_threshold=None)
     assert found is not None
     lr = task.lr
-    assert all(torch.equal(a, b) for a, b in zip(dense.state_dict().values(), task.state_dict().values(), strict=True))
-    assert factorised(task) == {}
+    require_same_state(dense, task)
     trainer.fit(task, loader)
-    assert factorised(task) == {p.name: (p.kind, p.ranks) for p in callback.plan.factorised} != {}
+    assert factorised(task) == planned(callback) != {}
     plain = copy.deepcopy(dense)
     plain.lr = lr
     apply_plan_(plain, callback.plan)
     make_trainer(max_epochs=1).fit(plain, loader)
-    require_same(task, plain)
+    require_same_state(task, plain)
 
 
 @pytest.mark.parametrize("settings", [{}, {"distill": {}}])
 @pytest.mark.parametrize("first", [True, False])
 def test_the_learning_rate_finder_as_a_callback(make_trainer, loader, first, settings):
-    finder, callback = LearningRateFinder(num_training_steps=8, early_stop_threshold=None), compress(**settings)
-    task = Adjustable()
+    finder = functools.partial(LearningRateFinder, num_training_steps=8, early_stop_threshold=None)
+    task, callback = Adjustable(), compress(**settings)
     plain = copy.deepcopy(task)
-    trainer = make_trainer(*([callback, finder] if first else [finder, callback]), max_epochs=2)
+    trainer = make_trainer(*ordered(finder, first, callback), max_epochs=2)
     trainer.fit(task, loader)
-    alone = make_trainer(LearningRateFinder(num_training_steps=8, early_stop_threshold=None), max_epochs=2)
+    alone = make_trainer(finder(), max_epochs=2)
     alone.fit(copy.deepcopy(plain), loader)
     assert trainer.global_step == alone.global_step > 0  # Lightning 2.4 loses the steps of the first epoch
-    assert factorised(task) == {p.name: (p.kind, p.ranks) for p in callback.plan.factorised} != {}
+    assert factorised(task) == planned(callback) != {}
     assert callback.plan.layers == compress().plan_for(plain, torch.zeros(1, 3, 8, 8)).layers
     assert "configure_optimizers" not in task.__dict__
 
@@ -189,7 +174,7 @@ def test_the_learning_rate_monitor_sees_the_schedulers_rates(make_trainer, loade
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
 
     monitor, callback = LearningRateMonitor("epoch"), compress(schedule={"warmup_steps": 3})
-    pair = [callback, monitor] if first else [monitor, callback]
+    pair = ordered(lambda: monitor, first, callback)
     trainer = make_trainer(*pair, logger=CSVLogger(tmp_path), max_epochs=3, log_every_n_steps=1)
     trainer.fit(TinyTask(configure), loader)
     assert monitor.lrs == {"lr-SGD": [0.1, 0.05, 0.025]}
@@ -214,16 +199,14 @@ def test_finetuning_callbacks_unfreeze_the_factors_and_resume(make_trainer, load
     fresh, stopped = copy.deepcopy(task), copy.deepcopy(task)
 
     def fit(model, epochs, folder, **settings):
-        pair = [compress(), UnfreezeLater()]
         every = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-        trainer = make_trainer(*(pair if first else pair[::-1]), every, max_epochs=epochs)
+        trainer = make_trainer(*ordered(UnfreezeLater, first), every, max_epochs=epochs)
         trainer.fit(model, loader, **settings)
         return trainer
 
     trainer = fit(task, 4, tmp_path / "whole")
     assert {n for n in factorised(task) if "conv" in n}
-    held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
-    assert held == {id(p) for p in task.parameters()}
+    assert set(held_by(trainer.optimizers)) == {id(p) for p in task.parameters()}
     start = torch.load(tmp_path / "whole" / "epoch=1.ckpt", weights_only=True)["state_dict"]
     first_epoch = torch.load(tmp_path / "whole" / "epoch=0.ckpt", weights_only=True)["state_dict"]
     frozen = [name for name, _ in task.named_parameters() if "conv2" in name]
@@ -233,13 +216,12 @@ def test_finetuning_callbacks_unfreeze_the_factors_and_resume(make_trainer, load
         assert not torch.equal(task.get_parameter(name), start[name]), name
     fit(stopped, 2, tmp_path / "first")
     fit(fresh, 4, tmp_path / "again", ckpt_path=tmp_path / "first" / "epoch=1.ckpt")
-    require_same(task, fresh)
+    require_same_state(task, fresh)
 
 
 def test_a_summary_after_the_fit_counts_the_factors_and_one_before_the_dense_layers(make_trainer, loader):
-    task, callback, summary = TinyTask(), compress(), ModelSummary(max_depth=1)
-    trainer = make_trainer(summary, callback)
-    trainer.fit(task, loader)
+    task, callback = TinyTask(), compress()
+    make_trainer(ModelSummary(max_depth=1), callback).fit(task, loader)
     assert L.pytorch.utilities.model_summary.summarize(task).total_parameters == callback.plan.compressed.params
     again, callback = TinyTask(), compress()
     seen = []
@@ -252,79 +234,45 @@ def test_a_summary_after_the_fit_counts_the_factors_and_one_before_the_dense_lay
     assert seen == [callback.plan.compressed.params]
 
 
-# --- the module afterwards ---------------------------------------------------------------------------
+# --- compilation and precision -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"]
+LOGGED = pytest.mark.skipif(
+    Version(L.__version__) < Version("2.5"), reason="self.log cannot be compiled, without Compress too"
 )
-def test_a_copy_of_the_module_lives_on_its_own(make_trainer, loader, tmp_path, copied):
-    task = TinyTask()
-    trainer = make_trainer(compress(distill={}))
-    trainer.fit(task, loader)
-    other = copied(task)
-    require_same(task, other)
-    before = copy.deepcopy(task.state_dict())
-    make_trainer(compress()).fit(other, loader)  # only fine-tunes
-    assert factorised(other) == factorised(task)
-    assert all(torch.equal(before[name], value) for name, value in task.state_dict().items())
-    trainer = make_trainer()
-    trainer.strategy.connect(other)
-    trainer.save_checkpoint(tmp_path / "copy.ckpt")  # the shadowed hooks are the copy's own
-    saved = torch.load(tmp_path / "copy.ckpt", weights_only=True)
-    assert all(torch.equal(saved["state_dict"][name], value) for name, value in other.state_dict().items())
-    assert "lightning_compress" in saved
-    torch.save(other, buffer := io.BytesIO())
-    buffer.seek(0)
-    require_same(other, torch.load(buffer, weights_only=False))
+COMPILED = [
+    *((False, settings) for settings in ({}, {"distill": {"module": "net"}})),
+    *(
+        pytest.param(True, settings, marks=[pytest.mark.slow, LOGGED])
+        for settings in ({}, {"distill": {"module": "net"}}, {"schedule": rounds(1)})
+    ),
+]
 
 
-@pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks on modules")
-@pytest.mark.parametrize("settings", [{}, {"distill": {"module": "net"}}])
-def test_a_compiled_submodule_is_compressed_trained_and_resumed(make_trainer, loader, tmp_path, settings):
-    plain = TinyTask(momentum)
-    task = copy.deepcopy(plain)
-    task.net = torch.compile(task.net, backend="eager")
-    fresh = copy.deepcopy(plain)
-    fresh.net = torch.compile(fresh.net, backend="eager")
-    callback, other = compress(**settings), compress(**settings)
-    every = ModelCheckpoint(tmp_path / "a", filename="{epoch}", save_top_k=-1)
-    make_trainer(callback, every, max_epochs=2).fit(task, loader)
-    make_trainer(other, max_epochs=2).fit(plain, loader)
-    assert [p.name for p in callback.plan.layers] == [
-        p.name.replace("net.", "net._orig_mod.") for p in other.plan.layers
-    ]
-    compiled = {name.replace("_orig_mod.", ""): value for name, value in task.state_dict().items()}
-    for name, value in plain.state_dict().items():
-        torch.testing.assert_close(compiled[name], value)
-    make_trainer(compress(**settings), max_epochs=2).fit(fresh, loader, ckpt_path=tmp_path / "a" / "epoch=0.ckpt")
-    require_same(task, fresh)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(Version(L.__version__) < Version("2.5"), reason="self.log cannot be compiled, without Compress too")
 @pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks on modules")
 @pytest.mark.filterwarnings("ignore:torch._dynamo hit config.recompile_limit")
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"distill": {"module": "net"}},
-        {"schedule": {"phases": [{"budget": {"params": 0.7}, "epochs": 1}, {"budget": {"params": 0.4}, "epochs": 1}]}},
-    ],
-    ids=["plain", "distillation", "rounds"],
-)
-def test_a_compiled_lightning_module_is_compressed_trained_and_resumed(make_trainer, loader, tmp_path, settings):
+@pytest.mark.parametrize(("whole", "settings"), COMPILED)
+def test_a_compiled_module_is_compressed_trained_and_resumed(make_trainer, loader, tmp_path, whole, settings):
     plain = TinyTask(momentum)
     task, fresh = copy.deepcopy(plain), copy.deepcopy(plain)
-    every = ModelCheckpoint(tmp_path / "a", filename="{epoch}", save_top_k=-1)
-    make_trainer(compress(**settings), every, max_epochs=2).fit(torch.compile(task, backend="eager"), loader)
-    make_trainer(compress(**settings), max_epochs=2).fit(plain, loader)
-    for name, value in plain.state_dict().items():
-        torch.testing.assert_close(task.state_dict()[name], value)
-    again = torch.compile(fresh, backend="eager")
-    make_trainer(compress(**settings), max_epochs=2).fit(again, loader, ckpt_path=tmp_path / "a" / "epoch=0.ckpt")
-    require_same(task, fresh)
+
+    def compiled(module):
+        if whole:
+            return torch.compile(module, backend="eager")
+        module.net = torch.compile(module.net, backend="eager")
+        return module
+
+    callback, other = compress(**settings), compress(**settings)
+    every = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    make_trainer(callback, every, max_epochs=2).fit(compiled(task), loader)
+    make_trainer(other, max_epochs=2).fit(plain, loader)
+    prefix = "net." if whole else "net._orig_mod."
+    assert [p.name for p in callback.plan.layers] == [p.name.replace("net.", prefix) for p in other.plan.layers]
+    state = {name.replace("_orig_mod.", ""): value for name, value in task.state_dict().items()}
+    torch.testing.assert_close(state, dict(plain.state_dict()))
+    path = tmp_path / "epoch=0.ckpt"
+    make_trainer(compress(**settings), max_epochs=2).fit(compiled(fresh), loader, ckpt_path=path)
+    require_same_state(task, fresh)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
@@ -334,3 +282,68 @@ def test_averages_in_other_precisions(make_trainer, loader, make, precision):
     make_trainer(callback, make(), max_epochs=3, precision=precision).fit(task, loader)
     assert {p.dtype for p in task.parameters()} == {torch.bfloat16 if precision == "bf16-true" else torch.float32}
     assert all(bool(torch.isfinite(p).all()) for p in task.parameters())
+
+
+# --- LightningCLI -------------------------------------------------------------------------------------------
+
+CLI_CONFIG = """
+seed_everything: 0
+trainer:
+  accelerator: cpu
+  max_epochs: 2
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: lightning_compress.Compress
+      init_args:
+        budget: {params: 0.5}
+        method: exact
+        objective: weight
+        heal: false
+        exclude: [net.fc2]
+        overrides: {net.fc1: {max_rank: 4}}
+        distill: {kind: layers, weight: 0.3}
+        schedule:
+          phases:
+            - {budget: {params: 0.8}, steps: 3, train: factors}
+            - {budget: {params: 0.5}, warmup_steps: 2}
+optimizer:
+  class_path: torch.optim.Adam
+  init_args: {lr: 0.01}
+"""
+
+
+class CliTask(TinyTask):
+    """For LightningCLI, which gives it an optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    configure_optimizers = L.LightningModule.configure_optimizers
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jsonargparse") is None, reason="jsonargparse is not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_cli_with_an_optimizer_in_the_config(loader, tmp_path):
+    from lightning.pytorch.cli import LightningCLI
+
+    (tmp_path / "config.yaml").write_text(CLI_CONFIG)
+
+    class Data(L.LightningDataModule):
+        def train_dataloader(self):
+            return loader
+
+    cli = LightningCLI(
+        CliTask, Data, args=["fit", "--config", str(tmp_path / "config.yaml")], save_config_callback=None
+    )
+    (callback,) = [c for c in cli.trainer.callbacks if type(c).__name__ == "Compress"]
+    assert callback.plan.budget.params == 0.5
+    assert callback.plan.kept["params"] <= 0.5
+    assert type(cli.trainer.optimizers[0]) is Adam
+    assert set(held_by(cli.trainer.optimizers)) == {id(p) for p in cli.model.parameters()}
+    assert not isinstance(cli.model.net.fc2, FactorisedLayer)
+    assert callback.schedule.phases[0].train == "factors"
+    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 0.01
+    assert os.environ.get("PL_GLOBAL_SEED") == "0"
