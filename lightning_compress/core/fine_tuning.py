@@ -163,34 +163,24 @@ class Schedule:
         warmup_steps: Optimizer steps over which the learning rate of every param group that
             holds a factor rises linearly to what the user's optimizer and scheduler ask for;
             with several optimizers their steps count together, as in `trainer.global_step`.
-        freeze_epochs: Epochs in which only the factors are updated; all other parameters
-            keep their values (running statistics of norm layers still follow the data).
         phases: Parts of the fit, one after the other, each a `Phase` or a mapping; after the last one
-            everything trains as the user's optimizer asks for. In the place of `freeze_epochs`.
+            everything trains as the user's optimizer asks for. A phase that trains the factors alone first is
+            `{"epochs": 1, "train": "factors"}`.
 
     Raises:
-        ConfigurationError: If a count is no whole number of at least 0, a phase but the last has no length, or both
-            `freeze_epochs` and phases are given.
+        ConfigurationError: If a count is no whole number of at least 0, or a phase but the last has no length.
         BudgetError: If only some of the rounds have a budget of their own, or the budgets do not decrease.
     """
 
     warmup_steps: int = 0
-    freeze_epochs: int = 0
     phases: Sequence[Phase] = ()
 
     def __post_init__(self) -> None:
         require_count(f"Schedule(warmup_steps={self.warmup_steps!r})", self.warmup_steps, 0)
-        require_count(f"Schedule(freeze_epochs={self.freeze_epochs!r})", self.freeze_epochs, 0)
         if isinstance(self.phases, (str, Mapping)) or not isinstance(self.phases, Sequence):
             msg = f"Schedule(phases={self.phases!r}): expected a list of phases, as in [{{'epochs': 2}}]."
             raise ConfigurationError(msg)
         object.__setattr__(self, "phases", tuple(Phase.from_value(value) for value in self.phases))
-        if self.phases and self.freeze_epochs:
-            msg = (
-                f"Schedule(freeze_epochs={self.freeze_epochs}, phases=...): give one of the two; a phase that freezes "
-                f"is {{'epochs': {self.freeze_epochs}, 'train': 'factors'}}."
-            )
-            raise ConfigurationError(msg)
         for number, phase in enumerate(self.phases[:-1]):
             if phase.endless:
                 msg = (
@@ -199,13 +189,6 @@ class Schedule:
                 )
                 raise ConfigurationError(msg)
         _require_decreasing(self.phases)
-
-    @property
-    def sequence(self) -> tuple[Phase, ...]:
-        """The phases in order; with `freeze_epochs`, the one that it stands for."""
-        if self.freeze_epochs:
-            return (Phase(epochs=self.freeze_epochs, train="factors"),)
-        return tuple(self.phases)
 
     @property
     def budgets(self) -> tuple[Budget, ...]:

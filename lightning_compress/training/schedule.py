@@ -27,7 +27,7 @@ class PhaseTracker:
     """
 
     def __init__(self, schedule: Schedule) -> None:
-        self._phases = schedule.sequence
+        self._phases = schedule.phases
         self._warmup_steps = schedule.warmup_steps
         self._state: dict[str, Any] = {}
 

@@ -130,7 +130,7 @@ def test_compression_is_a_callback_with_the_budget_that_its_name_says(option, li
     assert (chosen.method, chosen.objective, chosen.kinds, chosen.seed) == ("continuous", "auto", "auto", 7)
     assert (callback.heal, callback.calibration) == (True, None)
     assert (chosen.include, chosen.exclude, chosen.overrides) == (None, None, None)
-    assert callback.schedule == Schedule(warmup_steps=20, freeze_epochs=0)
+    assert callback.schedule == Schedule(warmup_steps=20)
     assert callback.distill == Distill(weight=0.9, temperature=2.0)
 
 

@@ -8,7 +8,6 @@ from omegaconf import OmegaConf
 from lightning_compress import Budget, Compress, Phase, Plateau, Schedule
 from lightning_compress.core.errors import BudgetError, ConfigurationError
 from lightning_compress.core.fine_tuning import Distill
-from tests.support.nets import squares
 
 
 def phases(*given):
@@ -28,7 +27,6 @@ SCHEDULES = {
     "distill": (phases({"distill": True}), "phase 0 of the schedule has distill=true"),
     "mode": (phases({"until_plateau": {"monitor": "x", "mode": "up"}}), "'min' or 'max'"),
     "plateau": (phases({"until_plateau": 3}), "until_plateau=3: expected a metric, as in"),
-    "both": ({"freeze_epochs": 1, **phases({})}, "give one of the two; a phase that freezes is"),
 }
 ROUNDS = {
     "growing": ({"params": 0.3}, {"params": 0.4}, "do not decrease: params <= 30 % and then params <= 40 %"),
@@ -85,7 +83,6 @@ DISTILLATIONS = {
     "no blocks": ({"kind": "blocks"}, r"'blocks' needs blocks, other kinds have none"),
     "blocks of layers": ({"kind": "layers", "blocks": ["a"]}, r"'blocks' needs blocks, other kinds have none"),
     "a name": ({"blocks": "net"}, r"Distill\(blocks='net'\): expected a list of names"),
-    "both": ({"kind": "layers", "function": squares}, r"give a kind or a function, not both"),
     "no function": ({"function": 3}, r"Distill\(function=3\): expected a function or its import path"),
     "no module": ({"function": "nowhere.at_all"}, r"Distill\(function='nowhere\.at_all'\) cannot be imported"),
     "no name": ({"function": "math.sinus"}, r"Distill\(function='math\.sinus'\) cannot be imported"),

@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lightning_compress.core.errors import BudgetError, ConfigurationError, LightningCompressError, UnsupportedError
-from lightning_compress.core.fine_tuning import Distill, Schedule
+from lightning_compress.core.fine_tuning import Distill, Phase, Schedule
 from lightning_compress.core.settings import RESOURCES, Budget, Override
 
 NAN, INFINITE = float("nan"), float("inf")
@@ -144,7 +144,7 @@ def test_settings_from_a_wrong_type_say_what_to_write(parse, what, values, write
 
 KNOWN = {
     "budget": (Budget.from_value, "params, macs, latency, bytes, ratio, max_error"),
-    "schedule": (Schedule.from_value, "warmup_steps, freeze_epochs, phases"),
+    "schedule": (Schedule.from_value, "warmup_steps, phases"),
     "distill": (Distill.from_value, "weight, temperature, module, kind, blocks, function, dtype"),
     "overrides['fc*']": (lambda value: Override.from_value(value, "fc*"), "kinds, min_rank, max_rank, dense"),
 }
@@ -193,11 +193,14 @@ def test_override_refuses_crossed_bounds():
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        (None, Schedule(0, 0)),
-        ({}, Schedule(0, 0)),
-        ({"warmup_steps": 100}, Schedule(100, 0)),
-        ({"freeze_epochs": 2, "warmup_steps": 5}, Schedule(5, 2)),
-        (OmegaConf.create({"freeze_epochs": 2}), Schedule(0, 2)),
+        (None, Schedule()),
+        ({}, Schedule()),
+        ({"warmup_steps": 100}, Schedule(100)),
+        (
+            {"phases": [{"epochs": 2, "train": "factors"}], "warmup_steps": 5},
+            Schedule(5, [Phase(epochs=2, train="factors")]),
+        ),
+        (OmegaConf.create({"phases": [{"epochs": 2}]}), Schedule(phases=[Phase(epochs=2)])),
     ],
 )
 def test_schedule_from_a_value(value, expected):
@@ -225,7 +228,7 @@ COUNT, NOT_COUNTS = "a whole number of at least", [-1, 2.0, "4", True, [4]]
     [
         *((Override, field, [*NOT_COUNTS, 0], f"{COUNT} 1") for field in ("min_rank", "max_rank")),
         (Override, "dense", [1, 0, "yes"], "true or false"),
-        *((Schedule, field, [*NOT_COUNTS, None], f"{COUNT} 0") for field in ("warmup_steps", "freeze_epochs")),
+        (Schedule, "warmup_steps", [*NOT_COUNTS, None], f"{COUNT} 0"),
         (Distill, "weight", [0, -0.5, 1.01, NAN, INFINITE, "0.5", True, None], "the share of the distillation"),
         (Distill, "temperature", [0, -1, NAN, INFINITE, "2", True, None], "a number above 0"),
         (Distill, "module", [1, True, ["net"]], "the name of a submodule"),

@@ -129,7 +129,9 @@ def defaults():
 
 
 def freezing():
-    return fit(task_of(), compress(kinds="auto", schedule={"freeze_epochs": 1}))  # leaves a layer dense
+    return fit(
+        task_of(), compress(kinds="auto", schedule={"phases": [{"epochs": 1, "train": "factors"}]})
+    )  # leaves a layer dense
 
 
 def distillation():

@@ -100,13 +100,13 @@ def test_settings_reach_the_search_from_plain_values_from_hydra_and_as_dataclass
         "budget": {"ratio": "2x", "macs": 0.8},
         **search,
         "example_input": [1, 3, 8, 8],
-        "schedule": {"warmup_steps": 2, "freeze_epochs": 1},
+        "schedule": {"warmup_steps": 2, "phases": [{"epochs": 1, "train": "factors"}]},
         "distill": {"weight": 0.25, "module": "net"},
     }
     made = {
         "budget": Budget(params=0.5, macs=0.8),
         "overrides": {"net.fc1": Override(kinds=["svd"], max_rank=6), "net.fc2": Override(dense=True)},
-        "schedule": Schedule(2, 1),
+        "schedule": Schedule(2, [{"epochs": 1, "train": "factors"}]),
         "distill": Distill(0.25, module="net"),
     }
     tasks, hydra = [TinyTask()], OmegaConf.create(plain)

@@ -57,7 +57,7 @@ FITS = [
     case("healed, by the outputs", groups, method="continuous", kinds="auto", distill={}, marks=slow, **DEFAULTS),
 ]  # fmt: skip
 
-ALL_AT_ONCE = {"schedule": {"warmup_steps": 7, "freeze_epochs": 2}, "distill": {}}
+ALL_AT_ONCE = {"schedule": {"warmup_steps": 7, "phases": [{"epochs": 2, "train": "factors"}]}, "distill": {}}
 SCHEDULES = [
     *(
         case(f"{name} {configure.__name__}", configure, after, marks=slow, **settings)
@@ -65,9 +65,9 @@ SCHEDULES = [
         for name, after, settings in [
             ("warm-up across", 0, {"schedule": {"warmup_steps": 6}}),
             ("warm-up over", 0, {"schedule": {"warmup_steps": 3}}),
-            ("frozen across", 0, {"schedule": {"freeze_epochs": 2}}),
-            ("frozen until then", 1, {"schedule": {"freeze_epochs": 2}}),
-            ("frozen before", 1, {"schedule": {"freeze_epochs": 1}}),
+            ("frozen across", 0, {"schedule": {"phases": [{"epochs": 2, "train": "factors"}]}}),
+            ("frozen until then", 1, {"schedule": {"phases": [{"epochs": 2, "train": "factors"}]}}),
+            ("frozen before", 1, {"schedule": {"phases": [{"epochs": 1, "train": "factors"}]}}),
             ("distilled", 1, {"distill": {"weight": 0.4, "temperature": 3}}),
             ("distilled submodule", 1, {"distill": {"module": "net"}}),
             ("all at once", 0, ALL_AT_ONCE),
@@ -100,7 +100,11 @@ def test_resumed_run_is_identical(make_trainer, loader, tmp_path, make, settings
 INTO = [  # how it goes on, beside a fresh module with the last checkpoint of an epoch
     *(
         pytest.param(functools.partial(TinyTask, groups), "the first run's module", schedule, marks=slow)
-        for schedule in ({}, {"schedule": {"warmup_steps": 6}}, {"schedule": {"freeze_epochs": 2}})
+        for schedule in (
+            {},
+            {"schedule": {"warmup_steps": 6}},
+            {"schedule": {"phases": [{"epochs": 2, "train": "factors"}]}},
+        )
     ),
     pytest.param(Prebuilt, "the first run's module, callback and optimizer", {}),
     *(pytest.param(make, "a module of another plan", {}, marks=slow) for make in (TinyTask, Prebuilt)),

@@ -51,7 +51,7 @@ class Stateful:
 MID = {
     "plain": {},
     "rounds": {"params": 0.5, "schedule": IN_STEPS},
-    "distilled": {"distill": "layers", "schedule": {"warmup_steps": 4, "freeze_epochs": 1}},
+    "distilled": {"distill": "layers", "schedule": {"warmup_steps": 4, "phases": [{"epochs": 1, "train": "factors"}]}},
 }
 
 

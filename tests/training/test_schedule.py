@@ -243,7 +243,7 @@ def test_only_the_factors_and_the_statistics_of_norms_move_in_frozen_epochs(make
     task, shots = OPTIMIZERS[name](), Snapshots()
     start = copy.deepcopy(task)
     kinds = ["svd", "channel_svd", "spatial_svd", "tucker2"]  # on CP, LBFGS takes steps lost in round-off
-    callback = compress(kinds=kinds, schedule={"freeze_epochs": 2})
+    callback = compress(kinds=kinds, schedule={"phases": [{"epochs": 2, "train": "factors"}]})
     make_trainer(callback, shots, max_epochs=4, **settings).fit(task, loader)
     apply_plan_(start, callback.plan)
     factors = set(factors_of(task))
@@ -270,7 +270,14 @@ def test_freezing_equals_a_run_whose_other_parameters_have_no_gradient(make_trai
 
     task, plain = TinyTask(momentum), Frozen(momentum)
     plain.load_state_dict(task.state_dict())
-    require_plain_fit(make_trainer, loader, task, plain, compress(schedule={"freeze_epochs": 1}), max_epochs=3)
+    require_plain_fit(
+        make_trainer,
+        loader,
+        task,
+        plain,
+        compress(schedule={"phases": [{"epochs": 1, "train": "factors"}]}),
+        max_epochs=3,
+    )
 
 
 class Moved(Callback):
