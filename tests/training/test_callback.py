@@ -59,7 +59,7 @@ def test_fit_leaves_a_smaller_trained_module(make_trainer, loader, method):
     ("method", "objective", "precision"),
     [
         pytest.param("continuous", "end_to_end", "32-true", marks=pytest.mark.slow),
-        ("exact", "moments", "32-true"),
+        pytest.param("exact", "moments", "32-true", marks=pytest.mark.slow),
         ("exact", "moments", "bf16-true"),
     ],
 )

@@ -89,8 +89,10 @@ def weights_and_rest(task):
     return [{"params": weights, "lr": 0.1}, {"params": rest, "lr": 0.3}]
 
 
-@pytest.mark.parametrize(("steps", "accumulate"), [(0, 1), (1, 1), (3, 1), (5, 2), (100, 1)])
-@pytest.mark.parametrize("fails_at", [None, 2])
+@pytest.mark.parametrize(
+    ("steps", "accumulate", "fails_at"),
+    [(0, 1, None), (1, 1, None), (3, 1, None), (5, 2, None), (100, 1, None), (6, 1, 2)],
+)
 def test_rate_of_the_factors_rises_linearly_and_only_theirs_until_the_fit_ends_or_fails(
     make_trainer, loader, steps, accumulate, fails_at
 ):
