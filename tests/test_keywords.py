@@ -111,14 +111,11 @@ def plain(value):
 def outcome(function, folder, order=None):
     """What a call returns, the model after it, and what it has written; by position without an order."""
     folder.mkdir()
-    arguments = ARGUMENTS[function](folder)
-    if order is None:
-        kinds = inspect.signature(function).parameters
-        by_position = [n for n in arguments if n in kinds and kinds[n].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
-        by_name = {name: value for name, value in arguments.items() if name not in by_position}
-        found = function(*(arguments[name] for name in by_position), **by_name)
-    else:
-        found = function(**{name: arguments[name] for name in order})
+    arguments, known = ARGUMENTS[function](folder), inspect.signature(function).parameters
+    usual = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    by_position = [name for name in arguments if order is None and name in known and known[name].kind is usual]
+    by_name = [name for name in order or arguments if name not in by_position]
+    found = function(*map(arguments.get, by_position), **{name: arguments[name] for name in by_name})
     written = {path.name: path.read_bytes() for path in folder.iterdir()}
     return plain(found), plain(arguments["model"]), written
 

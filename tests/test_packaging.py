@@ -111,13 +111,10 @@ def test_own_application_in_its_own_process(app_folder):
 # --- metadata ----------------------------------------------------------------------------------
 
 
-def test_console_script_is_the_application():
+def test_console_script_and_version_of_the_metadata_are_the_packages():
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="lightning-compress")
     assert script.value == "lightning_compress.cli.app:main"
     assert script.load() is main
-
-
-def test_version_of_the_metadata_is_the_packages():
     assert importlib.metadata.version("lightning_compress") == lightning_compress.__version__
 
 

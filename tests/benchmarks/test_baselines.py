@@ -18,7 +18,7 @@ from lightning_compress.core.settings import RESOURCES
 from lightning_compress.search.candidates import Candidates, tabulate
 from lightning_compress.search.problem import Problem
 from lightning_compress.search.strategies import STRATEGIES
-from tests.support.nets import TinyNet, random_net, unfolding
+from tests.support.nets import TinyNet, unfolding
 
 SHAPE = (1, 3, 8, 8)
 
@@ -95,37 +95,6 @@ def test_choice_is_the_brute_force_minimum_of_the_largest_error(seed, budgeted):
     assert max(own[row] for own, row in zip(errors, choice, strict=True)) == largest[fits].min()
     if len(budgeted) == 1:  # and of those choices it is the cheapest: what is left over stays unspent
         assert problem.cost_of(choice)[0] == cost[fits & (largest <= largest[fits].min())].min()
-
-
-def options_of(layer):
-    """(parameters, relative error, kind, ranks) of a layer's candidates, from numpy alone."""
-    weight = layer.weight.detach().double().numpy()
-    conv, out, flat = weight.ndim == 4, len(weight), weight.reshape(len(weight), -1)
-    plain = "channel_svd" if conv and weight.shape[2:] != (1, 1) else "svd"
-    yield weight.size, 0.0, "dense", ()
-    for k in (1, 2, 4) if conv else (1,):
-        values = [np.linalg.svd(b, compute_uv=False) for b in np.split(flat, k, axis=1)]
-        for rank in range(1, len(values[0]) + 1):
-            size = rank * (flat.shape[1] + k * out)
-            if size < weight.size:
-                left = max(s[rank] if rank < len(s) else 0.0 for s in values) / np.linalg.norm(flat, 2)
-                yield size, left, f"split{k}_svd" if k > 1 else plain, (rank,)
-
-
-@pytest.mark.parametrize("keep", [0.3, 0.8])
-def test_plan_of_a_model_is_the_published_rule(keep):
-    net = random_net(1)
-    plan, dense = search_ranks(net, Budget(params=keep), method="alds"), sum(p.numel() for p in net.parameters())
-    options = [list(options_of(layer)) for layer in net]
-
-    def at(threshold):
-        return [min(option for option in own if option[1] <= threshold * (1 + 1e-9)) for own in options]
-
-    rest = dense - sum(own[0][0] for own in options)
-    every = sorted({left for own in options for _, left, *_ in own})
-    least = next(t for t in every if sum(o[0] for o in at(t)) + rest <= keep * dense)
-    assert [(p.kind, p.ranks) for p in plan.layers] == [option[2:] for option in at(least)]
-    assert plan.compressed.params == sum(o[0] for o in at(least)) + rest
 
 
 def test_alds_is_registered_with_its_own_kinds_and_judges_weights_alone():

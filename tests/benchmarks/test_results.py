@@ -34,20 +34,17 @@ def results(tmp_path, monkeypatch):
 # --- the page and README -----------------------------------------------------------------------
 
 
-def test_page_is_what_the_command_writes():
-    assert PAGE.read_text(encoding="utf-8") == document.page(), "run: python -m benchmarks.document"
+def test_page_is_what_the_command_writes_and_shows_every_file_and_plot():
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == document.page(), "run: python -m benchmarks.document"
+    for path in (*common.RESULTS.glob("*.json"), *common.RESULTS.glob("*.png")):
+        assert f"(../benchmarks/results/{path.name})" in page
 
 
 def test_readme_has_one_table_and_it_is_the_pages():
     (table,) = tables_in(README)
     pretrained = json.loads((common.RESULTS / "pretrained.json").read_text(encoding="utf-8"))
     assert table.rstrip("\n") == document.tables("pretrained", pretrained)[0]
-
-
-def test_page_shows_every_file_and_plot_of_the_results():
-    page = PAGE.read_text(encoding="utf-8")
-    for path in (*common.RESULTS.glob("*.json"), *common.RESULTS.glob("*.png")):
-        assert f"(../benchmarks/results/{path.name})" in page
 
 
 def test_links_of_page_and_readme_lead_somewhere():
@@ -93,15 +90,12 @@ def test_values_are_written_as_their_column_wants():
     assert {key: document.cell(*key) for key in written} == written
 
 
-def test_file_of_an_unknown_benchmark_is_an_error(tmp_path):
+def test_file_belongs_to_the_module_whose_name_it_begins_with(tmp_path):
+    names = {"zero_shot_vgg": "zero_shot", "kinds_healed": "kinds", "digits": "digits"}
+    assert {name: document.benchmark_of(Path(f"{name}.json")) for name in names} == names
     (tmp_path / "zero_shots.json").write_text("{}")
     with pytest.raises(ValueError, match=r"zero_shots\.json is of no benchmark"):
         document.page(tmp_path)
-
-
-def test_file_belongs_to_the_module_whose_name_it_begins_with():
-    names = {"zero_shot_vgg": "zero_shot", "kinds_healed": "kinds", "digits": "digits"}
-    assert {name: document.benchmark_of(Path(f"{name}.json")) for name in names} == names
 
 
 def test_rows_kept_from_an_earlier_run_keep_its_commit_on_the_page(results, monkeypatch):
@@ -130,13 +124,10 @@ def test_published_file_holds_the_packages_commit(results, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_commit_is_marked_where_the_package_was_changed(tmp_path):
+def test_commit_is_marked_where_the_package_was_changed_and_none_without_git(tmp_path, monkeypatch):
     def git(*arguments):
-        names = ("-c", "user.name=a", "-c", "user.email=a@b")
-        done = subprocess.run(
-            ["git", "-C", str(tmp_path), *names, *arguments], check=True, capture_output=True, text=True
-        )
-        return done.stdout.strip()
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     package, beside = tmp_path / "package", tmp_path / "beside.py"
     package.mkdir()
@@ -151,8 +142,5 @@ def test_commit_is_marked_where_the_package_was_changed(tmp_path):
     assert common.commit_of(package) == head
     (package / "module.py").write_text("2")
     assert common.commit_of(package) == f"{head} with changes"
-
-
-def test_there_is_no_commit_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert common.commit_of(ROOT / "lightning_compress") is None
+    assert common.commit_of(package) is None

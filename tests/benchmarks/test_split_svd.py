@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from benchmarks.baselines import SplitSvd
 from lightning_compress import Budget, search_ranks, testing
 from lightning_compress.kinds.registry import AUTOMATIC, DECOMPOSITIONS, resolve_kinds
 from tests.support.nets import TinyNet
-from tests.support.zoo import error_in, factorised, normal, random_metric
+from tests.support.zoo import error_in, normal, random_metric
 
 SPLITS = {"split2_svd": 2, "split4_svd": 4}
 SHAPES = [(5, 8, 3, 3), (6, 4, 1, 1), (40, 8, 3, 1)]
@@ -21,14 +20,6 @@ SHAPES = [(5, 8, 3, 3), (6, 4, 1, 1), (40, 8, 3, 1)]
 def test_kind_holds_what_everything_relies_on(kind, monkeypatch):
     monkeypatch.setattr(testing, "BETTERED", 1.0)  # the sweeps over the splits may better their start by any fraction
     testing.check_decomposition(kind)
-
-
-@pytest.mark.parametrize("kind", SPLITS)
-def test_layer_is_a_grouped_convolution_and_a_pointwise_one(kind):
-    new = factorised(nn.Conv2d(8, 6, 3, stride=2, padding=1), kind, (2,))
-    assert (new.reduce.groups, new.reduce.kernel_size, new.reduce.stride) == (SPLITS[kind], (3, 3), (2, 2))
-    assert (new.expand.groups, new.expand.kernel_size, new.expand.stride) == (1, (1, 1), (1, 1))
-    assert (new.kind, new.ranks, new.groups) == (kind, (2,), 1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

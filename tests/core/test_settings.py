@@ -241,12 +241,10 @@ def test_wrong_value_of_a_field_is_named_with_what_is_expected(make, field, valu
         assert str(caught.value).startswith(f"{make.__name__}({field}={value!r}): expected {expected}")
 
 
-@pytest.mark.parametrize("error", [BudgetError, ConfigurationError])
-def test_configuration_errors_are_value_errors_of_our_tree(error):
-    assert issubclass(error, ValueError)
+@pytest.mark.parametrize(
+    ("error", "base"),
+    [(BudgetError, ValueError), (ConfigurationError, ValueError), (UnsupportedError, NotImplementedError)],
+)
+def test_errors_are_of_our_tree_and_of_pythons(error, base):
+    assert issubclass(error, base)
     assert issubclass(error, LightningCompressError)
-
-
-def test_unsupported_is_a_not_implemented_error_of_our_tree():
-    assert issubclass(UnsupportedError, NotImplementedError)
-    assert issubclass(UnsupportedError, LightningCompressError)

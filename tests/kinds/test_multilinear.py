@@ -119,19 +119,12 @@ def test_tensor_in_its_mode_bases_is_its_higher_order_svd():
 
 
 def test_product_of_the_factors_is_that_of_tensorly():
-    factors = {kind: DECOMPOSITIONS[kind].factorise(normal(6, 5, 3, 3), ranks) for kind, ranks in KINDS.items()}
-    expand, reduce = (factors["cp"][name].flatten(1) for name in ("expand", "reduce"))
-    axes = [factors["cp"][name].flatten(1) for name in ("axis0", "axis1")]
-    tucker = factors["tucker2"]
+    shape = (6, 5, 3, 3)
+    cp, tucker = (DECOMPOSITIONS[kind].factorise(normal(*shape), KINDS[kind]) for kind in ("cp", "tucker2"))
+    reduce, axis0, axis1 = (cp[name].flatten(1).T for name in ("reduce", "axis0", "axis1"))
+    bases = [tucker["expand"].flatten(1), tucker["reduce"].flatten(1).T, *[torch.eye(3).double()] * 2]
     with tensorly_backend("pytorch"):
-        expected = {
-            "cp": cp_to_tensor((None, [expand, *(f.T for f in (reduce, *axes))])),
-            "tucker2": tucker_to_tensor(
-                (
-                    tucker["core"],
-                    [tucker["expand"].flatten(1), tucker["reduce"].flatten(1).T, *[torch.eye(3).double()] * 2],
-                )
-            ),
-        }
-    for kind, product in expected.items():
-        torch.testing.assert_close(DECOMPOSITIONS[kind].dense_weight(factors[kind], (6, 5, 3, 3)), product)
+        products = cp_to_tensor((None, [cp["expand"].flatten(1), reduce, axis0, axis1]))
+        tuckers = tucker_to_tensor((tucker["core"], bases))
+    torch.testing.assert_close(DECOMPOSITIONS["cp"].dense_weight(cp, shape), products)
+    torch.testing.assert_close(DECOMPOSITIONS["tucker2"].dense_weight(tucker, shape), tuckers)

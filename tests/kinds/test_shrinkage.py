@@ -29,25 +29,17 @@ def summed(rows: torch.Tensor, weight: torch.Tensor | None = None, **settings: b
     return sums
 
 
-@pytest.mark.parametrize("count", [5, 40, 400])
-def test_single_positions_are_shrunk_as_scikit_learn_does(count):
+@pytest.mark.parametrize(("count", "centred"), [(5, True), (40, True), (400, True), (12, False)])
+def test_single_positions_are_shrunk_as_scikit_learn_does(count, centred):
     rows = samples(count)
-    found = summed(rows).estimate()
-    covariance, alpha = ledoit_wolf(rows.numpy())
-    mean = rows.mean(dim=0)
+    found, mean = summed(rows, centred=centred).estimate(), rows.mean(dim=0)
+    covariance, alpha = ledoit_wolf(rows.numpy(), assume_centered=not centred)
+    expected = torch.from_numpy(covariance) + (mean[:, None] * mean if centred else 0)
     assert found.samples == count
     assert found.shrinkage == pytest.approx(alpha, rel=1e-9)
-    expected = torch.from_numpy(covariance) + mean[:, None] * mean
     torch.testing.assert_close(found.second[0], expected, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(found.mean[0], mean)
-
-
-def test_moments_about_zero_are_shrunk_as_scikit_learn_does():
-    rows = samples(12)
-    found = summed(rows, centred=False).estimate()
-    second, alpha = ledoit_wolf(rows.numpy(), assume_centered=True)
-    assert found.shrinkage == pytest.approx(alpha, rel=1e-9)
-    torch.testing.assert_close(found.second[0], torch.from_numpy(second), rtol=1e-9, atol=1e-12)
+    if centred:
+        torch.testing.assert_close(found.mean[0], mean)
 
 
 def test_positions_of_one_sample_do_not_count_as_samples():

@@ -138,17 +138,6 @@ class UNet(nn.Module):
         return self.out(F.relu(self.fuse["fine"](torch.cat([a, d], 1))))
 
 
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.tokens = nn.Embedding(50, 32, padding_idx=0)
-        self.rnn = nn.LSTM(32, 24, num_layers=2, bidirectional=True, batch_first=True)
-        self.fc = nn.Linear(48, 3)
-
-    def forward(self, x):
-        return self.fc(self.rnn(self.tokens(x))[0].mean(1))
-
-
 class Audio(nn.Module):
     """Strided and dilated Conv1d, weight_norm, a transposed convolution back to samples."""
 
@@ -304,7 +293,6 @@ CASES = {
     ),
     "resnext": Case(ResNeXt, image(16), "stem reduce grouped expand shortcut fc"),
     "u-net": Case(UNet, image(16), "down.0 down.1 down.2 up fuse.fine fuse.coarse out"),
-    "lstm": Case(Recurrent, ids(50), "tokens fc"),
     "audio": Case(Audio, drawn(1, 1, 200), "front body.0 body.1 body.2 back", "normed"),
     "video": Case(video_net, drawn(1, 3, 4, 16, 16), "0 3 4 7"),
     "experts": Case(Experts, (drawn(1, 64, 24),), "router experts.0.gate experts.3.down"),
