@@ -6,11 +6,14 @@ from dataclasses import replace
 import lightning as L
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_compress.analysis.statistics import Statistics, gather_statistics
+from lightning_compress.analysis.synthetic import LEAST_SIDE
 from lightning_compress.core.effort import EFFORTS, trying
 from lightning_compress.kinds import shrinkage
-from tests.support.nets import TinyNet
+from tests.support.nets import TinyNet, pooled
 from tests.support.unchanged import Unchanged
 
 
@@ -38,6 +41,14 @@ def try_only():
 def less_work(try_only) -> None:
     """Fewer synthetic inputs and steps, as for a model that is too large for more."""
     try_only(work=10**10)
+
+
+@pytest.fixture
+def scarce(try_only) -> tuple[nn.Module, Statistics]:
+    """A network and what is known of it where few inputs can be afforded."""
+    try_only(work=10**8)
+    net = pooled()
+    return net, gather_statistics(net, (1, 3, 2 * LEAST_SIDE, 2 * LEAST_SIDE))
 
 
 @pytest.fixture

@@ -1,12 +1,14 @@
+"""compress_ in one call, and the package as a whole."""
+
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import lightning_compress
 from lightning_compress import (
@@ -23,30 +25,27 @@ from lightning_compress import (
 )
 from lightning_compress.analysis.costs import measure_costs
 from lightning_compress.analysis.statistics import gather_statistics
+from lightning_compress.analysis.synthetic import LEAST_SIDE
 from lightning_compress.core import errors as error_tree
 from lightning_compress.core.errors import (
     BudgetError,
+    CompressionWarning,
     ConfigurationError,
     ExampleInputError,
     InfeasibleBudgetError,
     NonFiniteWeightError,
     SelectionError,
 )
-from tests.support.compressing import WEIGHTS_ALONE
-from tests.support.nets import TinyNet
-
-SHAPE = (1, 3, 8, 8)
+from tests.support.compressing import WEIGHTS_ALONE, compressed_model
+from tests.support.nets import IMAGE, SHAPE, TinyNet, pooled, trained_like
+from tests.support.plans import plan_for
+from tests.support.searching import mlp
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "example", "source"),
-    [
-        ("auto", SHAPE, "batch norm"),
-        ("moments", SHAPE, "batch norm"),
-        ("weight", SHAPE, None),
-        ("auto", None, None),
-    ],
+    [("auto", SHAPE, "batch norm"), ("moments", SHAPE, "batch norm"), ("weight", SHAPE, None), ("auto", None, None)],
 )
 def test_compress_without_healing_is_search_and_swap(net, images, objective, example, source):
     torch.manual_seed(0)
@@ -62,6 +61,58 @@ def test_compress_without_healing_is_search_and_swap(net, images, objective, exa
     assert measure_costs(net, example) == plan.compressed
     assert plan.kept["params"] <= 0.5
     assert torch.equal(net.eval()(images), other.eval()(images))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("objective", "reached"), [("auto", "end_to_end"), ("weight", "weight")])
+def test_compress_heals_in_one_call_and_is_deterministic(objective, reached):
+    first, again = trained_like(), trained_like()
+    plan = compress_(first, Budget(params=0.3), example_input=SHAPE, objective=objective)
+    done = compressed_model(again, Budget(params=0.3), example_input=SHAPE, objective=objective, heal=True)
+    assert plan.objective == done.plan.objective == reached
+    assert done.healing.after < done.healing.before
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_without_an_example_input_a_warning_says_there_is_no_healing(net):
+    other = copy.deepcopy(net)
+    with pytest.warns(CompressionWarning, match=r"the factors are not healed\. Pass an example_input, or heal=False"):
+        done = compressed_model(net, Budget(params=0.5))
+    assert (done.healing, done.plan.objective) == (None, "weight")
+    compress_(other, Budget(params=0.5), heal=False)
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("heal", [1, "yes", None])
+def test_heal_is_true_or_false(heal):
+    with pytest.raises(ConfigurationError, match=f"heal={heal!r}: expected true or false"):
+        Compress(Budget(params=0.4), heal=heal)
+
+
+def test_factors_are_repaired_on_small_images(try_only):
+    try_only(work=10**8)
+    assert compressed_model(pooled(), Budget(params=0.6), example_input=IMAGE).healing is not None
+
+
+@pytest.mark.parametrize("objective", ["auto", "weight"])
+def test_factors_are_not_repaired_on_scarce_inputs_and_a_warning_says_so(scarce, objective):
+    net, statistics = scarce
+    settings = {"statistics": statistics} if objective == "auto" else {"objective": objective}
+    example = torch.empty(1, 3, 2 * LEAST_SIDE, 2 * LEAST_SIDE)
+    healed, plain = copy.deepcopy(net), copy.deepcopy(net)
+    with pytest.warns(CompressionWarning, match="not healed.*calibration"):
+        done = compressed_model(healed, Budget(params=0.6), example_input=example, **settings)
+    assert done.healing is None
+    compressed_model(plain, Budget(params=0.6), example_input=example, heal=False, **settings)
+    for own, other in zip(healed.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_calibration_heals_too():
+    net = mlp()
+    plan = compress_(net, Budget(params=0.6), calibration=iter(torch.randn(4, 16, 6)))
+    assert (plan.source, plan.data_free) == ("real", False)
+    assert any(isinstance(m, FactorisedLayer) for m in net.modules())
 
 
 def test_compress_passes_every_setting_on(net):
@@ -102,73 +153,26 @@ def test_nearly_low_rank_model_survives_compression(settings):
     torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_compressed_model_trains_saves_and_loads(net, images, tmp_path):
-    compress_(net, Budget(params=0.5), method="exact", **WEIGHTS_ALONE)
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
-    labels = torch.tensor([0, 1, 2, 3, 0])
-    first = F.cross_entropy(net(images), labels).item()
-    for _ in range(30):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(net(images), labels)
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.5 * first
-    save_compressed(net, tmp_path)
-    fresh = TinyNet()
-    load_compressed(fresh, tmp_path)
-    assert torch.equal(fresh.eval()(images), net.eval()(images))
-
-
 @pytest.mark.parametrize(
     ("budget", "settings", "error", "message"),
     [
-        (
-            Budget(params=0.01),
-            {},
-            InfeasibleBudgetError,
-            "no plan keeps params <= 1 %: the smallest reachable is params=",
-        ),
-        (Budget(macs=0.5), {}, ExampleInputError, r"a budget in MACs \(macs <= 50 %\) needs example_input"),
-        (Budget(macs=0.5), {"example_input": (1, 7)}, ExampleInputError, r"the model fails on example_input \(1, 7\)"),
-        (0.5, {}, ConfigurationError, "budget=0.5: expected a Budget or a mapping"),
-        (Budget(params=0.5), {"method": "x"}, ConfigurationError, "search method 'x' is unknown"),
-    ],
-)
-def test_error_leaves_the_model_as_it_was(net, unchanged, budget, settings, error, message):
-    before = unchanged(net)
-    with pytest.raises(error, match=message):
-        compress_(net, budget, **WEIGHTS_ALONE, **settings)
-    before.check()
-
-
-@pytest.mark.parametrize(
-    ("budget", "settings", "error", "message"),
-    [
+        ({"params": 0.01}, WEIGHTS_ALONE, InfeasibleBudgetError, "no plan keeps params <= 1 %: the smallest reachable"),
+        ({"macs": 0.5}, {"example_input": None}, ExampleInputError, r"in MACs \(macs <= 50 %\) needs example_input"),
+        ({"macs": 0.5}, {"example_input": (1, 7)}, ExampleInputError, r"the model fails on example_input \(1, 7\)"),
         (0.5, {}, BudgetError, "budget=0.5: expected a Budget or a mapping"),
         ({"param": 0.5}, {}, ConfigurationError, "budget: unknown key 'param'"),
-        (Budget(params=0.5), {"method": "x"}, ConfigurationError, "search method 'x' is unknown"),
-        (Budget(params=0.5), {"kinds": "tuker2"}, ConfigurationError, "unknown kind 'tuker2'"),
-        (Budget(params=0.5), {"include": "nope"}, SelectionError, "include: 'nope' matches no layer"),
-        (
-            Budget(params=0.5),
-            {"rank_multiples": 8},
-            ConfigurationError,
-            "compress_: unknown argument 'rank_multiples'.*'rank_multiple'",
-        ),
-        (
-            Budget(params=0.5),
-            {"method": "exact", "objective": "end_to_end"},
-            ConfigurationError,
-            "objective='end_to_end' is nothing for method='exact'",
-        ),
+        ({"params": 0.5}, {"method": "x"}, ConfigurationError, "search method 'x' is unknown"),
+        ({"params": 0.5}, {"include": "nope"}, SelectionError, "include: 'nope' matches no layer"),
     ],
 )
-def test_wrong_argument_is_an_error_before_synthetic_inputs_are_made(net, unchanged, budget, settings, error, message):
+def test_error_comes_before_synthetic_inputs_are_made_and_leaves_the_model(
+    net, unchanged, budget, settings, error, message
+):
     calls = []
     net.fc1.register_forward_hook(lambda *_: calls.append(1))
     before = unchanged(net)
     with pytest.raises(error, match=message):
-        compress_(net, budget, example_input=SHAPE, **settings)
+        compress_(net, budget, **{"example_input": SHAPE, **settings})
     before.check()
     assert len(calls) <= 1  # at most the trace
 
@@ -195,13 +199,27 @@ def test_misspelt_setting_is_our_own_error_with_a_suggestion_whatever_the_entran
     before.check()
 
 
-@pytest.mark.parametrize("settings", [WEIGHTS_ALONE, {"example_input": SHAPE}], ids=["weights alone", "defaults"])
-def test_non_finite_model_is_left_as_it_was(net, settings):
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")  # torch's own
+@pytest.mark.parametrize("entrance", ["search_ranks", "compress_", "compress_ with inputs", "apply_plan_", "load"])
+def test_models_without_usable_weights_are_refused_whatever_the_entrance(net, tmp_path, entrance):
+    plan = plan_for(net)
+    save_compressed(net, tmp_path)
+    enter = {
+        "search_ranks": lambda model: search_ranks(model, Budget(params=0.5)),
+        "compress_": lambda model: compress_(model, Budget(params=0.5), **WEIGHTS_ALONE),
+        "compress_ with inputs": lambda model: compress_(model, Budget(params=0.5), example_input=SHAPE),
+        "apply_plan_": lambda model: apply_plan_(model, plan),
+        "load": lambda model: load_compressed(model, tmp_path),
+    }[entrance]
+    with pytest.raises(LightningCompressError, match=r"'?0\.weight"):
+        enter(nn.Sequential(nn.LazyLinear(4)))
+    if entrance == "load":
+        return  # what is loaded takes the place of any weight
     with torch.no_grad():
         net.fc1.weight[0, 0] = float("inf")
     modules = list(net.modules())
     with pytest.raises(NonFiniteWeightError, match=r"parameter 'fc1\.weight' holds 1 NaN or infinite values of 512"):
-        compress_(net, Budget(params=0.5), **settings)
+        enter(net)
     assert list(net.modules()) == modules
 
 
@@ -219,57 +237,30 @@ def test_zero_weights_do_not_matter(images):
     assert torch.isfinite(net(images)).all()
 
 
-# --- the package
-
-
 def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_importing_the_package_is_cheap():
-    heavy = ("torch", "lightning", "numpy", "scipy", "tensorly", "hydra", "rich", "safetensors")
-    code = f"import sys, lightning_compress; print([m for m in {heavy} if m in sys.modules])"
-    assert run(code) == "[]"
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import lightning_compress", "torch lightning numpy scipy tensorly hydra rich safetensors"),
+        ("from lightning_compress import Budget, Distill, Override, Schedule; Budget(ratio='4x')", "torch"),
+        ("from lightning_compress import search_ranks, compress_, save_compressed", "lightning hydra"),
+    ],
+)
+def test_importing_the_package_is_cheap(code, absent):
+    assert run(f"import sys; {code}; print([m for m in {absent.split()} if m in sys.modules])") == "[]"
 
 
-def test_settings_and_errors_need_no_torch():
-    code = (
-        "import sys; from lightning_compress import Budget, LightningCompressError, Schedule, Distill, Override;"
-        "print(Budget(ratio='4x').params, 'torch' in sys.modules)"
-    )
-    assert run(code) == "0.25 False"
-
-
-def test_search_needs_no_lightning():
-    code = (
-        "import sys; from lightning_compress import search_ranks, compress_, save_compressed;"
-        "print([m for m in ('lightning', 'hydra') if m in sys.modules])"
-    )
-    assert run(code) == "[]"
+PUBLIC = """
+Budget Compress CompressedCheckpointMixin Distill FactorisedLayer LayerPlan LightningCompressError Override Phase Plan
+Plateau Schedule apply_plan_ compress_ load_compressed load_compressed_checkpoint merge_ save_compressed search_ranks
+"""
 
 
 def test_every_public_name_resolves():
-    assert set(lightning_compress.__all__) == {
-        "Budget",
-        "Compress",
-        "CompressedCheckpointMixin",
-        "Distill",
-        "FactorisedLayer",
-        "LayerPlan",
-        "LightningCompressError",
-        "Override",
-        "Phase",
-        "Plan",
-        "Plateau",
-        "Schedule",
-        "apply_plan_",
-        "compress_",
-        "load_compressed",
-        "load_compressed_checkpoint",
-        "merge_",
-        "save_compressed",
-        "search_ranks",
-    }
+    assert set(lightning_compress.__all__) == set(PUBLIC.split())
     for name in lightning_compress.__all__:
         value = getattr(lightning_compress, name)
         assert value.__name__ == name

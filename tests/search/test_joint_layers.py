@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,10 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress import Budget, Plan, apply_plan_, compress_, load_compressed, save_compressed, search_ranks
 from lightning_compress.core.errors import PlanMismatchError
-from lightning_compress.kinds.joint_svd import shared_errors, shared_factors
-from lightning_compress.kinds.metric import Metric
 from lightning_compress.surgery.embodied import embodied_plan
 from lightning_compress.training.optimizers import patch_optimizers_
+from tests.support.plans import tampered
 
 WIDTH, NAMES = 48, ("attention.query", "attention.key", "attention.value")
 
@@ -62,42 +59,6 @@ def shares(plan):
     return {layer.name: layer.shares for layer in plan.layers if layer.shares}
 
 
-@pytest.mark.parametrize("weighed", [False, True])
-def test_errors_are_those_of_the_factors(weighed):
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*size):
-        return torch.randn(size, generator=generator, dtype=torch.float64)
-
-    weights = [scale * normal(out, 16) for scale, out in ((1, 20), (5, 12), (0.1, 30))]
-    second = normal(16, 40) @ torch.diag(torch.linspace(2, 0.1, 40).double()) @ normal(40, 16)
-    second = second @ second.T
-    grams = [(g := normal(len(w), 50)) @ g.T for w in weights]
-    metrics = [Metric(second, gram) if weighed else None for gram in grams]
-    errors = shared_errors(weights, metrics)
-    assert errors.shape == (16, 3)
-    assert (np.diff(errors, axis=0) <= 1e-12).all()
-    for rank in (1, 5, 16):
-        reduce, expand = shared_factors(weights, metrics, rank)
-        assert reduce.shape == (rank, 16)
-        for index, (weight, own, metric) in enumerate(zip(weights, expand, metrics, strict=True)):
-            lost, whole = weight - own @ reduce, weight
-            if metric is not None:
-                lost, whole = metric.weigh(lost), metric.weigh(whole)
-                parts = [float(((m @ second) * m).sum()) for m in (lost, whole)]
-            else:
-                parts = [float(m.square().sum()) for m in (lost, whole)]
-            assert parts[0] / parts[1] == pytest.approx(errors[rank - 1, index], abs=1e-5)
-
-
-def test_without_a_metric_the_first_factor_is_the_svd_of_the_stacked_weights():
-    generator = torch.Generator().manual_seed(3)
-    weights = [torch.randn(20, 16, generator=generator, dtype=torch.float64) for _ in range(2)]
-    weights = [weight / weight.norm() for weight in weights]
-    tail = torch.linalg.svdvals(torch.cat(weights))[4:].square().sum()
-    assert shared_errors(weights, [None, None])[3].sum() == pytest.approx(float(tail))
-
-
 @pytest.mark.parametrize("settings", [{"objective": "weight"}, {}, {"method": "exact", "objective": "moments"}])
 def test_layers_with_a_common_row_space_share(model, inputs, settings):
     dense = copy.deepcopy(model)
@@ -122,23 +83,20 @@ def test_sharing_keeps_more_at_the_same_budget(model, inputs, monkeypatch):
     assert together.signal_loss < apart.signal_loss
 
 
-def test_layers_with_nothing_in_common_do_not_share(inputs):
-    torch.manual_seed(0)
-    assert not shares(search_ranks(Block(common=False), Budget(params=0.6), example_input=inputs, objective="weight"))
+class Cross(Block):
+    def forward(self, x):
+        a = self.attention
+        return self.head(x + a.output(F.scaled_dot_product_attention(a.query(x), a.key(2 * x), a.value(3 * x))))
 
 
-def test_layers_that_read_different_tensors_do_not_share(inputs):
-    class Cross(Block):
-        def forward(self, x):
-            a = self.attention
-            return self.head(x + a.output(F.scaled_dot_product_attention(a.query(x), a.key(2 * x), a.value(3 * x))))
-
-    torch.manual_seed(0)
-    assert not shares(search_ranks(Cross(), Budget(params=0.4), example_input=inputs, objective="weight"))
-
-
-def test_without_an_example_input_nothing_is_known_to_read_the_same(model):
-    assert not shares(search_ranks(model, Budget(params=0.4)))
+@pytest.mark.parametrize(
+    ("make", "keep", "given"),
+    [(lambda: Block(common=False), 0.6, True), (Cross, 0.4, True), (Block, 0.4, False)],
+    ids=["nothing in common", "they read different tensors", "unknown what they read"],
+)
+def test_other_layers_do_not_share(inputs, make, keep, given):
+    settings = {"example_input": inputs} if given else {}
+    assert not shares(search_ranks(make(), Budget(params=keep), objective="weight", **settings))
 
 
 def test_plan_survives_json_and_the_model_shows_it(model, inputs):
@@ -173,11 +131,8 @@ def test_optimizer_holds_the_shared_factor_once(model, inputs):
 
 def test_layers_that_cannot_share_are_refused(model, inputs, unchanged):
     plan = search_ranks(model, Budget(params=0.4), example_input=inputs, objective="weight")
-    layers = [
-        dataclasses.replace(layer, ranks=(layer.ranks[0] + 1,)) if layer.name == NAMES[1] else layer
-        for layer in plan.layers
-    ]
+    index, layer = next((i, layer) for i, layer in enumerate(plan.layers) if layer.name == NAMES[1])
     before = unchanged(model)
     with pytest.raises(PlanMismatchError, match="differ in kind, rank or inputs"):
-        apply_plan_(model, dataclasses.replace(plan, layers=tuple(layers)))
+        apply_plan_(model, tampered(plan, index, ranks=(layer.ranks[0] + 1,)))
     before.check()

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
+
+from lightning_compress import apply_plan_
+
+BOUNDED = {"tucker2", "tt", "cp", "cp3"}
+"""Kinds whose planned error is an upper bound of that of the fitted factors."""
 
 
 def error_in(metric, weight, new) -> float:
@@ -23,3 +29,17 @@ def planned_error(metric, weight, new) -> float:
     error = error_in(metric, weight, new)
     unseen = metric.unseen() if metric is not None else None
     return error if unseen is None else float(unseen.at(np.array([error]))[0])
+
+
+def require_planned_errors(model, plan, statistics=None) -> None:
+    """Applies the plan; the error of every layer must be the one of its factors, or be above it."""
+    dense = {layer.name: model.get_submodule(layer.name).weight.detach().clone() for layer in plan.factorised}
+    assert dense
+    apply_plan_(model, plan, statistics=statistics)
+    for layer in plan.factorised:
+        metric = statistics.metric(layer.name) if statistics is not None else None
+        error = planned_error(metric, dense[layer.name], model.get_submodule(layer.name).weight)
+        if layer.kind in BOUNDED:
+            assert error <= layer.error * 1.05 + 1e-5
+        else:
+            assert error == pytest.approx(layer.error, rel=1e-3, abs=1e-5)

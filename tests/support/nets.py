@@ -98,7 +98,86 @@ class TwoManual(TinyTask):
         self.log("train_loss", loss)
 
 
+class Doubled(nn.Module):
+    """One linear layer under two names, called twice, and one more."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, width)
+        self.again = self.first
+        self.head = nn.Linear(width, outputs)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.again(torch.tanh(self.first(x)))))
+
+
+class Tied(nn.Module):
+    """A language model with one weight for two uses, and one layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(20, 12)
+        self.a = nn.Linear(12, 12)
+        self.b = self.a
+        self.c = nn.Linear(12, 12)
+        self.head = nn.Linear(12, 20, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.head(self.c(self.b(self.a(self.embed(tokens)))))
+
+
+class Conv(nn.Module):
+    """Two convolutions around a norm, then a linear layer; inputs (B, 3, 5, 5), outputs (B, 4)."""
+
+    def __init__(self, norm: nn.Module | None = None, between: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 10, 3)
+        self.norm = norm or nn.Identity()
+        self.between = between or nn.ReLU()
+        self.conv2 = nn.Conv2d(10, 12, 3)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x):
+        x = self.between(self.norm(self.conv1(x)))
+        return self.head(F.relu(self.conv2(x)).mean(dim=(2, 3)))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with something between and behind them; inputs (B, 8), outputs (B, 16)."""
+
+    def __init__(self, between: nn.Module | None = None, after: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 20)
+        self.between = between or nn.Tanh()
+        self.second = nn.Linear(20, 16)
+        self.after = after or nn.Identity()
+
+    def forward(self, x):
+        return self.after(self.second(self.between(self.first(x))))
+
+
+def run_in(model: nn.Module, shape: tuple[int, ...] = (1, 3, 5, 5)) -> nn.Module:
+    """Gives the norms running statistics of some inputs."""
+    for _ in range(10):
+        model(1 + 2 * torch.rand(32, *shape[1:]))
+    return model
+
+
 SHAPE = (1, 3, 8, 8)
+IMAGE = (1, 3, 16, 16)
+
+
+def pooled() -> nn.Module:
+    """A network with norms and a classifier behind a pooling that is wide for its body."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 32, 1, bias=False),
+        nn.BatchNorm2d(32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 120),
+    )  # fmt: skip
+    for _ in range(20):
+        net(torch.randn(32, *IMAGE[1:]))
+    return net.eval()
 
 
 def trained_like() -> TinyNet:

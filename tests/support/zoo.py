@@ -36,6 +36,10 @@ class Conv1D(nn.Module):
 Conv1D.__module__, Conv1D.__qualname__ = "transformers.pytorch_utils", "Conv1D"
 
 
+KIND_SHAPES = {"svd": (12, 7), "channel_svd": (8, 6, 3, 3), "spatial_svd": (8, 6, 3, 2), "tucker2": (8, 6, 3, 3)}
+"""Of a weight for every kind whose planned error is that of the factors."""
+
+
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 

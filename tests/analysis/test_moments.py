@@ -1,0 +1,93 @@
+"""Second moments of what enters the layers, and of what their outputs do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sklearn.covariance import ledoit_wolf
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_compress.analysis.moments import OTHER_KIND, PROBES, batch_statistics, input_moments, output_moments
+from lightning_compress.analysis.synthetic import LEAST_SIDE, synthesise
+from lightning_compress.layers.families import family_of
+from tests.support.nets import IMAGE, pooled
+from tests.support.unchanged import Unchanged
+
+
+def test_moments_are_those_of_the_rows_that_enter_the_layer(net, images):
+    found = input_moments(net.train(), [((images[:2],), {}), ((images[2:],), {})], ["conv2", "fc1"])
+    net.eval()
+    with torch.no_grad():
+        x = F.relu(net.norm(net.conv1(images)))
+        rows = family_of(net.conv2).rows(net.conv2, x)[0].double()
+        pooled = F.relu(net.point(F.relu(net.conv2(x)))).mean(dim=(2, 3)).double()
+    for name, expected in (("conv2", rows), ("fc1", pooled)):
+        mean, alpha = expected.mean(dim=0), found[name].shrinkage
+        covariance = (expected - mean).T @ (expected - mean) / len(expected)
+        shrunk = (1 - alpha) * covariance + alpha * covariance.trace() / len(mean) * torch.eye(len(mean))
+        torch.testing.assert_close(found[name].second, shrunk + mean[:, None] * mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[name].mean, mean, rtol=1e-5, atol=1e-6)
+        assert 0 < alpha <= 1
+        assert found[name].samples == len(images)
+
+
+def test_output_moments_of_linear_layers_are_those_by_hand():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double()
+    batches = [torch.randn(7, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)]
+    found = output_moments(net, [((b,), {}) for b in batches], ["0", "1"], seed=3)
+    generator = torch.Generator().manual_seed(3)
+    gradients = []
+    for batch in batches:
+        scale = net(batch).detach().std()
+        gradients += [torch.randn(len(batch), 3, generator=generator).double() / scale for _ in range(PROBES)]
+    rows = torch.cat(gradients)
+    for name, own in (("1", rows), ("0", rows @ net[1].weight.detach())):
+        shrunk = torch.from_numpy(ledoit_wolf(own.numpy(), assume_centered=True)[0])
+        torch.testing.assert_close(found[name], shrunk, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("unshrunk")
+def test_output_moments_of_convolutions_sum_over_the_positions(net, images):
+    net.eval()
+    found = output_moments(net, [((images,), {})], ["conv2", "fc1"], seed=1)
+    weights = torch.Generator().manual_seed(1)
+    expected = torch.zeros(16, 16, dtype=torch.float64)
+    for _ in range(PROBES):
+        inner = net.conv2(F.relu(net.norm(net.conv1(images)))).detach().requires_grad_()
+        output = net.fc2(F.relu(net.fc1(F.relu(net.point(F.relu(inner))).mean(dim=(2, 3)))))
+        direction = torch.randn(output.shape, generator=weights)
+        (gradient,) = torch.autograd.grad((output * direction / output.detach().std()).sum(), inner)
+        rows = gradient.permute(0, 2, 3, 1).reshape(-1, 16).double()
+        expected += rows.T @ rows
+    scaled = found["conv2"] * (expected.trace() / found["conv2"].trace())  # its scale does not matter
+    torch.testing.assert_close(scaled, expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_norms_take_the_statistics_of_the_batch_for_a_while():
+    net, images = pooled(), 3 + 2 * torch.randn(16, *IMAGE[1:])
+    before = Unchanged(net)
+    with torch.no_grad(), batch_statistics(net):
+        normed = net[1](net[0](images))
+    torch.testing.assert_close(normed.mean(dim=(0, 2, 3)), net[1].bias.detach(), rtol=1e-3, atol=1e-3)
+    before.check()
+
+
+def test_moments_of_drawn_inputs_are_the_mean_of_two_kinds_shrunk(scarce):
+    net, statistics = scarce
+    assert statistics.scarce
+    drawn = synthesise(net, (1, 3, 2 * LEAST_SIDE, 2 * LEAST_SIDE)).drawn
+    plain = input_moments(net, drawn, ["3", "8"])
+    with batch_statistics(net):
+        normed = input_moments(net, drawn, ["3", "8"])
+    for name in ("3", "8"):
+        found, first, second = statistics.moments[name], normed[name], plain[name]
+        torch.testing.assert_close(found.mean, (first.mean + second.mean) / 2)
+        own = (first.second + second.second) / 2 - torch.outer(found.mean, found.mean)
+        covariance = found.second - torch.outer(found.mean, found.mean)
+        torch.testing.assert_close(covariance.trace(), own.trace())
+        off = ~torch.eye(len(own), dtype=torch.bool)
+        torch.testing.assert_close(covariance[off], (1 - OTHER_KIND) * own[off])
+        assert found.shrinkage >= OTHER_KIND
