@@ -32,10 +32,10 @@ from lightning_compress.kinds.base import Decomposition, RankProfile
 from lightning_compress.kinds.metric import Metric
 from lightning_compress.kinds.registry import (
     decomposition_of,
-    factorise_in,
+    fit_factors,
     gated_weight,
     multiplied_out,
-    profile_in,
+    rank_errors,
     resolve_kinds,
     weighted_energy,
 )
@@ -217,7 +217,7 @@ class _Check:
     def errors(self, name: str, metric: Metric | None) -> list[tuple[int, ...]]:
         """Checks the profile and the factors against it, at the ranks that are returned."""
         given = self.weight.clone()
-        profile = profile_in(self.kind, given, metric, self.groups)
+        profile = rank_errors(self.kind, given, metric, self.groups)
         self.require(torch.equal(self.weight, given), f"profile() changes the weight{name}.")
         self.profile_is_sound(profile, name)
         predictions = {tuple(row): float(e) for row, e in zip(profile.ranks.tolist(), profile.errors, strict=True)}
@@ -234,7 +234,7 @@ class _Check:
             self.require(error <= exact, f"full rank is not exact: the error{name} is {error:.3g}.", self.full)
         predicted = predictions.get(self.full, 0.0)
         self.require(predicted <= exact, f"profile() says an error of {predicted:.3g}{name} at full rank.", self.full)
-        again = factorise_in(self.kind, self.weight, sampled[-1], metric, self.groups)
+        again = fit_factors(self.kind, self.weight, sampled[-1], metric, self.groups)
         for factor, value in self.fitted(sampled[-1], name, metric).items():
             same = torch.equal(value, again[factor])
             self.require(same, f"factorise() gives another {factor!r} the second time{name}.", sampled[-1])
@@ -244,7 +244,7 @@ class _Check:
         """Returns fitted factors, the same ones each time."""
         if (ranks, name) not in self.fits:
             given = self.weight.clone()
-            self.fits[ranks, name] = factorise_in(self.kind, given, ranks, metric, self.groups)
+            self.fits[ranks, name] = fit_factors(self.kind, given, ranks, metric, self.groups)
             self.require(torch.equal(self.weight, given), f"factorise() changes the weight{name}.", ranks)
         return self.fits[ranks, name]
 
@@ -335,7 +335,7 @@ class _Check:
 
     def gates(self, ranks: tuple[int, ...]) -> None:
         """Checks what the search does with the factors of a draft."""
-        draft = factorise_in(self.kind, self.weight, ranks, None, self.groups, draft=True)
+        draft = fit_factors(self.kind, self.weight, ranks, None, self.groups, draft=True)
         shapes = [{name: tuple(f.shape) for name, f in found.items()} for found in (draft, self.fitted(ranks))]
         self.require(shapes[0] == shapes[1], f"draft() gives {shapes[0]}, factorise() {shapes[1]}.", ranks)
         product = multiplied_out(self.kind, draft, self.shape, self.groups)

@@ -28,7 +28,7 @@ from benchmarks.baselines.split_svd import SplitSvd
 from lightning_compress.core.plan import DENSE
 from lightning_compress.core.progress import Progress
 from lightning_compress.kinds.base import Floats, Ints, singular_energies, threads_for
-from lightning_compress.kinds.registry import DECOMPOSITIONS, profile_in
+from lightning_compress.kinds.registry import DECOMPOSITIONS, rank_errors
 from lightning_compress.search.candidates import Candidates
 from lightning_compress.search.exact import first_that_fits, smallest
 from lightning_compress.search.problem import Problem
@@ -103,7 +103,7 @@ def _errors_by_rank(kind: str, weight: Tensor, groups: int) -> dict[int, float]:
         (limit,) = decomposition.max_ranks(tuple(weight.shape))
         ranks, energies, largest = range(1, limit + 1), energies[:limit], singular_energies(weight.flatten(1))[0]
     else:
-        profile = profile_in(kind, weight, groups=groups)
+        profile = rank_errors(kind, weight, groups=groups)
         shares = -np.diff(profile.errors, prepend=1.0)
         ranks, energies = profile.ranks[:, 0].tolist(), np.maximum.accumulate(shares[::-1])[::-1]
         largest = energies[0]

@@ -45,7 +45,7 @@ class LayerPlan:
         reason: Why the layer stays dense, None if it does not.
         source: Where the metric of its error comes from, as in `Moments`; "weight" for none, None
             for a module that cannot be factorised.
-        shares: The first of the layers that share their first factor with this one, itself included;
+        joint_with: The first of the layers that share their first factor with this one, itself included;
             None if it has factors of its own. `params_after` of the first alone holds that factor.
         samples: Number of independent inputs the error is estimated from, None if from none.
         error_spread: Standard error of `error` over parts of these inputs, None if unknown.
@@ -63,7 +63,7 @@ class LayerPlan:
     macs_after: int | None = None
     reason: str | None = None
     source: str | None = None
-    shares: str | None = None
+    joint_with: str | None = None
     samples: int | None = None
     error_spread: float | None = None
 
@@ -187,7 +187,7 @@ class Plan:
                 if not layer.is_dense
                 else f"{layer.params_before:,}",
                 "" if layer.is_dense else f"{100 * layer.params_after / layer.params_before:.1f} %",
-                Text(layer.reason or (f"shares its first factor: {layer.shares}" if layer.shares else "")),
+                Text(layer.reason or (f"shares its first factor: {layer.joint_with}" if layer.joint_with else "")),
             )
         return table
 
@@ -268,7 +268,7 @@ def _layer_from_dict(data: Mapping[str, Any]) -> LayerPlan:
         macs_after=_typed(data, "macs_after", int, optional=True),
         reason=_typed(data, "reason", str, optional=True),
         source=_typed({"source": None, **data}, "source", str, optional=True),
-        shares=_typed({"shares": None, **data}, "shares", str, optional=True),
+        joint_with=_typed({"joint_with": None, **data}, "joint_with", str, optional=True),
         samples=_typed({"samples": None, **data}, "samples", int, optional=True),
         error_spread=_typed({"error_spread": None, **data}, "error_spread", float, optional=True),
     )

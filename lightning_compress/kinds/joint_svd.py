@@ -17,7 +17,7 @@ from lightning_compress.kinds.base import Floats, equalise_norms, tail_errors
 from lightning_compress.kinds.metric import Metric, regularised
 
 
-def shared_errors(weights: Sequence[Tensor], metrics: Sequence[Metric | None]) -> Floats:
+def joint_errors(weights: Sequence[Tensor], metrics: Sequence[Metric | None]) -> Floats:
     """Returns ‖G_i^½ (W_i − E_i R) S^½‖² / ‖G_i^½ W_i S^½‖² of every layer at the ranks 1, 2, … in, (ranks, layers).
 
     Args:
@@ -29,7 +29,7 @@ def shared_errors(weights: Sequence[Tensor], metrics: Sequence[Metric | None]) -
     return np.stack([tail_errors(energy) for energy in energies], axis=1)
 
 
-def shared_factors(
+def joint_factors(
     weights: Sequence[Tensor], metrics: Sequence[Metric | None], rank: int
 ) -> tuple[Tensor, list[Tensor]]:
     """Returns R, (r, in), and every E_i, (out_i, r), with the norms of a component shared out evenly."""

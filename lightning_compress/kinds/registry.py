@@ -117,7 +117,9 @@ def decomposition_of(kind: str | Decomposition) -> Decomposition:
     return DECOMPOSITIONS[kind] if isinstance(kind, str) else kind
 
 
-def profile_in(kind: str | Decomposition, weight: Tensor, metric: Metric | None = None, groups: int = 1) -> RankProfile:
+def rank_errors(
+    kind: str | Decomposition, weight: Tensor, metric: Metric | None = None, groups: int = 1
+) -> RankProfile:
     """Returns the errors ‖G^½ (W − Ŵ) S^½‖² / ‖G^½ W S^½‖² of every rank of a kind.
 
     Args:
@@ -160,7 +162,7 @@ def weighted_energy(weight: Tensor, metric: Metric | None, groups: int = 1) -> f
     return float(weighed.square().sum()) if metric.inputs is None else energy(weighed, metric.inputs)
 
 
-def factorise_in(
+def fit_factors(
     kind: str | Decomposition,
     weight: Tensor,
     ranks: tuple[int, ...],
@@ -169,23 +171,23 @@ def factorise_in(
     *,
     draft: bool = False,
 ) -> dict[str, Tensor]:
-    """Returns the canonical weights of the child layers, fitted in the metric; see `profile_in`.
+    """Returns the canonical weights of the child layers, fitted in the metric; see `rank_errors`.
 
     Those of several groups are one after the other along the first dimension. Every kind leaves the
     output channels to its last factor, so G is a change of their basis; kinds that split them ignore it.
 
     Args:
-        kind: See `profile_in`.
-        weight: See `profile_in`.
+        kind: See `rank_errors`.
+        weight: See `rank_errors`.
         ranks: Of the kind.
-        metric: See `profile_in`.
-        groups: See `profile_in`.
+        metric: See `rank_errors`.
+        groups: See `rank_errors`.
         draft: Whether a quick fit will do, see `Decomposition.draft`.
     """
     decomposition = decomposition_of(kind)
     if groups > 1:
         parts = [
-            factorise_in(kind, block, ranks, metric.group(index) if metric is not None else None, draft=draft)
+            fit_factors(kind, block, ranks, metric.group(index) if metric is not None else None, draft=draft)
             for index, block in enumerate(weight.chunk(groups))
         ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -209,8 +211,8 @@ def gated_weight(
     """Returns the weight (groups · out, in, *kernel) of canonical factors with each ordered component times its gate.
 
     Args:
-        kind: See `profile_in`.
-        factors: As from `factorise_in`.
+        kind: See `rank_errors`.
+        factors: As from `fit_factors`.
         operator: Of the layer.
         gates: Called with the index of a rank and the number of its components, returns (count,).
     """
@@ -251,12 +253,12 @@ __all__ = [
     "LayerCall",
     "Operator",
     "RankProfile",
-    "factorise_in",
+    "fit_factors",
     "gated_weight",
     "is_automatic",
     "known_kinds",
     "multiplied_out",
-    "profile_in",
+    "rank_errors",
     "register_kind",
     "resolve_kinds",
     "weighted_energy",

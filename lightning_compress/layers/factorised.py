@@ -86,7 +86,7 @@ class FactorisedLayer(nn.Sequential):
 
     @torch.no_grad()
     def load_factors(self, factors: Mapping[str, Tensor]) -> None:
-        """Copies factors, as `factorise_in` returns them, into the child layers."""
+        """Copies factors, as `fit_factors` returns them, into the child layers."""
         for name, child in self.named_children():
             weight = cast(Tensor, child.weight)
             weight.copy_(stored_factor(child, factors[name]).reshape(weight.shape))

@@ -25,7 +25,7 @@ from lightning_compress.kinds.registry import is_automatic
 from lightning_compress.layers.unfused import unfused
 from lightning_compress.search.candidates import Candidates
 from lightning_compress.search.choice import Choice, choose, never_behind_the_weights
-from lightning_compress.search.end_to_end import outputs_of
+from lightning_compress.search.end_to_end import evaluator_of
 from lightning_compress.search.feasibility import require_feasible
 from lightning_compress.search.objective import statistics_for
 from lightning_compress.search.problem import problem_of
@@ -150,7 +150,7 @@ def _search(  # noqa: PLR0917
     strategy, units = strategy_of(settings), cast("tuple[Unit, ...]", single)
     if strategy.thorough:
         units, tables = join_where_better(single, tables, inspection, budget, settings.rank_multiple, statistics)
-    outputs = outputs_of(inspection, units, statistics) if statistics is not None else None
+    outputs = evaluator_of(inspection, units, statistics) if statistics is not None else None
     if budget.max_error is not None:
         problem, rows = within_error(units, tables, inspection.costs, budget, strategy, outputs, progress)
         objective = "moments" if objective == "end_to_end" else objective

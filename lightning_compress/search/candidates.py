@@ -15,9 +15,9 @@ from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.plan import DENSE, signal_loss
 from lightning_compress.core.settings import RESOURCES
 from lightning_compress.kinds.base import Floats, Ints, LayerCall, RankProfile, threads_for
-from lightning_compress.kinds.joint_svd import shared_errors
+from lightning_compress.kinds.joint_svd import joint_errors
 from lightning_compress.kinds.metric import Metric
-from lightning_compress.kinds.registry import DECOMPOSITIONS, profile_in, weighted_energy
+from lightning_compress.kinds.registry import DECOMPOSITIONS, rank_errors, weighted_energy
 from lightning_compress.kinds.shrinkage import UnseenErrors
 
 Mask = npt.NDArray[np.bool_]
@@ -97,7 +97,7 @@ def tabulate(
     in_bounds = False
     for kind in layer.kinds:
         with threads_for(weight):
-            profile = profile_in(kind, weight, metric, groups)
+            profile = rank_errors(kind, weight, metric, groups)
         rows = np.flatnonzero(_allowed(layer, profile.ranks, rank_multiple))
         in_bounds = in_bounds or len(rows) > 0
         found.append((kind, *_worth_considering(layer, kind, profile, rows, columns)))
@@ -134,7 +134,7 @@ def _worth_considering(
     return ranks[rows], errors[rows], costs[rows]
 
 
-def tabulate_shared(
+def tabulate_joint(
     layers: Sequence[Layer], *, budgeted: Sequence[str], rank_multiple: int = 1, metrics: Sequence[Metric | None]
 ) -> Candidates:
     """Like `tabulate`, for linear layers with a joint first factor.
@@ -150,7 +150,7 @@ def tabulate_shared(
     first, weights = layers[0], [layer.double_weight() for layer in layers]
     columns = [RESOURCES.index(name) for name in budgeted]
     with threads_for(weights[0]):
-        errors = unseen_shared_errors(weights, metrics)
+        errors = unseen_joint_errors(weights, metrics)
     ranks = np.arange(1, len(errors) + 1)[:, None]
     rows = np.flatnonzero(_allowed(first, ranks, rank_multiple))
     rows = rows[_thinned(ranks[rows])]
@@ -175,9 +175,9 @@ def tabulate_shared(
     )
 
 
-def unseen_shared_errors(weights: Sequence[Tensor], metrics: Sequence[Metric | None]) -> Floats:
-    """Returns `shared_errors` as they are to be expected on inputs that the moments are not made from."""
-    errors = shared_errors(weights, metrics)
+def unseen_joint_errors(weights: Sequence[Tensor], metrics: Sequence[Metric | None]) -> Floats:
+    """Returns `joint_errors` as they are to be expected on inputs that the moments are not made from."""
+    errors = joint_errors(weights, metrics)
     unseen = [metric.unseen() if metric is not None else None for metric in metrics]
     return np.stack([own.at(e) if own is not None else e for e, own in zip(errors.T, unseen, strict=True)], axis=1)
 

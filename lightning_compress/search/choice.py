@@ -10,7 +10,7 @@ from lightning_compress.analysis.statistics import Statistics
 from lightning_compress.core.errors import CompressionWarning
 from lightning_compress.core.progress import Progress
 from lightning_compress.kinds.base import Ints
-from lightning_compress.search.end_to_end import Outputs, search_outputs
+from lightning_compress.search.end_to_end import OutputEvaluator, search_outputs
 from lightning_compress.search.exact import solve
 from lightning_compress.search.problem import Problem
 from lightning_compress.search.refine import refined
@@ -38,11 +38,11 @@ class Choice:
     units: tuple[Unit, ...]
     objective: str
     statistics: Statistics | None
-    outputs: Outputs | None
+    outputs: OutputEvaluator | None
 
 
 def choose(
-    problem: Problem, strategy: RegisteredStrategy, objective: str, outputs: Outputs | None, progress: Progress
+    problem: Problem, strategy: RegisteredStrategy, objective: str, outputs: OutputEvaluator | None, progress: Progress
 ) -> tuple[Problem, Ints, str]:
     """Returns the problem that a strategy has solved, its choice, and the objective it is of."""
     if outputs is not None and strategy.thorough:
@@ -72,12 +72,12 @@ def never_behind_the_weights(found: Choice, plain: Problem, units: Sequence[Sing
     if other is None or other.distance >= other.other:
         return found
     bare = replace(known, moments={})  # the factors are fitted to the weights as well
-    outputs = Outputs(outputs.model, tuple(units), bare, outputs.inputs)
+    outputs = OutputEvaluator(outputs.model, tuple(units), bare, outputs.inputs)
     return Choice(other.problem, other.choice, tuple(units), "weight", bare, outputs)
 
 
 def _solved(
-    problem: Problem, strategy: RegisteredStrategy, objective: str, outputs: Outputs | None, progress: Progress
+    problem: Problem, strategy: RegisteredStrategy, objective: str, outputs: OutputEvaluator | None, progress: Progress
 ) -> tuple[Ints, str]:
     """Returns the choice, and the objective it is of."""
     if objective == "end_to_end" and outputs is None:

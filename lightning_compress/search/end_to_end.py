@@ -71,7 +71,7 @@ WEIGHTS = (0.2, 5.0)
 
 
 @dataclass(frozen=True)
-class Outputs:
+class OutputEvaluator:
     """What the distance of a model's outputs is worked out from.
 
     Attributes:
@@ -101,11 +101,11 @@ class Outputs:
         with inference(self.model):
             return bool(output_tensors(self.model(*args, **kwargs)))
 
-    def on(self, batches: Sequence[Arguments]) -> Outputs:
+    def on(self, batches: Sequence[Arguments]) -> OutputEvaluator:
         """Returns the same on other inputs, with the factors that are fitted already."""
         return replace(self, statistics=replace(self.statistics, batches=tuple(batches)), measured={}, cached={})
 
-    def within(self, inputs: int) -> Outputs:
+    def within(self, inputs: int) -> OutputEvaluator:
         """Returns the same on at most so many inputs: whole batches, or a part of the first."""
         batches = self.statistics.batches
         totals = np.cumsum([min(sample_counts(batch), default=1) for batch in batches])
@@ -150,17 +150,17 @@ class Outputs:
         return self.units[layer].fit(kind, ranks, self.statistics, draft=draft)
 
 
-def outputs_of(inspection: Inspection, units: tuple[Unit, ...], statistics: Statistics) -> Outputs | None:
+def evaluator_of(inspection: Inspection, units: tuple[Unit, ...], statistics: Statistics) -> OutputEvaluator | None:
     """Returns the outputs of a model on as many inputs as it can afford, None if it has none."""
     if not statistics.batches:
         return None
     traced = inspection.trace
     inputs = max(LEAST_INPUTS, affordable_inputs(traced.macs)) if traced is not None else LEAST_INPUTS
-    outputs = Outputs(inspection.model, units, statistics, inputs)
+    outputs = OutputEvaluator(inspection.model, units, statistics, inputs)
     return outputs if outputs.exist else None
 
 
-def search_outputs(problem: Problem, outputs: Outputs, start: Ints, progress: Callable[[float], None]) -> Ints:
+def search_outputs(problem: Problem, outputs: OutputEvaluator, start: Ints, progress: Callable[[float], None]) -> Ints:
     """Returns the choice that the composite loss leads to, or the start if that is better or loses next to nothing.
 
     Args:
@@ -190,12 +190,12 @@ def search_outputs(problem: Problem, outputs: Outputs, start: Ints, progress: Ca
     return choice if losses[1] < losses[0] else start
 
 
-def composite_loss(problem: Problem, outputs: Outputs, choice: Ints) -> float:
+def composite_loss(problem: Problem, outputs: OutputEvaluator, choice: Ints) -> float:
     """Returns log D + Σ_l ε_l of whole ranks, over all synthetic inputs."""
     return math.log(max(output_distance(outputs, problem, choice), 1e-12)) + problem.loss_of(choice)
 
 
-def output_distance(outputs: Outputs, problem: Problem, choice: Ints) -> float:
+def output_distance(outputs: OutputEvaluator, problem: Problem, choice: Ints) -> float:
     """Returns D of whole ranks over all synthetic inputs, see `OutputDistance`."""
     key = tuple((layer.kinds[row], layer.ranks[row]) for layer, row in zip(problem.layers, choice, strict=True))
     if key not in outputs.measured:
@@ -203,7 +203,7 @@ def output_distance(outputs: Outputs, problem: Problem, choice: Ints) -> float:
     return outputs.measured[key]
 
 
-def _measure(outputs: Outputs, problem: Problem, choice: Ints) -> float:
+def _measure(outputs: OutputEvaluator, problem: Problem, choice: Ints) -> float:
 
     def weight_of(index: int) -> Tensor | None:
         table, row = problem.layers[index], choice[index]
@@ -247,7 +247,7 @@ class _Paths:
     factors: tuple[dict[str, Tensor] | None, ...]
 
     @classmethod
-    def of(cls, problem: Problem, outputs: Outputs, choice: Ints) -> _Paths:
+    def of(cls, problem: Problem, outputs: OutputEvaluator, choice: Ints) -> _Paths:
         space = Space.of(problem)
         sizes = torch.from_numpy(
             np.array([(problem.costs(i)[row] / np.maximum(problem.limits, 1.0)).mean() for i, row in enumerate(choice)])
@@ -277,7 +277,9 @@ class _Paths:
         logits[dense & ~chosen] = -LARGEST_LOGIT  # as good as off: a share of the dense weight would hide all errors
         return cls(space, start, low, high, logits, tuple(factors))
 
-    def weights(self, outputs: Outputs, ranks: Tensor, probability: Tensor, temperature: float) -> dict[int, Tensor]:
+    def weights(
+        self, outputs: OutputEvaluator, ranks: Tensor, probability: Tensor, temperature: float
+    ) -> dict[int, Tensor]:
         """Returns the mixed weight of every layer that has more than its dense path."""
         mixed: dict[int, Tensor] = {}
         for path, factors in enumerate(self.factors):
@@ -303,7 +305,7 @@ def _gates(rank: Tensor, count: int, temperature: float) -> Tensor:
     return torch.sigmoid((rank - torch.arange(1, count + 1, device=rank.device) + 0.5) / scale)
 
 
-def _descend(paths: _Paths, outputs: Outputs, progress: Callable[[float], None]) -> tuple[Tensor, Tensor]:
+def _descend(paths: _Paths, outputs: OutputEvaluator, progress: Callable[[float], None]) -> tuple[Tensor, Tensor]:
     """Returns the log-sizes (P,) and the weight w_l of every layer's separable term (L,)."""
     space = paths.space
     log_sizes, logits = paths.start.clone().requires_grad_(), paths.logits.clone().requires_grad_()
@@ -348,7 +350,7 @@ def _flat(value: Tensor | int, variables: Sequence[Tensor]) -> Tensor:
     return torch.cat([torch.zeros_like(v) if g is None else g for g, v in zip(gradients, variables, strict=True)])
 
 
-def _gradient_of_log_distance(outputs: Outputs, mixed: dict[int, Tensor], step: int) -> dict[int, Tensor]:
+def _gradient_of_log_distance(outputs: OutputEvaluator, mixed: dict[int, Tensor], step: int) -> dict[int, Tensor]:
     """Returns ∂ log D / ∂ W of every mixed weight, group by group."""
     leaves = {layer: weight.detach().requires_grad_() for layer, weight in mixed.items()}
     sums = {layer: torch.zeros_like(weight) for layer, weight in leaves.items()}
@@ -365,7 +367,7 @@ def _gradient_of_log_distance(outputs: Outputs, mixed: dict[int, Tensor], step: 
     return {layer: value / max(lost, 1e-30) for layer, value in sums.items()}
 
 
-def _outputs_with(outputs: Outputs, weights: dict[int, Tensor], arguments: Arguments) -> list[Tensor]:
+def _outputs_with(outputs: OutputEvaluator, weights: dict[int, Tensor], arguments: Arguments) -> list[Tensor]:
     """Returns the model's outputs with some weights in the place of the layers' own."""
     names = {}  # of aliases one is enough: they share the module
     for index, weight in weights.items():

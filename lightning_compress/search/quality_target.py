@@ -14,7 +14,7 @@ from lightning_compress.core.progress import Progress, silent
 from lightning_compress.core.settings import Budget
 from lightning_compress.kinds.base import Ints
 from lightning_compress.search.candidates import Candidates
-from lightning_compress.search.end_to_end import Outputs, output_distance
+from lightning_compress.search.end_to_end import OutputEvaluator, output_distance
 from lightning_compress.search.exact import solve
 from lightning_compress.search.feasibility import smallest_share
 from lightning_compress.search.problem import Problem, problem_of
@@ -29,7 +29,7 @@ def within_error(  # noqa: PLR0917
     dense: Costs,
     budget: Budget,
     strategy: RegisteredStrategy,
-    outputs: Outputs | None,
+    outputs: OutputEvaluator | None,
     progress: Progress,
 ) -> tuple[Problem, Ints]:
     """Returns the smallest choice whose output distance stays under the target, by bisection, and its problem.
@@ -68,7 +68,7 @@ def within_error(  # noqa: PLR0917
 
 
 def _nearest(
-    plain: Problem, weights: tuple[float, ...] | None, strategy: RegisteredStrategy, outputs: Outputs
+    plain: Problem, weights: tuple[float, ...] | None, strategy: RegisteredStrategy, outputs: OutputEvaluator
 ) -> tuple[float, Problem, Ints]:
     """Returns the choice that leaves the outputs nearer, with measured weights or without, its problem and distance."""
     found = []

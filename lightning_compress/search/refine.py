@@ -21,7 +21,7 @@ from lightning_compress.core.parallel import in_threads
 from lightning_compress.core.plan import DENSE
 from lightning_compress.kinds.registry import DECOMPOSITIONS
 from lightning_compress.search.candidates import Candidates
-from lightning_compress.search.end_to_end import Outputs
+from lightning_compress.search.end_to_end import OutputEvaluator
 from lightning_compress.search.exact import solve
 from lightning_compress.search.problem import Problem
 
@@ -29,7 +29,7 @@ LEAST_ERROR = 1e-12
 """A smaller predicted error is not corrected."""
 
 
-def refined(problem: Problem, outputs: Outputs, progress: Callable[[float], None]) -> Problem:
+def refined(problem: Problem, outputs: OutputEvaluator, progress: Callable[[float], None]) -> Problem:
     """Returns the problem with the errors of iterative fits corrected around its optimum.
 
     Args:
@@ -66,7 +66,7 @@ def refined(problem: Problem, outputs: Outputs, progress: Callable[[float], None
     return problem
 
 
-def _ratio(problem: Problem, outputs: Outputs, item: tuple[int, str, int]) -> float:
+def _ratio(problem: Problem, outputs: OutputEvaluator, item: tuple[int, str, int]) -> float:
     """Returns what the fit of a row loses, relative to what is predicted."""
     index, kind, row = item
     table = problem.layers[index]

@@ -17,7 +17,7 @@ from lightning_compress.core.parallel import in_threads
 from lightning_compress.core.plan import BETTER_ELSEWHERE, DENSE, LayerPlan
 from lightning_compress.kinds.base import Ints
 from lightning_compress.kinds.registry import DECOMPOSITIONS
-from lightning_compress.search.end_to_end import Outputs, output_distance
+from lightning_compress.search.end_to_end import OutputEvaluator, output_distance
 from lightning_compress.search.exact import solve
 from lightning_compress.search.problem import Problem
 from lightning_compress.search.units import SingleLayer
@@ -71,7 +71,7 @@ class Alternative:
 def weights_alone(
     problem: Problem,
     choice: Ints,
-    outputs: Outputs,
+    outputs: OutputEvaluator,
     units: Sequence[SingleLayer],
     judging: tuple[Arguments, ...],
     *,
@@ -99,7 +99,7 @@ def weights_alone(
         return None
     found = spend_what_is_left(alone, found)
     own = outputs.on(judging)
-    bare = Outputs(outputs.model, plain, replace(own.statistics, moments={}), outputs.inputs)
+    bare = OutputEvaluator(outputs.model, plain, replace(own.statistics, moments={}), outputs.inputs)
     return Alternative(alone, found, output_distance(bare, alone, found), output_distance(own, problem, choice))
 
 

@@ -24,7 +24,7 @@ from lightning_compress.core.plan import DENSE
 from lightning_compress.core.progress import Progress
 from lightning_compress.kinds.base import Ints
 from lightning_compress.search.candidates import Candidates
-from lightning_compress.search.end_to_end import LEAST_INPUTS, Outputs, output_distance
+from lightning_compress.search.end_to_end import LEAST_INPUTS, OutputEvaluator, output_distance
 from lightning_compress.search.exact import solve
 from lightning_compress.search.problem import Problem
 from lightning_compress.search.refine import refined
@@ -35,7 +35,7 @@ RANGE = 100.0
 """Weights lie within this factor of their median, either way."""
 
 
-def nearer(problem: Problem, outputs: Outputs, progress: Progress) -> Problem:
+def nearer(problem: Problem, outputs: OutputEvaluator, progress: Progress) -> Problem:
     """Returns the problem with measured weights if its optimum leaves the outputs nearer, else as it is.
 
     Where most of a network is given up single layers say little of all together, and the plain sum can be better.
@@ -58,7 +58,7 @@ def nearer(problem: Problem, outputs: Outputs, progress: Progress) -> Problem:
 
 
 def weighted(
-    problem: Problem, choice: Ints | None, outputs: Outputs, progress: Callable[[float], None] = lambda _: None
+    problem: Problem, choice: Ints | None, outputs: OutputEvaluator, progress: Callable[[float], None] = lambda _: None
 ) -> Problem:
     """Returns the problem with each layer's term weighed by what it does to the outputs.
 
@@ -98,7 +98,7 @@ def weighted(
     return replace(problem, weights=tuple(weights.tolist()))
 
 
-def _affordable(outputs: Outputs) -> Outputs | None:
+def _affordable(outputs: OutputEvaluator) -> OutputEvaluator | None:
     """Returns the outputs on as many inputs as each layer can be measured on, None if on too few; see `Effort.work`."""
     args, kwargs = outputs.statistics.batches[0]
     with flop_counter() as flops, inference(outputs.model):

@@ -17,12 +17,12 @@ from lightning_compress.analysis.statistics import Statistics
 from lightning_compress.analysis.trace import Trace
 from lightning_compress.core.plan import BETTER_ELSEWHERE, DENSE, LayerPlan
 from lightning_compress.kinds.base import threads_for
-from lightning_compress.kinds.joint_svd import shared_factors
+from lightning_compress.kinds.joint_svd import joint_factors
 from lightning_compress.kinds.metric import Metric
 from lightning_compress.kinds.registry import (
     DECOMPOSITIONS,
     Operator,
-    factorise_in,
+    fit_factors,
     multiplied_out,
     weighted_energy,
 )
@@ -30,8 +30,8 @@ from lightning_compress.search.candidates import (
     Candidates,
     dense_macs,
     tabulate,
-    tabulate_shared,
-    unseen_shared_errors,
+    tabulate_joint,
+    unseen_joint_errors,
 )
 
 
@@ -149,7 +149,7 @@ class SingleLayer(Unit):
         """See `Unit`."""
         with threads_for(self.layer.weight), torch.no_grad():
             metric = metric_of(self.layer, statistics)
-            found = factorise_in(kind, self.double_weight(), ranks, metric, self.operator.groups, draft=draft)
+            found = fit_factors(kind, self.double_weight(), ranks, metric, self.operator.groups, draft=draft)
         return _as_weight(found, self.layer.weight)
 
     def lost_energy(self, weight: Tensor, statistics: Statistics) -> float:
@@ -207,7 +207,7 @@ class JointLayers(Unit):
 
     def tabulate(self, budgeted: Sequence[str], rank_multiple: int, statistics: Statistics | None) -> Candidates:
         """See `Unit`."""
-        return tabulate_shared(
+        return tabulate_joint(
             self.layers, budgeted=budgeted, rank_multiple=rank_multiple, metrics=self._metrics(statistics)
         )
 
@@ -222,7 +222,7 @@ class JointLayers(Unit):
         """See `Unit`."""
         with threads_for(self.layers[0].weight), torch.no_grad():
             weights = [layer.double_weight() for layer in self.layers]
-            reduce, expand = shared_factors(weights, self._metrics(statistics), ranks[0])
+            reduce, expand = joint_factors(weights, self._metrics(statistics), ranks[0])
         return _as_weight({"reduce": reduce, "expand": torch.cat(expand)}, self.layers[0].weight)
 
     def dense_weights(self, weight: Tensor) -> dict[str, Tensor]:
@@ -239,7 +239,7 @@ class JointLayers(Unit):
             return [replace(plan, reason=BETTER_ELSEWHERE) for plan in dense]
         ranks = table.ranks[row]
         weights = [layer.double_weight() for layer in self.layers]
-        errors = unseen_shared_errors(weights, self._metrics(statistics))[ranks[0] - 1]
+        errors = unseen_joint_errors(weights, self._metrics(statistics))[ranks[0] - 1]
         plans = []
         for index, (layer, plan, error) in enumerate(zip(self.layers, dense, errors, strict=True)):
             out, in_ = layer.weight_shape
@@ -252,7 +252,7 @@ class JointLayers(Unit):
                 params_after=layer.parameters - out * in_ + ranks[0] * (out + (in_ if index == 0 else 0)),
                 macs_after=None if plan.macs_before is None else ranks[0] * (out + in_) * positions,
                 reason=None,
-                shares=self.name,
+                joint_with=self.name,
             )
             plans.append(planned)
         return plans

@@ -12,9 +12,9 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from lightning_compress.analysis.inventory import Layer
 from lightning_compress.core.plan import LayerPlan
 from lightning_compress.kinds.base import threads_for
-from lightning_compress.kinds.joint_svd import shared_factors
+from lightning_compress.kinds.joint_svd import joint_factors
 from lightning_compress.kinds.metric import Metric
-from lightning_compress.kinds.registry import DECOMPOSITIONS, Decomposition, factorise_in
+from lightning_compress.kinds.registry import DECOMPOSITIONS, Decomposition, fit_factors
 from lightning_compress.kinds.tensorised import TtEmbedding
 from lightning_compress.layers.factorised import (
     FactorisedBag,
@@ -43,7 +43,7 @@ def build_layer(layer: Layer, planned: LayerPlan, metric: Metric | None, *, deco
     if decompose:
         with threads_for(weight):
             whole = layer.double_weight()
-            factors = factorise_in(planned.kind, whole, planned.ranks, metric, layer.operator.groups)
+            factors = fit_factors(planned.kind, whole, planned.ranks, metric, layer.operator.groups)
     padding = getattr(dense, "padding_idx", None)
     for name, child in children.items():
         shape = cast(Tensor, child.weight).shape
@@ -57,7 +57,7 @@ def build_layer(layer: Layer, planned: LayerPlan, metric: Metric | None, *, deco
     return _finished(children, dense, decomposition, planned.ranks, planned.error)
 
 
-def build_sharing_layers(
+def build_joint_layers(
     group: Sequence[tuple[Layer, LayerPlan]], metrics: Sequence[Metric | None], *, decompose: bool
 ) -> list[FactorisedLayer]:
     """Returns the factorised layers that share their first factor, in the order of the group; see `build_layer`."""
@@ -66,7 +66,7 @@ def build_sharing_layers(
     if decompose:
         with threads_for(layers[0].weight):
             weights = [layer.double_weight() for layer in layers]
-            reduce, expand = shared_factors(weights, metrics, rank)
+            reduce, expand = joint_factors(weights, metrics, rank)
     else:
         reduce = torch.zeros(rank, layers[0].weight_shape[1])
         expand = [torch.zeros(layer.weight_shape[0], rank) for layer in layers]

@@ -69,7 +69,7 @@ def _not_factorised(layer: Layer, owner: str | None) -> LayerPlan:
 
 
 def _as_planned(
-    layer: Layer, module: FactorisedLayer, again: int, macs: tuple[int | None, int | None], shares: str | None
+    layer: Layer, module: FactorisedLayer, again: int, macs: tuple[int | None, int | None], joint_with: str | None
 ) -> LayerPlan:
     """Returns the entry of a factorised layer, of whose numbers so many are counted with an earlier one."""
     stored = sum(factor.numel() for factor in module.factors().values())
@@ -85,7 +85,7 @@ def _as_planned(
         params_after=after,
         macs_before=macs[0],
         macs_after=macs[1],
-        shares=shares,
+        joint_with=joint_with,
     )
 
 

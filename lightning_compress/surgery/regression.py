@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lightning_compress.analysis.trace import Arguments, hooked, inference, input_of
 from lightning_compress.kinds.base import threads_for
 from lightning_compress.kinds.metric import Metric
-from lightning_compress.kinds.registry import factorise_in
+from lightning_compress.kinds.registry import fit_factors
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.layers.families import canonical, family_of
 from lightning_compress.surgery.swap import Replacement
@@ -63,7 +63,7 @@ def refit_(
         outputs = metric.outputs if metric is not None else None
         here = Metric(*((gram + ridge, outputs) if operator.groups > 1 else ((gram + ridge)[0], outputs)))
         whole = target.reshape(-1, *operator.shape[1:])
-        new.load_factors(factorise_in(new.kind, whole, new.ranks, here, operator.groups))
+        new.load_factors(fit_factors(new.kind, whole, new.ranks, here, operator.groups))
     if new.bias is not None and layer.bias is not None:
         fitted = new.canonical_weight().double().cpu().reshape(weight.shape)
         shift = (weight @ moments.mean_dense[:, :, None] - fitted @ moments.mean_new[:, :, None]).flatten()

@@ -20,7 +20,7 @@ from lightning_compress.kinds.metric import Metric
 from lightning_compress.kinds.registry import DECOMPOSITIONS, known_kinds
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.layers.unfused import Unfusing, put_, redo_, undo_, unfusable, unfuse_
-from lightning_compress.surgery.build import build_layer, build_sharing_layers, build_tied_layer
+from lightning_compress.surgery.build import build_joint_layers, build_layer, build_tied_layer
 from lightning_compress.surgery.embodied import owners_of
 
 
@@ -92,10 +92,10 @@ def _replace(
         for group in _groups(pairs):
             metrics = [_metric_of(layer, planned, statistics) for layer, planned in group]
             with torch.inference_mode(mode=False):
-                built = build_sharing_layers(group, metrics, decompose=decompose)
+                built = build_joint_layers(group, metrics, decompose=decompose)
             for (layer, _), new in zip(group, built, strict=True):
                 replacements.append(Replacement(layer.aliases, layer.module, new, _unfusing_of(layer, unfusings)))
-        pairs = [(layer, planned) for layer, planned in pairs if planned.shares is None]
+        pairs = [(layer, planned) for layer, planned in pairs if planned.joint_with is None]
         for index, (layer, planned) in enumerate(pairs):
             progress("factorising layers", index / len(pairs))
             with torch.inference_mode(mode=False):  # parameters made in inference mode could never be trained
@@ -211,8 +211,8 @@ def _groups(pairs: Sequence[tuple[Layer, LayerPlan]]) -> list[list[tuple[Layer, 
     """Returns the layers that share their first factor."""
     groups: dict[str, list[tuple[Layer, LayerPlan]]] = {}
     for layer, planned in pairs:
-        if planned.shares is not None:
-            groups.setdefault(planned.shares, []).append((layer, planned))
+        if planned.joint_with is not None:
+            groups.setdefault(planned.joint_with, []).append((layer, planned))
     for name, group in groups.items():
         if (
             len({(p.kind, p.ranks, p.weight_shape[1], layer.type) for layer, p in group}) > 1

@@ -114,7 +114,7 @@ def reconcile_(model: nn.Module, plan: Plan) -> tuple[tuple[Replacement, ...], t
 def _embodies(model: nn.Module, plan: Plan) -> bool:
     """Returns whether exactly the planned layers are factorised, as planned."""
     own, wanted = (
-        {(p.name, p.kind, p.ranks, p.shares) for p in each.factorised} for each in (embodied_plan(model), plan)
+        {(p.name, p.kind, p.ranks, p.joint_with) for p in each.factorised} for each in (embodied_plan(model), plan)
     )
     return own == wanted
 

@@ -169,7 +169,7 @@ def test_newer_or_odd_schema_is_an_error(plan, schema):
 
 LATER = {"output_distance": None, "timings": {}}  # fields that plans of schema 1 did not have from the start
 PLAN_FIELDS = [f.name for f in dataclasses.fields(Plan) if f.name not in LATER]
-LATER_OF_A_LAYER = ("source", "shares", "samples", "error_spread")
+LATER_OF_A_LAYER = ("source", "joint_with", "samples", "error_spread")
 LAYER_FIELDS = [f.name for f in dataclasses.fields(LayerPlan) if f.name not in LATER_OF_A_LAYER]
 
 

@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_compress import Budget, compress_, search_ranks
 from lightning_compress.kinds.metric import Metric
-from lightning_compress.kinds.registry import DECOMPOSITIONS, factorise_in
+from lightning_compress.kinds.registry import DECOMPOSITIONS, fit_factors
 from lightning_compress.layers.interpolation import Interpolation
 from tests.support.compressing import WEIGHTS_ALONE
 from tests.support.zoo import normal
@@ -25,7 +25,7 @@ def test_every_rank_is_the_svd_with_an_identity_inside(shape, known):
     gradients = normal(30, shape[0], seed=2)
     metric = Metric(rows.T @ rows / 40, gradients.T @ gradients) if known else None
     for rank in range(1, min(shape) + 1):
-        found, svd = (factorise_in(kind, weight, (rank,), metric) for kind in ("interpolative", "svd"))
+        found, svd = (fit_factors(kind, weight, (rank,), metric) for kind in ("interpolative", "svd"))
         products = [KIND.dense_weight(factors, shape) for factors in (found, svd)]
         torch.testing.assert_close(*products, rtol=1e-7, atol=1e-9)
         assert int((found["expand"] == 1).any(dim=1).sum()) >= rank
@@ -41,7 +41,7 @@ def test_costs_are_below_those_of_svd(rank):
 
 def test_layer_without_energy_and_one_of_low_rank_are_reproduced():
     for weight in (torch.zeros(6, 5, dtype=torch.float64), normal(6, 1) @ normal(1, 5)):
-        factors = factorise_in("interpolative", weight, (3,))
+        factors = fit_factors("interpolative", weight, (3,))
         torch.testing.assert_close(KIND.dense_weight(factors, (6, 5)), weight, rtol=1e-9, atol=1e-9)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_compress import Budget, search_ranks
 from lightning_compress.kinds.metric import Metric
-from lightning_compress.kinds.registry import DECOMPOSITIONS, factorise_in
+from lightning_compress.kinds.registry import DECOMPOSITIONS, fit_factors
 from tests.support.errors import error_in
 from tests.support.zoo import normal, random_metric
 
@@ -26,7 +26,7 @@ def test_fit_in_each_metric_beats_the_fit_in_fewer_where_it_counts(kind, shape):
     inputs = random_metric(weight[0].numel(), seed=1)
     ranks = tuple(max(1, r // 2) for r in decomposition.max_ranks(shape))
     metrics = [None, Metric(inputs), Metric(inputs, 7.0 * random_metric(len(weight), seed=2))]
-    fits = [decomposition.dense_weight(factorise_in(kind, weight, ranks, metric), shape) for metric in metrics]
+    fits = [decomposition.dense_weight(fit_factors(kind, weight, ranks, metric), shape) for metric in metrics]
     assert error_in(metrics[1], weight, fits[1]) < error_in(metrics[1], weight, fits[0])
     plain, one, both = (error_in(metrics[2], weight, fit) for fit in fits)
     assert both < one < plain

@@ -18,9 +18,9 @@ from lightning_compress.kinds.metric import Metric
 from lightning_compress.kinds.registry import (
     DECOMPOSITIONS,
     LayerCall,
-    factorise_in,
+    fit_factors,
     gated_weight,
-    profile_in,
+    rank_errors,
 )
 from lightning_compress.kinds.tensorised import balanced_factors, modes_of
 from lightning_compress.layers.families import operator_of
@@ -121,8 +121,8 @@ def test_lookup_is_copied_saved_loaded_and_exported(tmp_path):
 
 def test_moments_of_the_outputs_are_left_out():
     weight, metric = normal(*TABLE).T.contiguous(), Metric(None, random_metric(48))
-    assert (profile_in("tt_embedding", weight, metric).errors == profile_in("tt_embedding", weight).errors).all()
-    found, expected = (factorise_in("tt_embedding", weight, (4,), known) for known in (metric, None))
+    assert (rank_errors("tt_embedding", weight, metric).errors == rank_errors("tt_embedding", weight).errors).all()
+    found, expected = (fit_factors("tt_embedding", weight, (4,), known) for known in (metric, None))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 

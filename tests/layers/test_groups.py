@@ -14,7 +14,7 @@ from lightning_compress import Budget, apply_plan_, search_ranks
 from lightning_compress.analysis.moments import input_moments, output_moments
 from lightning_compress.analysis.statistics import gather_statistics
 from lightning_compress.kinds.metric import OUTPUT_FLOOR, Metric
-from lightning_compress.kinds.registry import profile_in, weighted_energy
+from lightning_compress.kinds.registry import rank_errors, weighted_energy
 from lightning_compress.layers.families import canonical
 from tests.support.architectures import CASES
 from tests.support.errors import error_in
@@ -101,7 +101,7 @@ def test_errors_of_groups_are_those_of_all_spectra_together(kind, shape, known):
         spectra.append(np.square(np.linalg.svd(outputs.T @ block @ inputs, compute_uv=False)))
     total = np.sum(spectra)
     assert weighted_energy(weight, metric, 3) == pytest.approx(total)
-    profile = profile_in(kind, weight, metric, 3)
+    profile = rank_errors(kind, weight, metric, 3)
     for (rank,), error in zip(profile.ranks.tolist(), profile.errors.tolist(), strict=True):
         assert error == pytest.approx(sum(s[rank:].sum() for s in spectra) / total, abs=1e-9)
 

@@ -23,7 +23,7 @@ from lightning_compress.search.end_to_end import (
     GROUP,
     LEAST_INPUTS,
     LEAST_TEMPERATURE,
-    Outputs,
+    OutputEvaluator,
     _gates,
     _gradient_of_log_distance,
     affordable_inputs,
@@ -146,7 +146,7 @@ def test_layers_before_a_detach_keep_the_separable_objective_alone(unchanged):
     assert [statistics.moments[name].outputs is None for name in ("0", "2", "4", "6")] == [True, True, False, False]
     layers = tuple(layer for layer in take_inventory(net) if layer.reason is None)
     mixed = {i: 1.1 * layer.weight.detach() for i, layer in enumerate(layers)}
-    gradients = _gradient_of_log_distance(Outputs(net, units_of(layers), statistics), mixed, 0)
+    gradients = _gradient_of_log_distance(OutputEvaluator(net, units_of(layers), statistics), mixed, 0)
     assert [bool(gradients[i].any()) for i in range(4)] == [False, False, True, True]
 
 
@@ -182,7 +182,7 @@ def test_outputs_of_the_dense_model_are_kept_while_there_is_room(monkeypatch, ro
     monkeypatch.setattr("lightning_compress.search.end_to_end.CACHED", room)
     model = nn.Linear(3, 2)
     batches = tuple(((torch.randn(2 * GROUP, 3),), {}) for _ in range(2))
-    outputs, calls = Outputs(model, (), Statistics(batches, "noise", {})), []
+    outputs, calls = OutputEvaluator(model, (), Statistics(batches, "noise", {})), []
     with model.register_forward_hook(lambda *_: calls.append(0)):
         for step in range(4):
             for index, group in enumerate(outputs.groups(step)):
@@ -199,7 +199,7 @@ def test_gradient_of_the_log_distance_is_that_of_finite_differences_and_of_all_i
     batches = [torch.randn(50, *shape, generator=generator, dtype=torch.float64) for _ in range(2)]
     layers = tuple(layer for layer in take_inventory(model) if layer.reason is None)
     statistics = Statistics(tuple(((b,), {}) for b in batches), "noise", {})
-    outputs = Outputs(model, units_of(layers), statistics, inputs=40)
+    outputs = OutputEvaluator(model, units_of(layers), statistics, inputs=40)
     assert [len(args[0]) for args, _ in outputs.groups(0)] == [16, 16, 8]
     mixed = {
         i: layer.weight.detach() + 0.1 * torch.randn(layer.weight.shape, generator=generator, dtype=torch.float64)

@@ -56,7 +56,7 @@ def inputs():
 
 
 def shares(plan):
-    return {layer.name: layer.shares for layer in plan.layers if layer.shares}
+    return {layer.name: layer.joint_with for layer in plan.layers if layer.joint_with}
 
 
 @pytest.mark.parametrize("settings", [{"objective": "weight"}, {}, {"method": "exact", "objective": "moments"}])

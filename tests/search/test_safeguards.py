@@ -15,9 +15,9 @@ from lightning_compress.analysis.trace import trace
 from lightning_compress.core.errors import CompressionWarning
 from lightning_compress.core.plan import BETTER_ELSEWHERE, DENSE, LayerPlan
 from lightning_compress.core.progress import silent
-from lightning_compress.kinds.registry import DECOMPOSITIONS, factorise_in, weighted_energy
+from lightning_compress.kinds.registry import DECOMPOSITIONS, fit_factors, weighted_energy
 from lightning_compress.search.candidates import tabulate
-from lightning_compress.search.end_to_end import Outputs, output_distance
+from lightning_compress.search.end_to_end import OutputEvaluator, output_distance
 from lightning_compress.search.exact import solve
 from lightning_compress.search.problem import Problem, problem_of
 from lightning_compress.search.refine import refined
@@ -40,7 +40,7 @@ def test_errors_of_iterative_fits_in_the_plan_are_those_of_the_fitted_factors(kn
     assert chosen
     for planned in chosen:
         weight, metric = layers[planned.name].double_weight(), statistics.metric(planned.name)
-        factors = factorise_in("cp3", weight, planned.ranks, metric)
+        factors = fit_factors("cp3", weight, planned.ranks, metric)
         lost = weight - DECOMPOSITIONS["cp3"].dense_weight(factors, tuple(weight.shape))
         expected = weighted_energy(lost, metric) / weighted_energy(weight, metric)
         fitted = float(metric.unseen().at(np.array([expected]))[0])
@@ -53,7 +53,7 @@ def test_correction_scales_the_rough_kinds_alone_and_by_what_is_found(known):
     tables = tuple(tabulate(own, budgeted=("params",), metric=statistics.metric(own.name)) for own in layers)
     limit = 0.4 * sum(table.costs[-1, 0] for table in tables)
     problem = Problem(tables, ("params",), np.array([limit]))
-    outputs = Outputs(net, units_of(layers), statistics)
+    outputs = OutputEvaluator(net, units_of(layers), statistics)
     corrected = refined(problem, outputs, lambda _: None)
     rough = {kind for kind, decomposition in DECOMPOSITIONS.items() if decomposition.fits_roughly}
     changed = set()
@@ -127,7 +127,7 @@ def looked_at(net, example, keep=0.7, **selection):
     statistics = gather_statistics(net, example)
     units, budget = units_of(take_inventory(net, **selection)), Budget(params=keep)
     problem = problem_of(tabulate_units(units, budget, 1, statistics, silent), measure_costs(net), budget)
-    return problem, Outputs(net, units, statistics)
+    return problem, OutputEvaluator(net, units, statistics)
 
 
 def test_layers_are_weighed_by_what_they_do_to_the_outputs():

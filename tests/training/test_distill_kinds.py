@@ -25,7 +25,7 @@ def sgd(task):
     return SGD(task.parameters(), lr=0.05)
 
 
-def outputs_of(net, names, x):
+def evaluator_of(net, names, x):
     kept = {}
     handles = [
         net.get_submodule(name).register_forward_hook(lambda m, a, out, name=name: kept.update({name: out.clone()}))
@@ -55,9 +55,9 @@ def by_hand(task, plan, loader, extra, *, every=1):
 def of_features(names_of, weight):
     def extra(student, teacher, batch):
         names = names_of(student)
-        logits, own = outputs_of(student, names, batch[0])
+        logits, own = evaluator_of(student, names, batch[0])
         with torch.no_grad():
-            _, targets = outputs_of(teacher, names, batch[0])
+            _, targets = evaluator_of(teacher, names, batch[0])
         ratios = [(own[n] - targets[n]).square().mean() / targets[n].var(unbiased=False) for n in names]
         return F.cross_entropy(logits, batch[1]) + weight * torch.stack(ratios).mean()
 
