@@ -59,12 +59,10 @@ KIND_SHAPES = {
     "tt": (8, 6, 3, 3),
     "cp": (8, 6, 3, 3),
     "cp3": (8, 6, 3, 3),
-    "tt_linear": (12, 20),
-    "tucker_linear": (12, 20),
 }
 """One shape for every kind but that of embeddings, which have no inputs to have moments."""
 
-GATED = ("svd", "channel_svd", "spatial_svd", "tucker2", "split2_svd", "split4_svd", "tt", "tt_linear", "tucker_linear")
+GATED = ("svd", "channel_svd", "spatial_svd", "tucker2", "split2_svd", "split4_svd", "tt")
 """Kinds whose factors of the largest ranks are exact and ordered; those of CP are neither nested nor unique."""
 
 SUMMED = ("svd", "channel_svd", "spatial_svd", "tucker2", "split2_svd", "split4_svd")
@@ -72,9 +70,6 @@ SUMMED = ("svd", "channel_svd", "spatial_svd", "tucker2", "split2_svd", "split4_
 
 EXACT = ("svd", "channel_svd", "spatial_svd", "tucker2")
 """Kinds whose predicted error is that of the fitted factors; that of the others is an upper bound."""
-
-INPUTS_ALONE = ("tt_linear", "tucker_linear")
-"""Kinds that share the output channels between factors: fitted and predicted in S without G."""
 
 
 def mlp(*, wrap=None) -> nn.Module:
@@ -614,8 +609,6 @@ def test_predicted_error_in_both_metrics_is_the_measured_one(kind):
     inputs, outputs = definite(weight[0].numel(), generator, 50), 7 * definite(shape[0], generator, 20)
     metric = Metric(inputs, outputs)
     floored = (1 - OUTPUT_FLOOR) * outputs / outputs.diagonal().mean() + OUTPUT_FLOOR * torch.eye(shape[0])
-    if kind in INPUTS_ALONE:
-        floored = torch.eye(shape[0])
 
     def norm(w: torch.Tensor) -> float:  # ‖G^½ w S^½‖²
         flat = w.flatten(1)

@@ -50,7 +50,6 @@ SIZES = (9, 8, 7)
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 ITERATIVE = ("cp", "cp3")  # fitted by sweeps that stop at a relative error of 1e-7; their predictions are bounds
 SLOW = pytest.mark.slow
-TENSORISED = ("tt_linear", "tucker_linear")  # split the outputs: fitted in S alone
 GROUPED = [kind for kind in DECOMPOSITIONS if kind != "tt_embedding"]  # tables have no groups
 
 
@@ -379,19 +378,18 @@ def test_errors_of_groups_are_those_of_all_spectra_together(kind, shape, known):
 @pytest.mark.parametrize("known", KNOWN)
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=SLOW) if k in ITERATIVE else k for k in GROUPED])
 def test_factors_of_groups_attain_the_predicted_error(kind, known):
-    shapes = [(5, 4, 3, 2), (5, 4)] if kind not in TENSORISED else [(6, 4)]  # those refuse small layers, not weights
+    shapes = [(5, 4, 3, 2), (5, 4)]
     fits = (s for s in shapes if DECOMPOSITIONS[kind].unsupported(operator_of(of_shape(s))) is None)
     shape = next(fits, shapes[0])
     weight, metric = of_groups(shape, 2, known=known)
     metric = metric if any(known) else None
-    fitted_in = Metric(metric.inputs, None) if metric is not None and kind in TENSORISED else metric
     profile = profile_in(kind, weight, metric, 2)
     for row in range(0, len(profile.ranks), max(1, len(profile.ranks) // 5)):
         factors = factorise_in(kind, weight, tuple(profile.ranks[row].tolist()), metric, 2)
         product = multiplied_out(DECOMPOSITIONS[kind], factors, shape, 2)
         lost = total = 0.0
         for (block, outputs, inputs), new in zip(
-            blocks_of(weight, fitted_in, 2), np.split(product.flatten(1).numpy(), 2), strict=True
+            blocks_of(weight, metric, 2), np.split(product.flatten(1).numpy(), 2), strict=True
         ):
             lost += np.square(outputs.T @ (block - new) @ inputs).sum()
             total += np.square(outputs.T @ block @ inputs).sum()

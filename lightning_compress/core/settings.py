@@ -211,8 +211,8 @@ class SearchSettings:
             `CompressionWarning`. With an example input a small term for the numbers that factorised layers write is
             part of all of them, so that where little is lost either way the faster kinds are chosen.
         kinds: "auto", a kind of decomposition, or a list of kinds to choose from. "auto" is svd, interpolative,
-            channel_svd, spatial_svd, tucker2, tt, cp3, cp for large kernels, tt_linear and tucker_linear for very
-            large linear layers, tt_embedding for such embeddings, or what the method says.
+            channel_svd, spatial_svd, tucker2, tt, cp3, cp for large kernels, tt_embedding for very large
+            embeddings, or what the method says.
         include: Layers to factorise, None for all.
         exclude: Layers to leave alone.
         overrides: Pattern to `Override`, a mapping of its fields, or "dense".

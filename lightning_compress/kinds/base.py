@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_compress.core.parallel import one_thread
 
@@ -234,10 +234,6 @@ class Decomposition(ABC):
     def finished(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the factors of one group in the form that is stored; they stand for the same weight."""
         return dict(factors)
-
-    def own_children(self, operator: Operator, ranks: tuple[int, ...]) -> dict[str, nn.Module] | None:  # noqa: ARG002
-        """Returns the child layers of a kind that are not plain torch layers, else None."""
-        return None
 
     @abstractmethod
     def dense_weight(self, factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:

@@ -18,22 +18,19 @@ from lightning_compress.kinds.metric import Metric, energy
 from lightning_compress.kinds.split_svd import SplitSvd
 from lightning_compress.kinds.svd import ChannelSvd, SpatialSvd, Svd
 from lightning_compress.kinds.tensor_train import TensorTrain
-from lightning_compress.kinds.tensorised import TtEmbedding, TtLinear, TuckerLinear
+from lightning_compress.kinds.tensorised import TtEmbedding
 from lightning_compress.kinds.tucker import Tucker2
 
 DECOMPOSITIONS: dict[str, Decomposition] = {
     d.kind: d
     for d in (
         *(Svd(), Interpolative(), ChannelSvd(), SpatialSvd(), Tucker2(), SplitSvd(2), SplitSvd(4)),
-        *(TensorTrain(), Cp(), Cp3(), TtLinear(), TuckerLinear(), TtEmbedding()),
+        *(TensorTrain(), Cp(), Cp3(), TtEmbedding()),
     )
 }
 """Kind to decomposition."""
 
-AUTOMATIC = (
-    *("svd", "interpolative", "channel_svd", "spatial_svd", "tucker2", "tt", "cp3", "cp"),
-    *("tt_linear", "tucker_linear", "tt_embedding"),
-)
+AUTOMATIC = ("svd", "interpolative", "channel_svd", "spatial_svd", "tucker2", "tt", "cp3", "cp", "tt_embedding")
 """The kinds that "auto" chooses from, where they say so (`Decomposition.automatic`)."""
 
 

@@ -25,7 +25,9 @@ from typing_extensions import override
 
 from lightning_compress.kinds.base import Decomposition, LayerCall, Operator, Stage
 from lightning_compress.kinds.interpolative import Interpolative
+from lightning_compress.kinds.tensorised import TtEmbedding
 from lightning_compress.layers.interpolation import Interpolation
+from lightning_compress.layers.tensorised import lookup_cores
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -324,9 +326,8 @@ def own_layout(layer: nn.Module, weight: Tensor) -> Tensor:
 def children_of(decomposition: Decomposition, layer: nn.Module, ranks: tuple[int, ...]) -> dict[str, nn.Module]:
     """Returns the child layers in forward order, on the meta device; the last one can hold a bias."""
     operator, family = operator_of(layer), family_of(layer)
-    own = decomposition.own_children(operator, ranks)
-    if own is not None:
-        return own
+    if isinstance(decomposition, TtEmbedding):
+        return lookup_cores(operator.shape, ranks)
     children: dict[str, nn.Module] = {}
     for index, stage in enumerate(decomposition.stages(operator.shape, np.array([ranks]))):
         one = Stage(
