@@ -6,8 +6,8 @@ A network learns for a few minutes to tell the next token of Python source (the 
 files held out) from the one, two and three tokens before it, each a row of one table of 2^17 x 64. The table is
 factorised by its weights alone, with its rows in three orders: svd does not see a difference.
 
-An error is ‖W − Ŵ‖² / ‖W‖². Accuracies are given less that of svd at the same share as well; "noise" is two standard
-errors of that paired difference. "tuned" is the accuracy after 100 steps of Adam on the whole network, the better of
+An error is ‖W − Ŵ‖² / ‖W‖². "gain" is the accuracy less that of svd at the same share, "noise" two standard errors of
+that paired difference. "tuned" is the accuracy after 100 steps of Adam on the whole network, the better of
 two learning rates for every kind. "none" is the mean row in the place of every row.
 """
 
@@ -39,7 +39,8 @@ KEEP = (0.3, 0.1, 0.03, 0.01)
 ROWS, COLUMNS, TARGETS, ORDERS = 2**17, 64, 1000, 3
 TRAINING, BATCH, RATE = 1500, 1024, 2e-3
 TUNING, TUNING_BATCH, TUNING_RATES = 100, 128, (1e-3, 1e-4)
-BLANK = dict.fromkeys(f"{what}{more}" for what in ("accuracy", "tuned") for more in ("", " - svd", " noise"))
+COLUMN_NAMES = {"accuracy": ("gain", "noise"), "tuned": ("its gain", "its noise")}
+BLANK = dict.fromkeys(name for what, more in COLUMN_NAMES.items() for name in (what, *more))
 
 
 class NextToken(nn.Module):
@@ -178,9 +179,9 @@ def _compared(answers: dict[str, Tensor], against: dict[str, Tensor]) -> dict[st
     """Returns accuracies, by how much they are above those of svd, and two standard errors of that."""
     found = {what: float(each.mean()) for what, each in answers.items()}
     for what, other in against.items():
-        difference = answers[what] - other
-        found[f"{what} - svd"] = float(difference.mean())
-        found[f"{what} noise"] = 2 * float(difference.std()) / len(difference) ** 0.5
+        difference, (gain, noise) = answers[what] - other, COLUMN_NAMES[what]
+        found[gain] = float(difference.mean())
+        found[noise] = 2 * float(difference.std()) / len(difference) ** 0.5
     return found
 
 

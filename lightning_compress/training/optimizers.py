@@ -85,16 +85,6 @@ def require_patchable(optimizers: Iterable[Optimizer], exchanges: Sequence[Excha
             raise UnsupportedError(msg)
 
 
-def patch_optimizers_(optimizers: Sequence[Optimizer], replacements: Sequence[Replacement]) -> None:
-    """Puts the factors in place of their dense weights, in every param group of every optimizer.
-
-    Raises:
-        UnsupportedError: As `exchange_parameters_`.
-        OrphanParameterError: Likewise.
-    """
-    exchange_parameters_(optimizers, exchanges_of(replacements))
-
-
 def exchange_parameters_(optimizers: Sequence[Optimizer], exchanges: Sequence[Exchange]) -> None:
     """Puts new Parameters in place of old ones, in every param group of every optimizer.
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_compress import Budget, Plan, apply_plan_, compress_, load_compressed, save_compressed, search_ranks
 from lightning_compress.core.errors import PlanMismatchError
 from lightning_compress.surgery.embodied import embodied_plan
-from lightning_compress.training.optimizers import patch_optimizers_
+from tests.support.optimizing import patch_optimizers_
 from tests.support.plans import tampered
 
 WIDTH, NAMES = 48, ("attention.query", "attention.key", "attention.value")

@@ -12,7 +12,7 @@ from lightning_compress import Budget, apply_plan_, compress_, search_ranks
 from lightning_compress.analysis.statistics import gather_statistics
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.surgery.embodied import embodied_plan
-from lightning_compress.training.optimizers import patch_optimizers_
+from tests.support.optimizing import patch_optimizers_
 
 VOCABULARY, WIDTH = 300, 48
 

@@ -13,12 +13,13 @@ from torch.optim import SGD, Adam, Optimizer
 
 from lightning_compress import Budget, FactorisedLayer, apply_plan_, search_ranks
 from lightning_compress.core.errors import OrphanParameterError, UnsupportedError
-from lightning_compress.training.optimizers import optimizer_layout, patch_optimizers_
+from lightning_compress.training.optimizers import optimizer_layout
 from tests.support import optimizers
 from tests.support.compressing import compress
 from tests.support.fitting import QUIET, factors_of, held_by, planned, require_dense, require_same_state
 from tests.support.nets import TinyNet, TinyTask, TwoManual
 from tests.support.optimizers import Prebuilt, weights_of
+from tests.support.optimizing import patch_optimizers_
 from tests.support.resuming import require_same_optimizers
 
 pytestmark = QUIET
