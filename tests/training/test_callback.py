@@ -21,7 +21,7 @@ from tests.support.fitting import (
     require_plain_fit,
     require_same_state,
 )
-from tests.support.logging import MemoryLogger
+from tests.support.loggers import MemoryLogger
 from tests.support.nets import DENSE_BYTES, DENSE_PARAMETERS, TinyTask, dense_macs
 
 pytestmark = QUIET

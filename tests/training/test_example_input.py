@@ -19,7 +19,7 @@ from lightning_compress import Budget, Compress
 from lightning_compress.core.errors import CompressionWarning, ExampleInputError
 from tests.support.compressing import DEFAULTS, WEIGHTS_ALONE, compress
 from tests.support.fitting import QUIET, count, require_plain_fit
-from tests.support.logging import MemoryLogger
+from tests.support.loggers import MemoryLogger
 from tests.support.nets import DENSE_PARAMETERS, TinyTask, dense_macs
 
 pytestmark = QUIET

@@ -15,7 +15,7 @@ from packaging.version import Version
 
 from tests.support.compressing import compress
 from tests.support.fitting import QUIET, require_same_state
-from tests.support.logging import MemoryLogger
+from tests.support.loggers import MemoryLogger
 from tests.support.nets import DENSE_BYTES, DENSE_PARAMETERS, TinyTask, dense_macs
 
 pytestmark = QUIET
