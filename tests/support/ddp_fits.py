@@ -240,7 +240,8 @@ def shared():
     tabulate, match = units.tabulate, synthesis._match
 
     def counted_tabulate(layer, **settings):
-        done["tables"].append(layer.name)
+        if settings["metric"] is not None:  # the first rank alone compares with the weights
+            done["tables"].append(layer.name)
         return tabulate(layer, **settings)
 
     def counted_match(*args):
