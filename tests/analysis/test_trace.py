@@ -51,6 +51,7 @@ def test_trace_restores_modes_hooks_and_random_state(unchanged, fail):
     assert (np.random.get_state()[1] == numpy_state).all()
     assert random.getstate() == python_state
     assert [seen[2:] for seen in model.seen] == [(False, False)]
+    assert all(p.grad is None for p in model.parameters())
     assert torch.is_grad_enabled()
 
 
