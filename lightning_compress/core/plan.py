@@ -244,9 +244,9 @@ def _plan_from_dict(data: Mapping[str, Any]) -> Plan:
         source=_typed(data, "source", str, optional=True),
         data_free=_typed(data, "data_free", bool),
         optimality_gap=_typed(data, "optimality_gap", float, optional=True),
-        output_distance=_typed({"output_distance": None, **data}, "output_distance", float, optional=True),
+        output_distance=_typed(data, "output_distance", float, optional=True),
         seconds=_typed(data, "seconds", float, optional=True),
-        timings=_typed({"timings": {}, **data}, "timings", dict),
+        timings=_typed(data, "timings", dict),
         seed=_typed(data, "seed", int, optional=True),
     )
 
@@ -267,10 +267,10 @@ def _layer_from_dict(data: Mapping[str, Any]) -> LayerPlan:
         macs_before=_typed(data, "macs_before", int, optional=True),
         macs_after=_typed(data, "macs_after", int, optional=True),
         reason=_typed(data, "reason", str, optional=True),
-        source=_typed({"source": None, **data}, "source", str, optional=True),
-        joint_with=_typed({"joint_with": None, **data}, "joint_with", str, optional=True),
-        samples=_typed({"samples": None, **data}, "samples", int, optional=True),
-        error_spread=_typed({"error_spread": None, **data}, "error_spread", float, optional=True),
+        source=_typed(data, "source", str, optional=True),
+        joint_with=_typed(data, "joint_with", str, optional=True),
+        samples=_typed(data, "samples", int, optional=True),
+        error_spread=_typed(data, "error_spread", float, optional=True),
     )
 
 

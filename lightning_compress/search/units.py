@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_compress.analysis.inventory import Layer
 from lightning_compress.analysis.statistics import Statistics
@@ -129,24 +130,24 @@ class SingleLayer(Unit):
         """Kinds of decomposition to choose from."""
         return self.layer.kinds
 
+    @override
     def canonical_weight(self) -> Tensor:
-        """See `Unit`."""
         return self.layer.canonical_weight()
 
     def with_kinds(self, kinds: tuple[str, ...]) -> SingleLayer:
         """Returns the unit with other kinds to choose from."""
         return replace(self, layer=replace(self.layer, kinds=kinds))
 
+    @override
     def tabulate(self, budgeted: Sequence[str], rank_multiple: int, statistics: Statistics | None) -> Candidates:
-        """See `Unit`."""
         return tabulate(
             self.layer, budgeted=budgeted, rank_multiple=rank_multiple, metric=metric_of(self.layer, statistics)
         )
 
+    @override
     def fit(
         self, kind: str, ranks: tuple[int, ...], statistics: Statistics, *, draft: bool = False
     ) -> dict[str, Tensor]:
-        """See `Unit`."""
         with threads_for(self.layer.weight), torch.no_grad():
             metric = metric_of(self.layer, statistics)
             found = fit_factors(kind, self.double_weight(), ranks, metric, self.operator.groups, draft=draft)
@@ -158,14 +159,14 @@ class SingleLayer(Unit):
             lost = self.double_weight() - weight.to("cpu", torch.float64)
             return weighted_energy(lost, metric_of(self.layer, statistics), self.operator.groups)
 
+    @override
     def dense_weights(self, weight: Tensor) -> dict[str, Tensor]:
-        """See `Unit`."""
         return {self.name: self.layer.own_layout(weight)}
 
+    @override
     def plans(
         self, table: Candidates, row: int, traced: Trace | None, statistics: Statistics | None
     ) -> list[LayerPlan]:
-        """See `Unit`."""
         return [planned_layer(self.layer, table, row, traced, statistics)]
 
 
@@ -205,35 +206,35 @@ class JointLayers(Unit):
         """The stacked weights, (Σ out, in)."""
         return torch.cat([layer.weight for layer in self.layers])
 
+    @override
     def tabulate(self, budgeted: Sequence[str], rank_multiple: int, statistics: Statistics | None) -> Candidates:
-        """See `Unit`."""
         return tabulate_joint(
             self.layers, budgeted=budgeted, rank_multiple=rank_multiple, metrics=self._metrics(statistics)
         )
 
+    @override
     def fit(
         self,
-        kind: str,  # noqa: ARG002
+        kind: str,
         ranks: tuple[int, ...],
         statistics: Statistics,
         *,
-        draft: bool = False,  # noqa: ARG002
+        draft: bool = False,
     ) -> dict[str, Tensor]:
-        """See `Unit`."""
         with threads_for(self.layers[0].weight), torch.no_grad():
             weights = [layer.double_weight() for layer in self.layers]
             reduce, expand = joint_factors(weights, self._metrics(statistics), ranks[0])
         return _as_weight({"reduce": reduce, "expand": torch.cat(expand)}, self.layers[0].weight)
 
+    @override
     def dense_weights(self, weight: Tensor) -> dict[str, Tensor]:
-        """See `Unit`."""
         parts = torch.split_with_sizes(weight, [len(layer.weight) for layer in self.layers])
         return {layer.name: part for layer, part in zip(self.layers, parts, strict=True)}
 
+    @override
     def plans(
         self, table: Candidates, row: int, traced: Trace | None, statistics: Statistics | None
     ) -> list[LayerPlan]:
-        """See `Unit`; the first layer counts the joint factor."""
         dense = [planned_layer(each, Candidates.of_dense(each.name), 0, traced, statistics) for each in self.layers]
         if table.kinds[row] == DENSE:
             return [replace(plan, reason=BETTER_ELSEWHERE) for plan in dense]
