@@ -118,7 +118,7 @@ def test_known_types_are_exact():
 
 
 def test_depthwise_convolution_says_why_it_stays_dense():
-    (layer,) = take_inventory(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8)))
+    layer, _ = take_inventory(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Linear(8, 8)))
     assert layer.reason == "depthwise convolution (groups=8): one channel per group has no low rank"
 
 
