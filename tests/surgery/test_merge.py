@@ -190,7 +190,7 @@ class Attention(nn.Module):
 def test_layers_that_share_their_first_factor_part_again():
     model, x = Attention(), torch.randn(2, 5, 16)
     costs = Costs(1, None, 4)
-    layers = tuple(LayerPlan(n, "Linear", "svd", (4,), (16, 16), 0.5, 10, 5, shares="q") for n in ("q", "k", "v"))
+    layers = tuple(LayerPlan(n, "Linear", "svd", (4,), (16, 16), 0.5, 10, 5, joint_with="q") for n in ("q", "k", "v"))
     apply_plan_(model, Plan(layers, costs, costs))
     assert model.q.reduce.weight is model.k.reduce.weight is model.v.reduce.weight
     expected = model(x)
