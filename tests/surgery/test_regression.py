@@ -13,7 +13,7 @@ from lightning_compress import Budget, FactorisedLayer, apply_plan_, search_rank
 from lightning_compress.analysis.statistics import gather_statistics
 from lightning_compress.surgery.regression import in_forward_order, refit_
 from lightning_compress.surgery.repair import heal_
-from tests.support.healing import Case, centred, image_case, statistics_on
+from tests.support.healing import Case, centred, image_case, same, state_of, statistics_on
 from tests.support.nets import SHAPE, trained_like
 
 
@@ -93,6 +93,17 @@ def test_regression_of_a_convolution_fits_its_outputs_on_what_enters_it_now():
     refit_(case.dense, case.model, replacement, case.fitting, metric=None, calls=1)
     assert lost() < before
     assert new.ranks == replacement.factorised.ranks
+
+
+def test_layer_whose_inputs_never_vary_is_left_alone():
+    dense = nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 9)).double()
+    varied, constant = (torch.randn(n, 8, dtype=torch.float64).expand(64, 8) for n in (64, 1))
+    case = Case(dense, statistics_on(dense, [((varied,), {})] * 2), 0.6)
+    before = state_of(case.model)
+    refit_(case.dense, case.model, case.replacements[0], [((constant,), {})], metric=None, calls=1)
+    assert same(case.model, before)
+    refit_(case.dense, case.model, case.replacements[0], [((varied,), {})], metric=None, calls=1)
+    assert not same(case.model, before)
 
 
 def test_regression_goes_in_forward_order_whatever_the_order_of_registration():
