@@ -63,24 +63,20 @@ def from_mapping(cls: type[_T], value: Mapping[Any, Any], owner: str) -> _T:
     Raises:
         ConfigurationError: If a key is unknown.
     """
-    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for key in value:
-        if key not in known:
-            msg = f"{owner}: unknown key {key!r}.{did_you_mean(key, known)}"
-            raise ConfigurationError(msg)
+    require_known(value, [field.name for field in dataclasses.fields(cls)], owner, "key")  # type: ignore[arg-type]
     return cls(**value)
 
 
-def require_known(keywords: Iterable[str], known: Iterable[str], owner: str) -> None:
-    """Checks the names of keyword arguments that a function takes as `**settings`.
+def require_known(names: Iterable[Any], known: Iterable[str], owner: str, what: str = "argument") -> None:
+    """Checks the names of keyword arguments that a function takes as `**settings`, or of the keys of a mapping.
 
     Raises:
         ConfigurationError: If one is unknown; the message has a suggestion.
     """
     known = list(known)
-    for name in keywords:
+    for name in names:
         if name not in known:
-            msg = f"{owner}: unknown argument {name!r}.{did_you_mean(name, known)}"
+            msg = f"{owner}: unknown {what} {name!r}.{did_you_mean(name, known)}"
             raise ConfigurationError(msg)
 
 
@@ -94,11 +90,11 @@ def with_known_keywords(owner: str) -> Callable[[Callable[_P, _T]], Callable[_P,
     """
 
     def decorate(function: Callable[_P, _T]) -> Callable[_P, _T]:
-        known = list(inspect.signature(function).parameters)
+        known = [name for name in inspect.signature(function).parameters if name != "self"]
 
         @functools.wraps(function)
         def checked(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-            require_known(kwargs, [name for name in known if name != "self"], owner)
+            require_known(kwargs, known, owner)
             return function(*args, **kwargs)
 
         return checked

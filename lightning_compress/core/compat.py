@@ -6,7 +6,7 @@ are in `training/compat.py`.
 Not here, because torch's own documentation and the code built on it take them for granted, and a function around each
 would hide what happens: the dictionaries of a module (`_parameters`, `_buffers`, `_modules`, and the hooks such as
 `_forward_hooks`), which replacing a layer in place is all about; and what makes `nn.RNN`, `nn.LSTM` and `nn.GRU` run
-on fused kernels (`torch._VF`, `_flat_weights`), which `layers/unfused.py` alone knows.
+on fused kernels (`torch._VF`, `_flat_weights`), which `layers/unfused/` alone knows.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
-from lightning_compress.core.checks import did_you_mean
+from lightning_compress.core.checks import did_you_mean, is_number, require_count
 from lightning_compress.core.errors import ConfigurationError
 
 
@@ -35,6 +35,10 @@ class Effort:
         bisections: Plans tried for a quality target.
         solver_seconds: After which the exact solver gives its best choice and bound so far.
         healing_steps: Steps of the distillation that repairs the factors, at most.
+
+    Raises:
+        ConfigurationError: If a count is no whole number of at least 1 (0 for corrections and healing steps), or `fits`
+            or `solver_seconds` is no number above 0.
     """
 
     work: int = 2 * 10**12
@@ -51,6 +55,14 @@ class Effort:
     bisections: int = 12
     solver_seconds: float = 20.0
     healing_steps: int = 240
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name not in {"fits", "solver_seconds"}:
+                require_count(f"Effort({name}={value!r})", value, 0 if name in {"corrections", "healing_steps"} else 1)
+            elif not is_number(value) or value <= 0:
+                msg = f"Effort({name}={value!r}): expected a number above 0."
+                raise ConfigurationError(msg)
 
 
 EffortName = Literal["fast", "balanced", "thorough"]

@@ -6,11 +6,13 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar, copy_context
+from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 
 import torch
 from threadpoolctl import ThreadpoolController
+
+from lightning_compress.core.effort import current_effort, trying
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -111,13 +113,14 @@ def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> lis
     if count < 2:  # noqa: PLR2004
         return _one_by_one(function, items)
 
+    effort = current_effort()
+
     def alone(item: Item) -> Result:
-        with torch.no_grad():  # a thread has a mode of its own
+        with trying(effort), torch.no_grad():  # a thread has an effort and a mode of its own
             return function(item)
 
     with one_thread(), ThreadPoolExecutor(count) as pool:
-        futures = [pool.submit(copy_context().run, alone, item) for item in items]
-        return [future.result() for future in futures]
+        return list(pool.map(alone, items))
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from warnings import warn
 
+import numpy as np
+
 from lightning_compress.analysis.inspection import Inspection
 from lightning_compress.core.errors import CompressionWarning
 from lightning_compress.core.plan import LayerPlan, Plan
@@ -73,6 +75,6 @@ def _layer_plans(found: Choice, inspection: Inspection) -> list[LayerPlan]:
 
 def _gap(problem: Problem, choice: Ints) -> float:
     value, bound = problem.loss_of(choice), solve(problem, rel_gap=CERTIFICATE_GAP).bound
-    if value <= max(bound, 2.3e-16):
+    if value <= max(bound, np.finfo(float).eps):
         return 0.0
     return (value - bound) / bound if bound > 0 else float("inf")

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import threading
+
 import pytest
+import torch
 
 from lightning_compress import Budget, Compress, search_ranks
 from lightning_compress.core.effort import EFFORTS, Effort, current_effort, effort_of, trying
@@ -17,9 +20,12 @@ def test_presets_try_ever_harder():
 
 def test_effort_is_that_of_the_innermost_block_in_threads_too():
     own = Effort(inputs=7)
+    torch.set_num_threads(2)  # with one there are no threads
     with trying("fast"), trying(own):
         assert current_effort() is own
-        assert in_threads(lambda _: current_effort().inputs, range(3)) == [7, 7, 7]
+        found = in_threads(lambda _: (current_effort().inputs, threading.current_thread()), range(3))
+        assert [inputs for inputs, _ in found] == [7, 7, 7]
+        assert threading.main_thread() not in [thread for _, thread in found]
         with trying(None) as same:
             assert same is own
     assert current_effort() == EFFORTS["balanced"]
@@ -32,6 +38,21 @@ def test_unknown_effort_is_an_error_whatever_the_entrance(net, value):
             call()
     with pytest.raises(ConfigurationError, match="effort="):
         search_ranks(net, Budget(params=0.5), effort=value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"inputs": 0}, r"Effort\(inputs=0\): expected a whole number of at least 1"),
+        ({"descent_steps": 2.5}, r"Effort\(descent_steps=2\.5\): expected a whole number of at least 1"),
+        ({"corrections": -1}, r"Effort\(corrections=-1\): expected a whole number of at least 0"),
+        ({"fits": 0.0}, r"Effort\(fits=0\.0\): expected a number above 0"),
+        ({"solver_seconds": "5"}, r"Effort\(solver_seconds='5'\): expected a number above 0"),
+    ],
+)
+def test_effort_checks_itself(fields, said):
+    with pytest.raises(ConfigurationError, match=said):
+        Effort(**fields)
 
 
 def test_a_search_that_tries_less_makes_fewer_inputs_and_keeps_the_budget(net):

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_compress import Budget, search_ranks
 from lightning_compress.analysis.statistics import gather_statistics
+from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.progress import silent
 from lightning_compress.search.exact import smallest
 from lightning_compress.search.strategies import STRATEGIES, register_strategy
@@ -99,8 +100,25 @@ def test_energy_takes_the_cheapest_candidate_within_one_threshold(keep):
     assert [layer.ranks for layer in plan.layers] == at(max(layer.error for layer in plan.layers) + 1e-9)[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "objectives", "said"),
+    [
+        ("exact", ("weight",), r"register_strategy\('exact'\): the name is taken"),
+        ("own", ("weights",), r"register_strategy\('own'\): unknown objective 'weights'\. Did you mean 'weight'\?"),
+        ("own", ("auto",), r"unknown objective 'auto'"),
+        ("own", (), r"unknown objective ''"),
+    ],
+)
+def test_strategy_with_a_taken_name_or_an_unknown_objective_is_refused(name, objectives, said):
+    before = dict(STRATEGIES)
+    with pytest.raises(ConfigurationError, match=said):
+        register_strategy(name, objectives=objectives)
+    assert before == STRATEGIES
+
+
 def test_own_strategy_is_given_the_layers_of_its_candidates(monkeypatch):
     monkeypatch.setitem(STRATEGIES, "own", None)  # taken out again after the test
+    del STRATEGIES["own"]
     seen = []
 
     @register_strategy("own", kinds=("svd", "tucker2"))

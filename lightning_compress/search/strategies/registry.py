@@ -9,7 +9,7 @@ from typing import Protocol
 from lightning_compress.core.checks import did_you_mean
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.progress import Progress
-from lightning_compress.core.settings import SearchSettings
+from lightning_compress.core.settings import OBJECTIVES, SearchSettings
 from lightning_compress.kinds.base import Ints
 from lightning_compress.search.problem import Problem
 
@@ -31,7 +31,8 @@ class RegisteredStrategy:
     Attributes:
         name: What a user passes as `method`.
         solve: The strategy.
-        objectives: Which it takes, the best one last; objective "auto" is that where there are inputs.
+        objectives: Which it takes, the best one last; objective "auto" is that where there are inputs. "end_to_end"
+            goes on from the exact optimum and does not call the strategy.
         kinds: What kinds="auto" stands for, None for the usual ones.
         thorough: Whether all is done for it that is done for the default: inputs are made for objective "auto" (with
             the others it is "weight" unless statistics are given), layers may share first factors, errors are
@@ -67,7 +68,18 @@ def register_strategy(
         objectives: See `RegisteredStrategy`.
         kinds: See `RegisteredStrategy`.
         thorough: See `RegisteredStrategy`.
+
+    Raises:
+        ConfigurationError: If the name is taken, or there is no objective or an unknown one.
     """
+    if name in STRATEGIES:
+        msg = f"register_strategy({name!r}): the name is taken. Call it otherwise, and register it only once."
+        raise ConfigurationError(msg)
+    known = [objective for objective in OBJECTIVES if objective != "auto"]
+    for objective in objectives or ("",):
+        if objective not in known:
+            msg = f"register_strategy({name!r}): unknown objective {objective!r}.{did_you_mean(objective, known)}"
+            raise ConfigurationError(msg)
 
     def register(solve: Strategy) -> Strategy:
         STRATEGIES[name] = RegisteredStrategy(name, solve, objectives, kinds, thorough)
