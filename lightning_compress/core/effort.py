@@ -35,10 +35,13 @@ class Effort:
         bisections: Plans tried for a quality target.
         solver_seconds: After which the exact solver gives its best choice and bound so far.
         healing_steps: Steps of the distillation that repairs the factors, at most.
+        timed_sizes: Sizes of each kind at which layers are timed on the target.
+        timing_seconds: How long each of these measurements takes at least.
+        timing_limit: Seconds that they may take together; where they would take longer there are fewer sizes.
 
     Raises:
-        ConfigurationError: If a count is no whole number of at least 1 (0 for corrections and healing steps), or `fits`
-            or `solver_seconds` is no number above 0.
+        ConfigurationError: If a count is no whole number of at least 1 (0 for corrections and healing steps), or
+            another one is no number above 0.
     """
 
     work: int = 2 * 10**12
@@ -55,10 +58,13 @@ class Effort:
     bisections: int = 12
     solver_seconds: float = 20.0
     healing_steps: int = 240
+    timed_sizes: int = 8
+    timing_seconds: float = 0.03
+    timing_limit: float = 60.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name not in {"fits", "solver_seconds"}:
+            if name not in {"fits", "solver_seconds", "timing_seconds", "timing_limit"}:
                 require_count(f"Effort({name}={value!r})", value, 0 if name in {"corrections", "healing_steps"} else 1)
             elif not is_number(value) or value <= 0:
                 msg = f"Effort({name}={value!r}): expected a number above 0."
@@ -81,6 +87,9 @@ EFFORTS: dict[str, Effort] = {
         bisections=8,
         solver_seconds=5.0,
         healing_steps=80,
+        timed_sizes=5,
+        timing_seconds=0.01,
+        timing_limit=15.0,
     ),
     "balanced": Effort(),
     "thorough": Effort(
@@ -96,6 +105,9 @@ EFFORTS: dict[str, Effort] = {
         bisections=16,
         solver_seconds=120.0,
         healing_steps=960,
+        timed_sizes=12,
+        timing_seconds=0.1,
+        timing_limit=300.0,
     ),
 }
 """The presets; "balanced" is the default, on which all reported figures are measured unless they say otherwise."""

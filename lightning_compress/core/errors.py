@@ -21,7 +21,8 @@ LightningCompressError
 └── ResourceError
     ├── DataNotFoundError
     ├── WeightsError
-    └── OutputFolderError
+    ├── OutputFolderError
+    └── TargetError
 """
 
 
@@ -115,3 +116,7 @@ class WeightsError(ResourceError):
 
 class OutputFolderError(ResourceError):
     """The output folder cannot be created or written."""
+
+
+class TargetError(ResourceError):
+    """The target cannot be measured on: it fails, returns no time, is too noisy, or its table lacks what is needed."""

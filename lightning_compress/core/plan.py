@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +22,14 @@ from lightning_compress.core.settings import Budget
 DENSE = "dense"
 """The kind of a layer that is left alone."""
 BETTER_ELSEWHERE = "the search keeps it dense: the budget is better spent here"
+WIDTH = 160
+"""Characters of a plan's lines as text."""
+MOST_NAMED = 5
+"""Layers in a line of the summary."""
 FORMAT = "lightning_compress/plan"
 SCHEMA = 1
+SLOWER = 0.05
+"""By which a layer's predicted time must exceed that of the dense one to be called slower."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class LayerPlan:
             None if it has factors of its own. `params_after` of the first alone holds that factor.
         samples: Number of independent inputs the error is estimated from, None if from none.
         error_spread: Standard error of `error` over parts of these inputs, None if unknown.
+        latency_before: Seconds of the dense layer on the target, over all its calls; None if unknown.
+        latency_after: Likewise afterwards, as predicted.
     """
 
     name: str
@@ -66,6 +74,14 @@ class LayerPlan:
     joint_with: str | None = None
     samples: int | None = None
     error_spread: float | None = None
+    latency_before: float | None = None
+    latency_after: float | None = None
+
+    @property
+    def is_slower(self) -> bool:
+        """Whether it takes more time than the dense layer, by more than can be predicted."""
+        before, after = self.latency_before, self.latency_after
+        return before is not None and after is not None and after > (1 + SLOWER) * before
 
     @property
     def is_dense(self) -> bool:
@@ -79,8 +95,8 @@ class Plan:
 
     Attributes:
         layers: One entry for each parameterised module, in order.
-        dense: Costs of the dense model.
-        compressed: Costs of the model once the plan is applied.
+        dense: Costs of the dense model; its latency is that in the faster memory format.
+        compressed: Costs of the model once the plan is applied; its latency as measured where it could be.
         budget: The bounds the search kept, None for a plan read off a model.
         method: Search strategy.
         objective: What the search minimised: "weight" or "moments", `signal_loss` over the errors of the
@@ -95,6 +111,9 @@ class Plan:
         seconds: Duration of the search.
         timings: Seconds by part: "synthetic inputs", "moments", "search".
         seed: Its seed.
+        target: What time was measured on, and the fingerprint of the table of times; None where time was left out.
+        predicted_latency: Seconds of the compressed model as predicted from its layers.
+        memory_format: "channels_last" if the model is put in it, None if it stays as it is.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -110,6 +129,14 @@ class Plan:
     seconds: float | None = None
     timings: Mapping[str, float] = field(default_factory=dict, hash=False)
     seed: int | None = None
+    target: Mapping[str, Any] | None = field(default=None, hash=False)
+    predicted_latency: float | None = None
+    memory_format: str | None = None
+
+    @property
+    def slower(self) -> tuple[LayerPlan, ...]:
+        """The layers that are slower than dense on the target."""
+        return tuple(layer for layer in self.layers if layer.is_slower)
 
     @property
     def factorised(self) -> tuple[LayerPlan, ...]:
@@ -162,18 +189,21 @@ class Plan:
     def __str__(self) -> str:
         """Returns a table: layers, kinds, ranks, errors, sizes, reasons."""
         buffer = io.StringIO()
-        console = Console(file=buffer, width=120, color_system=None, legacy_windows=False)
+        console = Console(file=buffer, width=WIDTH, color_system=None, legacy_windows=False)
         console.print(self.table())
         console.print(self.summary(), soft_wrap=True, highlight=False, markup=False)
         return buffer.getvalue().rstrip()
 
     def table(self) -> Table:
         """Returns the layers as a rich table."""
+        traced = any(layer.macs_before is not None for layer in self.layers)
+        timed = any(layer.latency_before is not None for layer in self.layers)
         table = Table(title="Plan", title_justify="left")
-        for name, justify in (("layer", "left"), ("type", "left"), ("kind", "left"), ("ranks", "right")):
-            table.add_column(name, justify=justify, no_wrap=name != "layer", overflow="fold")  # type: ignore[arg-type]
-        for name, justify in (("error", "right"), ("measured on", "left"), ("params", "right"), ("kept", "right")):
-            table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        table.add_column("layer", overflow="fold", min_width=12)
+        columns = ["type", "kind", "ranks", "error", "measured on", "params", *(["MACs"] if traced else [])]
+        for name in [*columns, *(["ms"] if timed else [])]:
+            left = name in {"type", "kind", "measured on"}
+            table.add_column(name, justify="left" if left else "right", no_wrap=True)
         table.add_column("reason", overflow="fold")
         for layer in self.layers:
             table.add_row(
@@ -183,13 +213,30 @@ class Plan:
                 ", ".join(map(str, layer.ranks)),
                 "" if layer.is_dense else _error_text(layer),
                 "" if layer.is_dense else _source_text(layer),
-                f"{layer.params_before:,} → {layer.params_after:,}"
-                if not layer.is_dense
-                else f"{layer.params_before:,}",
-                "" if layer.is_dense else f"{100 * layer.params_after / layer.params_before:.1f} %",
+                _params_text(layer),
+                *([change_text(layer, layer.macs_before, layer.macs_after, compact)] if traced else []),
+                *([change_text(layer, layer.latency_before, layer.latency_after, milliseconds)] if timed else []),
                 Text(layer.reason or (f"shares its first factor: {layer.joint_with}" if layer.joint_with else "")),
             )
         return table
+
+    def time_lines(self) -> list[str]:
+        """Returns what there is to say about time: before and after, and which layers are slower than dense."""
+        if self.dense.latency is None or self.compressed.latency is None or self.target is None:
+            return []
+        before, after = 1e3 * self.dense.latency, 1e3 * self.compressed.latency
+        predicted = f", predicted {1e3 * self.predicted_latency:.3g} ms" if self.predicted_latency else ""
+        where = f"{self.target.get('backend', 'target')}, batch {self.target.get('batch', 1)}"
+        form = f", {self.memory_format}" if self.memory_format else ""
+        lines = [f"latency {before:.3g} → {after:.3g} ms ({before / after:.2f}x; {where}{form}{predicted})"]
+        if self.slower:
+            named = [
+                f"{layer.name} {1e3 * (layer.latency_before or 0):.3g} → {1e3 * (layer.latency_after or 0):.3g} ms"
+                for layer in self.slower[:MOST_NAMED]
+            ]
+            more = f", and {len(self.slower) - MOST_NAMED} more" if len(self.slower) > MOST_NAMED else ""
+            lines.append(f"slower than dense: {', '.join(named)}{more}")
+        return lines
 
     def summary(self) -> str:
         """Returns sizes, budget and optimality in one or two lines."""
@@ -197,7 +244,7 @@ class Plan:
         if self.compressed.macs is not None and self.dense.macs is not None:
             parts.append(f"MACs {self.dense.macs:,} → {self.compressed.macs:,} ({percent(self.kept['macs'])} kept)")
         parts.append(f"bytes {self.dense.bytes:,} → {self.compressed.bytes:,} ({percent(self.kept['bytes'])} kept)")
-        lines = ["; ".join(parts)]
+        lines = ["; ".join(parts), *self.time_lines()]
         found = [f"budget {self.budget}"] if self.budget is not None else []
         found += [f"method {self.method}"] if self.method is not None else []
         gap = "" if self.optimality_gap is None else f", at most {100 * self.optimality_gap:.2f} % above the optimum"
@@ -221,6 +268,32 @@ def signal_loss(errors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 def _error_text(layer: LayerPlan) -> str:
     return f"{layer.error:.4f}" + (f" ± {layer.error_spread:.4f}" if layer.error_spread is not None else "")
+
+
+def _params_text(layer: LayerPlan) -> str:
+    if layer.is_dense:
+        return f"{layer.params_before:,}"
+    return f"{layer.params_before:,} → {layer.params_after:,} ({percent(layer.params_after / layer.params_before)})"
+
+
+def change_text(layer: LayerPlan, before: float | None, after: float | None, text: Callable[[float], str]) -> str:
+    """Returns what a layer costs before and after for people, the one number of a dense one, "" if unknown."""
+    if before is None or after is None:
+        return ""
+    return text(before) if layer.is_dense else f"{text(before)} → {text(after)}"
+
+
+def compact(count: float) -> str:
+    """Returns a number with three digits, such as 7.37M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return f"{count:.0f}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Returns seconds as milliseconds with three digits."""
+    return f"{1e3 * seconds:.3g}"
 
 
 def _source_text(layer: LayerPlan) -> str:
@@ -248,6 +321,9 @@ def _plan_from_dict(data: Mapping[str, Any]) -> Plan:
         seconds=_typed(data, "seconds", float, optional=True),
         timings=_typed(data, "timings", dict),
         seed=_typed(data, "seed", int, optional=True),
+        target=_typed(data, "target", dict, optional=True),
+        predicted_latency=_typed(data, "predicted_latency", float, optional=True),
+        memory_format=_typed(data, "memory_format", str, optional=True),
     )
 
 
@@ -271,6 +347,8 @@ def _layer_from_dict(data: Mapping[str, Any]) -> LayerPlan:
         joint_with=_typed(data, "joint_with", str, optional=True),
         samples=_typed(data, "samples", int, optional=True),
         error_spread=_typed(data, "error_spread", float, optional=True),
+        latency_before=_typed(data, "latency_before", float, optional=True),
+        latency_after=_typed(data, "latency_after", float, optional=True),
     )
 
 
@@ -279,6 +357,7 @@ def _costs_from_dict(data: Mapping[str, Any]) -> Costs:
         params=_typed(data, "params", int),
         macs=_typed(data, "macs", int, optional=True),
         bytes=_typed(data, "bytes", int),
+        latency=_typed(data, "latency", float, optional=True),
     )
 
 

@@ -21,9 +21,10 @@ from lightning_compress.core.checks import (
     require_type,
 )
 from lightning_compress.core.effort import Effort, EffortName, effort_of
-from lightning_compress.core.errors import BudgetError, ConfigurationError, UnsupportedError
+from lightning_compress.core.errors import BudgetError, ConfigurationError
+from lightning_compress.core.target import TargetLike, target_of
 
-RESOURCES = ("params", "macs", "bytes")
+RESOURCES = ("params", "macs", "bytes", "latency")
 """What a budget can bound, in the order every cost vector uses."""
 
 
@@ -37,7 +38,9 @@ class Budget:
     Attributes:
         params: Kept fraction of the number of parameters, in (0, 1].
         macs: Kept fraction of the multiply-accumulate operations at batch 1, in (0, 1].
-        latency: Kept fraction of the measured latency. Reserved: refused by this version.
+        latency: Kept fraction of the seconds of one forward pass on the target, in (0, 1]. It bounds the whole
+            model as it is measured there, dense in its faster memory format.
+        latency_ms: The same bound in milliseconds.
         bytes: Kept fraction of the size of the state dict (parameters and buffers), in (0, 1].
         ratio: The same bound as `params` written as a compression: "5x" keeps 1/5.
         max_error: A quality target in the place of bounds: the smallest model whose outputs on synthetic
@@ -45,25 +48,19 @@ class Budget:
             after the swap.
 
     Raises:
-        BudgetError: If a bound is no number in (0, 1], no bound is given at all, both
-            `params` and `ratio` are given, or `max_error` beside a bound.
-        UnsupportedError: If `latency` is given.
+        BudgetError: If a bound is no number in (0, 1], milliseconds are none above 0, no bound is given at
+            all, both `params` and `ratio` are given, or `max_error` beside a bound.
     """
 
     params: float | None = None
     macs: float | None = None
     latency: float | None = None
+    latency_ms: float | None = None
     bytes: float | None = None
     ratio: str | None = None
     max_error: float | None = None
 
     def __post_init__(self) -> None:
-        if self.latency is not None:
-            msg = (
-                f"Budget(latency={self.latency!r}): this version measures latency but does not bound it; "
-                "use macs=, the closest bound it can hold."
-            )
-            raise UnsupportedError(msg)
         if self.ratio is not None:
             if self.params is not None:
                 msg = f"Budget(params={self.params!r}, ratio={self.ratio!r}): give one of the two, they bound the same."
@@ -78,14 +75,36 @@ class Budget:
                     f"{name}=0.2 keeps at most 20 %."
                 )
                 raise BudgetError(msg)
+        if self.latency_ms is not None and not (is_number(self.latency_ms) and self.latency_ms > 0):
+            msg = f"Budget(latency_ms={self.latency_ms!r}): expected the most milliseconds of a forward pass, above 0."
+            raise BudgetError(msg)
         if self.max_error is not None:
             self._check_max_error()
-        elif not self.limits():
-            msg = f"Budget() bounds nothing: give at least one of {', '.join(RESOURCES)}, ratio='5x', or max_error."
+        elif not self.bounds:
+            msg = (
+                f"Budget() bounds nothing: give at least one of {', '.join(RESOURCES)}, latency_ms, ratio='5x', or "
+                "max_error."
+            )
             raise BudgetError(msg)
 
+    @property
+    def bounds(self) -> dict[str, float]:
+        """The bounds as they were given."""
+        absolute = {"latency_ms": float(self.latency_ms)} if self.latency_ms is not None else {}
+        return {**self.limits(), **absolute}
+
+    @property
+    def bounds_latency(self) -> bool:
+        """Whether time is bounded, so that it has to be measured."""
+        return self.latency is not None or self.latency_ms is not None
+
+    @property
+    def needs_example_input(self) -> bool:
+        """Whether it bounds what only a forward pass shows."""
+        return self.macs is not None or self.bounds_latency
+
     def _check_max_error(self) -> None:
-        if self.limits():
+        if self.bounds:
             msg = f"Budget({self}, max_error={self.max_error!r}): give bounds or a quality target, not both."
             raise BudgetError(msg)
         if not (is_number(self.max_error) and 0 < cast(float, self.max_error) < 1):
@@ -98,21 +117,29 @@ class Budget:
     @property
     def budgeted(self) -> tuple[str, ...]:
         """What the search counts: the bounded resources; parameters for a quality target."""
-        return tuple(self.limits()) or ("params",)
+        return tuple(name for name in RESOURCES if name in self.limits(1.0)) or ("params",)
 
-    def limits(self) -> dict[str, float]:
-        """Returns the bounds that were given, resource to kept fraction."""
-        return {name: float(getattr(self, name)) for name in RESOURCES if getattr(self, name) is not None}
+    def limits(self, dense_seconds: float | None = None) -> dict[str, float]:
+        """Returns the bounds as resource to kept fraction.
+
+        Args:
+            dense_seconds: Latency of the dense model; without it a bound in milliseconds is left out.
+        """
+        found = {name: float(getattr(self, name)) for name in RESOURCES if getattr(self, name) is not None}
+        if self.latency_ms is not None and dense_seconds is not None:
+            found["latency"] = min(found.get("latency", 1.0), 1e-3 * self.latency_ms / dense_seconds)
+        return found
 
     def as_dict(self) -> dict[str, float]:
         """Returns what was given: the bounds, or the quality target."""
-        return self.limits() or {"max_error": float(cast(float, self.max_error))}
+        return self.bounds or {"max_error": float(cast(float, self.max_error))}
 
     def __str__(self) -> str:
         """Returns the bounds as a user would write them."""
-        if not self.limits():
+        if not self.bounds:
             return f"output distance <= {self.max_error:g}"
-        return ", ".join(f"{name} <= {100 * limit:g} %" for name, limit in self.limits().items())
+        written = [f"{name} <= {100 * limit:g} %" for name, limit in self.limits().items()]
+        return ", ".join(written + ([f"latency <= {self.latency_ms:g} ms"] if self.latency_ms is not None else []))
 
     @classmethod
     def from_value(cls, value: object) -> Budget:
@@ -209,8 +236,8 @@ class SearchSettings:
             method takes and that inputs allow: with an example input, statistics or calibration "end_to_end", or
             "moments" for models so large that it would take long; else "weight". "uniform" and "energy" are "weight"
             too unless statistics are given. Where the model fails on synthetic inputs the search falls back, with a
-            `CompressionWarning`. With an example input a small term for the numbers that factorised layers write is
-            part of all of them, so that where little is lost either way the faster kinds are chosen.
+            `CompressionWarning`. Where time is measured a small term for it is part of all of them, so that where
+            little is lost either way the faster kinds are chosen.
         kinds: "auto", a kind of decomposition, or a list of kinds to choose from. "auto" is svd, interpolative,
             channel_svd, spatial_svd, tucker2, tt, cp3, cp for large kernels, tt_embedding for very large
             embeddings, or what the method says. Kinds that were registered by `register_kind` are used where
@@ -222,6 +249,11 @@ class SearchSettings:
         seed: Of everything random in the search and the repair.
         effort: How hard to try: "fast", "balanced", "thorough", or an `Effort` of one's own; None is that of the
             enclosing `trying`, "balanced" without one.
+        target: What the compressed model is to run on, see `Target`: "torch" (this process, batch 1), "onnxruntime",
+            a `Target` or a mapping of its fields, an object with a method `seconds(module, example)` that measures on
+            a device of your own (`Stopwatch`), the path of a table that was measured elsewhere (`LatencyTable`), or
+            None. With an example input the plan is no slower there than dense if that can be had within the budget;
+            without one, or for None, time is left out.
 
     Raises:
         ConfigurationError: If the objective is unknown, or a number is out of range. Names of strategies, kinds and
@@ -237,8 +269,10 @@ class SearchSettings:
     rank_multiple: int = 1
     seed: int = 0
     effort: EffortName | Effort | None = None
+    target: TargetLike = "torch"
 
     def __post_init__(self) -> None:
+        target_of(self.target)
         if self.effort is not None:
             effort_of(self.effort)
         if self.objective not in OBJECTIVES:
@@ -281,3 +315,4 @@ class SearchKeywords(TypedDict, total=False):
     rank_multiple: int
     seed: int
     effort: EffortName | Effort | None
+    target: TargetLike

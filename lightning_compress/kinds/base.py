@@ -175,7 +175,7 @@ class Decomposition(ABC):
     def macs(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Ints:
         """Returns the multiply-accumulates of one call, shape (n,)."""
         total = np.zeros(len(ranks), dtype=np.int64)
-        for index, (stage, before, after) in enumerate(self._positions(shape, ranks, call)):
+        for index, (stage, before, after) in enumerate(self.stage_positions(shape, ranks, call)):
             if not (call.lookup and index == 0):
                 total = total + stage.parameters(shape[2:]) * (before if call.transposed else after) * call.rows
         return total
@@ -187,11 +187,11 @@ class Decomposition(ABC):
         of the time a network takes than its MACs.
         """
         total = np.zeros(len(ranks), dtype=np.int64)
-        for stage, _, after in self._positions(shape, ranks, call):
+        for stage, _, after in self.stage_positions(shape, ranks, call):
             total = total + stage.outputs * after * call.rows
         return total
 
-    def _positions(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Iterator[tuple[Stage, int, int]]:
+    def stage_positions(self, shape: tuple[int, ...], ranks: Ints, call: LayerCall) -> Iterator[tuple[Stage, int, int]]:
         """Yields every stage with the number of positions that it reads and that it writes.
 
         A stage works on the sizes that the axes have by then: the outputs' once some stage spanned them.

@@ -8,12 +8,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 from typing_extensions import override
 
 from lightning_compress.core.errors import UnsupportedError
 from lightning_compress.kinds.base import Decomposition
 from lightning_compress.kinds.registry import multiplied_out
+from lightning_compress.kinds.tensorised import TtEmbedding
 from lightning_compress.layers.families import canonical_factors, operator_of, own_layout, stored_factor, template_of
+from lightning_compress.layers.memory_format import channels_last_format, in_channels_last
 
 _SHAPE_ATTRIBUTES = (
     "in_features",
@@ -33,8 +36,6 @@ _SHAPE_ATTRIBUTES = (
     "nf",
     "nx",
 )
-
-_CONTIGUOUS = torch.contiguous_format
 
 
 class FactorisedLayer(nn.Sequential):
@@ -115,7 +116,8 @@ class FactorisedLayer(nn.Sequential):
         dense.__dict__ = {name: copy.copy(value) for name, value in dense.__dict__.items()}
         factors = list(self.factors().values())
         weight = own_layout(dense, self.canonical_weight(torch.float32).detach()).to(factors[0].dtype)
-        weight = weight.contiguous(memory_format=next(filter(None, map(channels_last_format, factors)), _CONTIGUOUS))
+        laid = any(channels_last_format(factor) is not None for factor in factors)
+        weight = in_channels_last(weight) if laid else weight.contiguous()
         required = all(factor.requires_grad for factor in factors)
         dense._parameters = {**dense._parameters, "weight": nn.Parameter(weight, requires_grad=required)}
         if "bias" in dense._parameters:
@@ -190,8 +192,10 @@ class FactorisedLookup(FactorisedLayer):
         return rows if padding is None else torch.where((input == padding)[..., None], rows.detach(), rows)
 
 
-def channels_last_format(weight: Tensor) -> torch.memory_format | None:
-    """Returns the channels-last format that a weight is in and that is not the ordinary one as well, else None."""
-    known = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
-    found = known is not None and not weight.is_contiguous() and weight.is_contiguous(memory_format=known)
-    return known if found else None
+def factorised_type(dense: nn.Module, decomposition: Decomposition) -> type[FactorisedLayer]:
+    """Returns the class that a dense layer's factors are called by."""
+    if isinstance(decomposition, TtEmbedding):
+        return FactorisedLookup
+    if isinstance(dense, nn.EmbeddingBag):
+        return FactorisedBag
+    return FactorisedTransposed if isinstance(dense, _ConvTransposeNd) else FactorisedLayer

@@ -7,7 +7,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_compress.analysis.inventory import Layer
 from lightning_compress.core.plan import LayerPlan
@@ -15,19 +14,15 @@ from lightning_compress.kinds.base import threads_for
 from lightning_compress.kinds.joint_svd import joint_factors
 from lightning_compress.kinds.metric import Metric
 from lightning_compress.kinds.registry import DECOMPOSITIONS, Decomposition, fit_factors
-from lightning_compress.kinds.tensorised import TtEmbedding
-from lightning_compress.layers.factorised import (
-    FactorisedBag,
-    FactorisedLayer,
-    FactorisedLookup,
-    FactorisedTransposed,
-    channels_last_format,
-)
+from lightning_compress.layers.factorised import FactorisedLayer, factorised_type
 from lightning_compress.layers.families import TransposedLinear, children_of, operator_of, stored_factor
+from lightning_compress.layers.memory_format import channels_last_format, in_channels_last
 from lightning_compress.layers.unfused import share_hooks
 
 
-def build_layer(layer: Layer, planned: LayerPlan, metric: Metric | None, *, decompose: bool) -> FactorisedLayer:
+def build_layer(
+    layer: Layer, planned: LayerPlan, metric: Metric | None, *, decompose: bool, channels_last: bool = False
+) -> FactorisedLayer:
     """Returns the factorised layer of a planned one.
 
     Args:
@@ -35,6 +30,7 @@ def build_layer(layer: Layer, planned: LayerPlan, metric: Metric | None, *, deco
         planned: Its kind and ranks.
         metric: In which the factors are fitted, None for the weights alone.
         decompose: Whether to compute the factors; else they are zeros.
+        channels_last: Whether factors are put in that format; else they are in that of the weight.
     """
     dense, weight = layer.module, cast(nn.Parameter, layer.module.weight)
     decomposition = DECOMPOSITIONS[planned.kind]
@@ -48,7 +44,9 @@ def build_layer(layer: Layer, planned: LayerPlan, metric: Metric | None, *, deco
     for name, child in children.items():
         shape = cast(Tensor, child.weight).shape
         value = stored_factor(child, factors[name]).reshape(shape) if decompose else torch.zeros(shape)
-        child.weight = nn.Parameter(_like(value, weight), requires_grad=weight.requires_grad)
+        value = _like(value, weight)
+        value = in_channels_last(value) if channels_last else value
+        child.weight = nn.Parameter(value, requires_grad=weight.requires_grad)
         for key, buffer in child.named_buffers():
             child.register_buffer(key, buffer.to(weight.device))
         table = isinstance(child, (nn.Embedding, nn.EmbeddingBag))
@@ -110,21 +108,13 @@ def _finished(
     if "bias" in dense._parameters:
         last = children[list(children)[-1]]
         last.register_parameter("bias", cast("nn.Parameter | None", dense.bias))
-    new = _class_for(dense, decomposition)(children, dense=dense, decomposition=decomposition, ranks=ranks)
+    new = factorised_type(dense, decomposition)(children, dense=dense, decomposition=decomposition, ranks=ranks)
     new.error = error
     share_hooks(dense, new)
     return new.train(dense.training)
 
 
-def _class_for(dense: nn.Module, decomposition: Decomposition) -> type[FactorisedLayer]:
-    if isinstance(decomposition, TtEmbedding):
-        return FactorisedLookup
-    if isinstance(dense, nn.EmbeddingBag):
-        return FactorisedBag
-    return FactorisedTransposed if isinstance(dense, _ConvTransposeNd) else FactorisedLayer
-
-
 def _like(value: Tensor, weight: Tensor) -> Tensor:
     """Returns the value in the weight's dtype, device and memory format."""
     value = value.to(weight.device, weight.dtype)
-    return value.contiguous(memory_format=channels_last_format(weight) or torch.contiguous_format)
+    return in_channels_last(value) if channels_last_format(weight) is not None else value.contiguous()
