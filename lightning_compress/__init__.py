@@ -14,11 +14,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_compress.analysis.latency.table import LatencyTable
     from lightning_compress.compress import compress_
     from lightning_compress.core.errors import LightningCompressError
     from lightning_compress.core.fine_tuning import Distill, Phase, Plateau, Schedule
     from lightning_compress.core.plan import LayerPlan, Plan
     from lightning_compress.core.settings import Budget, Override
+    from lightning_compress.core.target import Target
     from lightning_compress.layers.factorised import FactorisedLayer
     from lightning_compress.search.api import search_ranks
     from lightning_compress.surgery.merge import merge_
@@ -35,6 +37,7 @@ _HOMES = {
     "CompressedCheckpointMixin": "training.checkpoint",
     "Distill": "core.fine_tuning",
     "FactorisedLayer": "layers.factorised",
+    "LatencyTable": "analysis.latency.table",
     "LayerPlan": "core.plan",
     "LightningCompressError": "core.errors",
     "Override": "core.settings",
@@ -42,6 +45,7 @@ _HOMES = {
     "Plan": "core.plan",
     "Plateau": "core.fine_tuning",
     "Schedule": "core.fine_tuning",
+    "Target": "core.target",
     "apply_plan_": "surgery.swap",
     "compress_": "compress",
     "load_compressed": "surgery.save",
@@ -57,6 +61,7 @@ __all__ = [
     "CompressedCheckpointMixin",
     "Distill",
     "FactorisedLayer",
+    "LatencyTable",
     "LayerPlan",
     "LightningCompressError",
     "Override",
@@ -64,6 +69,7 @@ __all__ = [
     "Plan",
     "Plateau",
     "Schedule",
+    "Target",
     "apply_plan_",
     "compress_",
     "load_compressed",

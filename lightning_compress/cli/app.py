@@ -27,11 +27,13 @@ from rich.markup import escape
 from torch import nn
 from typing_extensions import override
 
-from lightning_compress.analysis.costs import measure_costs, measure_latency
+from lightning_compress.analysis.costs import measure_costs
+from lightning_compress.analysis.latency.compare import measure_latency
 from lightning_compress.cli.config import CONFIG_FOLDER, check_config, make, or_exit, require_writable, settings_of
 from lightning_compress.cli.demo.task import ClassificationTask
-from lightning_compress.cli.report import Figures, Report, plot_plan
+from lightning_compress.cli.report import BATCH, Figures, Report, plot_plan
 from lightning_compress.core.errors import TrainingError, UnsupportedError
+from lightning_compress.core.target import Target
 from lightning_compress.surgery.save import load_weights_, save_compressed
 from lightning_compress.training.callback import Compress
 
@@ -157,10 +159,13 @@ def _report(job: _Job, stages: tuple[_Tested, _Tested, _Tested]) -> Report:
     if job.compress.plan is None:
         msg = "the fit ended without a plan."
         raise TrainingError(msg)
-    latencies = measure_latency([stage.net for stage in stages], job.example_input)
+    nets = [stage.net for stage in stages]
+    latencies, batches = (
+        measure_latency(nets, job.example_input, target=Target(batch=batch, threads=1)) for batch in (1, BATCH)
+    )
     dense, zero_shot, fine_tuned = (
-        Figures(measure_costs(stage.net, job.example_input), seconds, stage.metrics)
-        for stage, seconds in zip(stages, latencies, strict=True)
+        Figures(measure_costs(stage.net, job.example_input), latency, BATCH / seconds, stage.metrics)
+        for stage, latency, seconds in zip(stages, latencies, batches, strict=True)
     )
     report = Report(job.compress.plan, dense, zero_shot, fine_tuned, job.compress.seconds)
     report.save(job.folder)
@@ -168,6 +173,8 @@ def _report(job: _Job, stages: tuple[_Tested, _Tested, _Tested]) -> Report:
     if job.cfg.plot:
         _plot(report, job.folder)
     Console().print(report.table())
+    for line in report.plan.time_lines():
+        _say(f"search: {line}" if line.startswith("latency") else line)
     _say(f"written to {escape(str(job.folder))}")
     return report
 

@@ -12,9 +12,11 @@ from rich.table import Table
 
 from lightning_compress.core.costs import Costs
 from lightning_compress.core.errors import OutputFolderError, UnsupportedError
-from lightning_compress.core.plan import LayerPlan, Plan, percent
+from lightning_compress.core.plan import LayerPlan, Plan, change_text, compact, milliseconds, percent
 
 SCHEMA = 1
+BATCH = 32
+"""Inputs per forward pass at which the throughput is measured."""
 STAGES = ("dense", "zero_shot", "fine_tuned")
 
 
@@ -24,17 +26,22 @@ class Figures:
 
     Attributes:
         costs: Parameters, MACs, bytes.
-        latency: Seconds of one forward pass at batch 1, measured in turns with the other stages.
+        latency: Seconds of one forward pass at batch 1 on one thread, measured in turns with the other stages; of the
+            dense model in its faster memory format.
+        throughput: Inputs per second at batch 32, likewise.
         metrics: Metric name to value.
     """
 
     costs: Costs
     latency: float
+    throughput: float
     metrics: Mapping[str, float]
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the figures as report.json holds them, latency in milliseconds."""
-        return {**vars(self.costs), "latency_ms": 1e3 * self.latency, "metrics": dict(self.metrics)}
+        costs = {name: getattr(self.costs, name) for name in ("params", "macs", "bytes")}
+        times = {"latency_ms": 1e3 * self.latency, "throughput": self.throughput}
+        return {**costs, **times, "metrics": dict(self.metrics)}
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,11 @@ class Report:
         kept = self.fine_tuned.costs.kept_of(self.dense.costs)
         return {**kept, "latency": self.fine_tuned.latency / self.dense.latency}
 
+    @property
+    def faster(self) -> float:
+        """Throughput at the end over that of the dense model."""
+        return self.fine_tuned.throughput / self.dense.throughput
+
     def as_dict(self) -> dict[str, Any]:
         """Returns the content of report.json."""
         plan = self.plan
@@ -77,6 +89,9 @@ class Report:
                 "seconds": plan.seconds,
                 "optimality_gap": plan.optimality_gap,
                 "output_distance": plan.output_distance,
+                "target": dict(plan.target) if plan.target is not None else None,
+                "memory_format": plan.memory_format,
+                "predicted_latency_ms": 1e3 * plan.predicted_latency if plan.predicted_latency is not None else None,
             },
             "seconds": dict(self.seconds),
             "layers": [
@@ -89,6 +104,10 @@ class Report:
                     "source": layer.source,
                     "params_before": layer.params_before,
                     "params_after": layer.params_after,
+                    "macs_before": layer.macs_before,
+                    "macs_after": layer.macs_after,
+                    "latency_before": layer.latency_before,
+                    "latency_after": layer.latency_after,
                     "reason": layer.reason,
                 }
                 for layer in plan.layers
@@ -105,6 +124,7 @@ class Report:
             ),
             _row("bytes", [f"{s.costs.bytes:,}" for s in stages], _kept(self.kept["bytes"])),
             _row("latency, batch 1", [f"{1e3 * s.latency:.3f} ms" for s in stages], _kept(self.kept["latency"])),
+            _row(f"throughput, batch {BATCH}", [f"{s.throughput:,.0f} /s" for s in stages], f"{self.faster:.2f}x"),
         ]
         for name in self.dense.metrics:
             values = [s.metrics[name] for s in stages]
@@ -133,11 +153,27 @@ class Report:
                 p.source or "",
                 f"{p.params_before:,}",
                 f"{p.params_after:,}",
+                change_text(p, p.macs_before, p.macs_after, compact),
+                change_text(p, p.latency_before, p.latency_after, milliseconds),
                 p.reason or "",
             )
             for p in self.plan.layers
         ]
-        header = ("layer", "type", "kind", "ranks", "error", "measured on", "parameters", "afterwards", "reason")
+        header = (
+            "layer",
+            "type",
+            "kind",
+            "ranks",
+            "error",
+            "measured on",
+            "parameters",
+            "afterwards",
+            "MACs",
+            "ms",
+            "reason",
+        )
+        for line in self.plan.time_lines():
+            lines += [line, ""]
         if self.seconds:
             parts = [(name, f"{seconds:.1f} s") for name, seconds in self.seconds.items()]
             lines += ["## Time", "", *_markdown(("part", "took"), parts), ""]

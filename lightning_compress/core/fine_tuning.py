@@ -222,7 +222,7 @@ def _require_decreasing(phases: Sequence[Phase]) -> None:
         )
         raise BudgetError(msg)
     for before, after in itertools.pairwise(budgets):
-        first, second = before.limits(), after.limits()
+        first, second = before.bounds, after.bounds
         if not first or set(first) != set(second):
             msg = f"the rounds of the schedule bound different things, {before}, then {after}: bound the same in all."
             raise BudgetError(msg)

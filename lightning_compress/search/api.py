@@ -15,7 +15,7 @@ from lightning_compress.analysis.statistics import Statistics
 from lightning_compress.analysis.trace import ExampleInput
 from lightning_compress.analysis.usable import require_usable_weights
 from lightning_compress.core.effort import trying
-from lightning_compress.core.errors import ExampleInputError
+from lightning_compress.core.errors import ConfigurationError, ExampleInputError, TargetError
 from lightning_compress.core.memory import freed_memory_kept
 from lightning_compress.core.parallel import current_processes, from_first
 from lightning_compress.core.plan import Plan
@@ -26,12 +26,12 @@ from lightning_compress.layers.unfused import unfused
 from lightning_compress.search.candidates import Candidates
 from lightning_compress.search.choice import Choice, choose, never_behind_the_weights
 from lightning_compress.search.end_to_end import evaluator_of
-from lightning_compress.search.feasibility import require_feasible
+from lightning_compress.search.latency import Timing, timings_of
 from lightning_compress.search.objective import statistics_for
-from lightning_compress.search.problem import problem_of
 from lightning_compress.search.quality_target import within_error
 from lightning_compress.search.strategies import strategy_of
-from lightning_compress.search.tables import join_where_better, tabulate_units
+from lightning_compress.search.tables import compared_resources, join_where_better, tabulate_units
+from lightning_compress.search.timed import settled, timed_problem
 from lightning_compress.search.to_plan import to_plan, warn_of_layers_given_up
 from lightning_compress.search.units import SingleLayer, Unit, units_of
 
@@ -50,15 +50,16 @@ def search_ranks(
 ) -> Plan:
     """Chooses kind and ranks of every layer, without data.
 
-    The plan keeps every budget, makes no layer larger than dense or, where they are known, slower in MACs, and says how
-    far it is at most from the optimum (`plan.optimality_gap`).
+    The plan keeps every budget, makes no layer larger than dense or, where they are known, take more MACs, and says how
+    far it is at most from the optimum (`plan.optimality_gap`). With an example input layers are timed on the target
+    (`SearchSettings.target`), and the whole model is no slower there than dense where the budget allows it.
     The projections of attention and recurrent layers are layers of their own in it (see `layers.unfused`).
 
     Args:
         model: Any module; it is not changed.
         budget: Upper bounds, see `Budget`.
         example_input: A tensor, a tuple or dict of a forward pass's arguments, or a shape with its batch dimension.
-            Needed for a budget in MACs; used to find layers whose weight is used outside their own forward.
+            Needed for a budget in MACs or latency; used to find layers whose weight is used outside their own forward.
         calibration: Batches of real inputs, in the place of synthetic ones; the plan then is not data-free.
         statistics: From `gather_statistics`; made with `example_input` if they are needed.
         progress: Called with what is being done and the fraction done.
@@ -71,6 +72,7 @@ def search_ranks(
         ConfigurationError: If an argument has a wrong type, name or value.
         BudgetError: If a budget is malformed; InfeasibleBudgetError, with the smallest one, if no plan keeps it.
         SelectionError: If a pattern matches no layer.
+        TargetError: If the target cannot be measured on.
         ModelError: If weights are lazy or not finite, the model fails on the example input, or there is nothing to do.
     """
     own = SearchSettings.of(settings, owner="search_ranks", beside=_BESIDE)
@@ -113,9 +115,7 @@ def _search_unfused(  # noqa: PLR0917
     budget = Budget.from_value(budget)
     strategy = strategy_of(settings)
     require_usable_weights(model)
-    if "macs" in budget.limits() and example_input is None:
-        msg = f"a budget in MACs ({budget}) needs example_input: a tensor, or a shape such as (1, 3, 224, 224)."
-        raise ExampleInputError(msg)
+    _require_measurable(budget, example_input, settings)
     selection = settings.selection
     if strategy.kinds is not None and is_automatic(settings.kinds):
         selection["kinds"] = strategy.kinds
@@ -125,10 +125,20 @@ def _search_unfused(  # noqa: PLR0917
     )
     searched = time.perf_counter()
     units = units_of(inspection.layers)
-    tables = tabulate_units(units, budget, settings.rank_multiple, statistics, report)
-    if current_processes().rank:  # the first process chooses
+    timed = settings.target is not None and example_input is not None
+    compared = compared_resources(budget, timed=timed)
+    tables = tabulate_units(units, compared, settings.rank_multiple, statistics, report)
+    if current_processes().rank:  # the first process measures and chooses
         return cast(Plan, from_first("the search", None)), statistics
-    found = _search(inspection, units, tables, budget, settings, statistics, objective, report)
+    timings = timings_of(inspection, example_input, budget, settings, report)
+    if budget.bounds_latency and not timings:
+        msg = f"{budget}: the latency could not be measured, see the warning before."
+        raise TargetError(msg)
+    try:
+        found = _search(inspection, units, tables, budget, settings, statistics, objective, timings, report)
+    finally:
+        for timing in timings[:1]:
+            timing.times.table.keep()  # whole models were measured too
     parts = {**(statistics.seconds if statistics is not None else {}), "search": time.perf_counter() - searched}
     plan = to_plan(found, inspection, budget, settings, parts)
     plan = replace(plan, seconds=time.perf_counter() - start)
@@ -145,20 +155,36 @@ def _search(  # noqa: PLR0917
     settings: SearchSettings,
     statistics: Statistics | None,
     objective: str,
+    timings: tuple[Timing, ...],
     progress: Progress,
 ) -> Choice:
     strategy, units = strategy_of(settings), cast("tuple[Unit, ...]", single)
     if strategy.thorough:
-        units, tables = join_where_better(single, tables, inspection, budget, settings.rank_multiple, statistics)
+        compared = compared_resources(budget, timed=bool(timings))
+        units, tables = join_where_better(
+            single, tables, inspection, budget, compared, settings.rank_multiple, statistics
+        )
     outputs = evaluator_of(inspection, units, statistics) if statistics is not None else None
     if budget.max_error is not None:
-        problem, rows = within_error(units, tables, inspection.costs, budget, strategy, outputs, progress)
+        timing = timings[0] if timings else None
+        tables = timing.filled(units, tables) if timing is not None else tables
+        problem, rows = within_error(units, tables, inspection.costs, budget, strategy, outputs, progress, timing)
         objective = "moments" if objective == "end_to_end" else objective
         return Choice(problem, rows, units, objective, statistics, outputs)
-    plain = problem_of(tables, inspection.costs, budget, units)
-    require_feasible(plain, inspection.costs, budget)
+    plain = timed_problem(tables, units, inspection.costs, budget, timings, no_slower=strategy.thorough)
     problem, rows, reached = choose(plain, strategy, objective, outputs, progress)
     found = Choice(problem, rows, units, reached, statistics, outputs)
     if settings.objective == "auto" and statistics is not None and statistics.data_free:
-        return never_behind_the_weights(found, plain, single, settings.rank_multiple)
-    return found
+        found = never_behind_the_weights(found, plain, single, settings.rank_multiple)
+    return settled(found, budget)
+
+
+def _require_measurable(budget: Budget, example_input: ExampleInput | None, settings: SearchSettings) -> None:
+    """Checks that what the budget bounds can be measured."""
+    if budget.bounds_latency and settings.target is None:
+        msg = f"{budget} bounds time on a target, and target=None leaves time out: pass target='torch'."
+        raise ConfigurationError(msg)
+    if budget.needs_example_input and example_input is None:
+        what = "latency" if budget.bounds_latency else "MACs"
+        msg = f"a budget in {what} ({budget}) needs example_input: a tensor, or a shape such as (1, 3, 224, 224)."
+        raise ExampleInputError(msg)

@@ -33,10 +33,7 @@ class Candidates:
         ranks: Ranks of each row, length n.
         errors: Relative errors in [0, 1] on the inputs that the moments are made from, shape (n,).
         energy: ‖G^½ W S^½‖²_F, what the errors are relative to; ‖W‖²_F without a metric.
-        costs: Absolute costs in the order of `RESOURCES`, shape (n, 3); MACs are 0 where unknown.
-        activations: How many numbers the layer's stages write beyond those of the dense layer, shape (n,); 0
-            where unknown.
-        dense_activations: How many the dense layer writes; 0 where unknown.
+        costs: Absolute costs in the order of `RESOURCES`, shape (n, 4); MACs and seconds are 0 where unknown.
         unseen: How the errors grow on other inputs, None if unknown.
     """
 
@@ -46,15 +43,12 @@ class Candidates:
     errors: Floats
     energy: float
     costs: Floats
-    activations: Floats
-    dense_activations: float
     unseen: UnseenErrors | None = None
 
     @classmethod
     def of_dense(cls, name: str) -> Candidates:
         """Returns the one candidate of a layer that stays as it is, whose costs are not looked at."""
-        zero = np.zeros(1)
-        return cls(name, (DENSE,), ((),), zero, 0.0, np.zeros((1, len(RESOURCES))), zero, 0.0)
+        return cls(name, (DENSE,), ((),), np.zeros(1), 0.0, np.zeros((1, len(RESOURCES))))
 
     @property
     def losses(self) -> Floats:
@@ -75,16 +69,16 @@ class Candidates:
 
 
 def tabulate(
-    layer: Layer, *, budgeted: Sequence[str], rank_multiple: int = 1, metric: Metric | None = None
+    layer: Layer, *, compared: Sequence[str], rank_multiple: int = 1, metric: Metric | None = None
 ) -> Candidates:
     """Returns the candidates of a layer: smaller than dense, no more MACs, none dominated.
 
     Only lookups may cost more MACs than dense, as a dense one costs none. A candidate is dominated if another of its
-    kind has no larger error and no larger cost in any budgeted resource.
+    kind has no larger error and no larger cost in any compared resource.
 
     Args:
         layer: A layer that can be factorised.
-        budgeted: The resources some budget bounds.
+        compared: The resources in which candidates are compared.
         rank_multiple: See `SearchSettings`.
         metric: In which errors are measured, None for the identity.
 
@@ -92,7 +86,7 @@ def tabulate(
         ConfigurationError: If the layer's rank bounds leave no rank of any kind.
     """
     weight, groups = layer.double_weight(), layer.operator.groups
-    columns = [RESOURCES.index(name) for name in budgeted]
+    columns = [RESOURCES.index(name) for name in compared]
     found: list[tuple[str, Ints, Floats, Floats]] = []
     in_bounds = False
     for kind in layer.kinds:
@@ -115,8 +109,6 @@ def tabulate(
         errors=np.concatenate([*(errors for *_, errors, _ in found), np.zeros(1)]),
         energy=weighted_energy(weight, metric, groups),
         costs=np.concatenate([*(costs for *_, costs in found), _dense_costs(layer)[None]]),
-        activations=np.concatenate([*(_activations(layer, kind, ranks) for kind, ranks, *_ in found), np.zeros(1)]),
-        dense_activations=_dense_activations(layer),
         unseen=metric.unseen(groups) if metric is not None else None,
     )
 
@@ -135,7 +127,7 @@ def _worth_considering(
 
 
 def tabulate_joint(
-    layers: Sequence[Layer], *, budgeted: Sequence[str], rank_multiple: int = 1, metrics: Sequence[Metric | None]
+    layers: Sequence[Layer], *, compared: Sequence[str], rank_multiple: int = 1, metrics: Sequence[Metric | None]
 ) -> Candidates:
     """Like `tabulate`, for linear layers with a joint first factor.
 
@@ -143,12 +135,12 @@ def tabulate_joint(
 
     Args:
         layers: Linear layers that read the same.
-        budgeted: See `tabulate`.
+        compared: See `tabulate`.
         rank_multiple: See `tabulate`.
         metrics: Of each layer.
     """
     first, weights = layers[0], [layer.double_weight() for layer in layers]
-    columns = [RESOURCES.index(name) for name in budgeted]
+    columns = [RESOURCES.index(name) for name in compared]
     with threads_for(weights[0]):
         errors = unseen_joint_errors(weights, metrics)
     ranks = np.arange(1, len(errors) + 1)[:, None]
@@ -158,7 +150,8 @@ def tabulate_joint(
     positions = sum(call.positions for call in first.calls or ())
     params = ranks[rows, 0] * (inputs + outputs.sum())
     macs = ranks[rows, 0] * (len(weights) * inputs + outputs.sum()) * positions  # each computes the shared factor
-    costs = np.column_stack([params, macs, params * first.weight.element_size()]).astype(np.float64)
+    sizes = params * first.weight.element_size()
+    costs = np.column_stack([params, macs, sizes, np.zeros(len(params))]).astype(np.float64)
     together = 1 - np.prod(1 - errors[rows], axis=1)
     dense = np.sum([_dense_costs(layer) for layer in layers], axis=0)
     kept = np.flatnonzero((costs[:, 0] < dense[0]) & (costs[:, 1] <= dense[1]))
@@ -170,8 +163,6 @@ def tabulate_joint(
         errors=np.append(np.clip(together[kept], 0, 1), 0.0),
         energy=1.0,
         costs=np.concatenate([costs[kept], dense[None]]),
-        activations=np.append(len(weights) * ranks[rows[kept], 0] * positions, 0.0).astype(np.float64),
-        dense_activations=sum(_dense_activations(layer) for layer in layers),
     )
 
 
@@ -231,7 +222,7 @@ def _undominated(errors: Floats, costs: Floats) -> Ints:
 
 def _dense_costs(layer: Layer) -> Floats:
     params = layer.weight.numel()
-    return np.array([params, dense_macs(layer), params * layer.weight.element_size()], dtype=np.float64)
+    return np.array([params, dense_macs(layer), params * layer.weight.element_size(), 0.0], dtype=np.float64)
 
 
 def dense_macs(layer: Layer) -> int:
@@ -239,24 +230,12 @@ def dense_macs(layer: Layer) -> int:
     return sum(layer.weight.numel() * call.positions for call in layer.calls or ())
 
 
-def _activations(layer: Layer, kind: str, ranks: Ints) -> Floats:
-    """Returns what a factorised layer writes beyond the dense one over its traced calls, shape (n,)."""
-    written = _over_calls(layer, DECOMPOSITIONS[kind].activations, ranks).astype(np.float64)
-    return written - _dense_activations(layer)
-
-
-def _dense_activations(layer: Layer) -> float:
-    """Returns what the dense layer writes over its traced calls."""
-    channels = layer.operator.shape[0] * layer.operator.groups
-    return float(sum(channels * call.rows * np.prod(call.outputs) for call in layer.calls or ()))
-
-
 def _costs(layer: Layer, kind: str, ranks: Ints) -> Floats:
     decomposition, operator = DECOMPOSITIONS[kind], layer.operator
     params = decomposition.parameters(operator.shape, ranks) * operator.groups
     macs = _over_calls(layer, decomposition.macs, ranks)
     size = params * layer.weight.element_size() + decomposition.buffer_bytes(operator.shape) * operator.groups
-    return np.column_stack([params, macs, size]).astype(np.float64)
+    return np.column_stack([params, macs, size, np.zeros(len(params))]).astype(np.float64)
 
 
 def _over_calls(layer: Layer, measure: Callable[[tuple[int, ...], Ints, LayerCall], Ints], ranks: Ints) -> Ints:

@@ -31,6 +31,7 @@ class Choice:
         objective: What was minimised.
         statistics: In whose metric the factors are fitted.
         outputs: Of the model, None if none are known.
+        measured: Seconds of the whole model, None where it was not measured.
     """
 
     problem: Problem
@@ -39,6 +40,7 @@ class Choice:
     objective: str
     statistics: Statistics | None
     outputs: OutputEvaluator | None
+    measured: float | None = None
 
 
 def choose(

@@ -54,6 +54,8 @@ TEMPERATURES = (0.1, 0.01)
 LEAST_TEMPERATURE = 0.25
 """In ranks."""
 PENALTY = 20.0
+NEAR = 0.05
+"""Fraction of a bound within which it counts."""
 RETRACTIONS = 3
 GROUP = 16
 """Inputs that go through the model at once."""
@@ -327,6 +329,7 @@ def _descend(paths: _Paths, outputs: OutputEvaluator, progress: Callable[[float]
         of_separable = _flat(separable, variables)
         of_cost = torch.stack([_flat(v, variables) for v in violation])  # (b, 2 P)
         objective = of_distance + of_separable
+        of_cost = of_cost * (violation.detach() > -NEAR)[:, None]  # what is far from its bound has no multiplier
         normal = of_cost @ of_cost.T + 1e-12 * torch.eye(len(of_cost), dtype=of_cost.dtype)
         multipliers = torch.linalg.solve(normal, -(of_cost @ objective)).clamp_min(0)
         gradient = objective + (multipliers + PENALTY * violation.detach().clamp_min(0)) @ of_cost

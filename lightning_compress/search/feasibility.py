@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from lightning_compress.core.costs import Costs
@@ -24,11 +26,17 @@ def require_feasible(problem: Problem, dense: Costs, budget: Budget) -> None:
     """
     cheapest = np.array([problem.costs(i).min(axis=0) for i in range(len(problem.layers))])  # (layers, b)
     columns = [RESOURCES.index(name) for name in problem.budgeted]
-    floor = (cheapest.sum(axis=0) + cost_of_the_rest(problem.layers, dense)[columns]) / cost_vector(dense)[columns]
+    timing = problem.timing
+    whole = dense if timing is None else replace(dense, latency=timing.dense)
+    totals = cost_vector(dense if timing is None else replace(dense, latency=timing.best))
+    floor = (cheapest.sum(axis=0) + cost_of_the_rest(problem.layers, whole)[columns]) / totals[columns]
     together = problem.fits(smallest(problem)) if (problem.limits > 0).all() else False
     if together:
         return
     floors = ", ".join(f"{name}={_round_up(value)}" for name, value in zip(problem.budgeted, floor, strict=True))
+    if timing is not None and "latency" in problem.budgeted:
+        seconds = timing.best * floor[problem.budgeted.index("latency")]
+        floors += f" ({1e3 * seconds:.3g} ms of {1e3 * timing.best:.3g} ms; as predicted from its layers)"
     alone = "" if len(problem.budgeted) == 1 else " (each alone; together they need more)"
     msg = (
         f"no plan keeps {budget}: the smallest reachable is {floors}{alone}. Layers that cannot be factorised, biases "

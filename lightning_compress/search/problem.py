@@ -11,17 +11,18 @@ from lightning_compress.core.costs import Costs
 from lightning_compress.core.settings import RESOURCES, Budget
 from lightning_compress.kinds.base import Floats, Ints
 from lightning_compress.search.candidates import Candidates
+from lightning_compress.search.latency import LATENCY, Timing
 from lightning_compress.search.units import Unit
 
-ACTIVATION_WEIGHT = 0.01
-"""The signal loss that is accepted to write as many numbers less as all the dense layers write together."""
+TIME_WEIGHT = 0.1
+"""The signal loss that is accepted to save as much time as the dense model takes."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """min Σ_l [−log(1 − e_{l,c(l)}) + λ A(l, c(l))] subject to Σ_l C_b(l, c(l)) ≤ B_b for every budgeted resource b.
+    """min Σ_l [−log(1 − e_{l,c(l)}) + λ T(l, c(l))] subject to Σ_l C_b(l, c(l)) ≤ B_b for every budgeted resource b.
 
-    A are the numbers that a factorised layer writes beyond the dense one; see `Candidates.activations`.
+    T are seconds on the target; without one they are left out.
 
     Attributes:
         layers: Candidates of each layer.
@@ -29,7 +30,8 @@ class Problem:
         limits: Absolute bound on what the layers may cost together (what the rest of the model
             costs is already taken off), shape (b,).
         weights: w_l of each layer's term in Σ_l w_l ε_l, None for ones.
-        activation_weight: λ.
+        timing: Of the target, None where time is left out.
+        no_layer_slower: Whether candidates that take longer than their dense layer are left out.
         units: What the candidates belong to, in the same order, for a strategy that needs
             more of them than errors and costs: the weights `unit.double_weight()`, (groups · out, in, *kernel),
             `unit.operator`, `unit.kinds`. They are to be read, not changed.
@@ -39,14 +41,15 @@ class Problem:
     budgeted: tuple[str, ...]
     limits: Floats
     weights: tuple[float, ...] | None = None
-    activation_weight: float = 0.0
+    timing: Timing | None = None
+    no_layer_slower: bool = False
     units: tuple[Unit, ...] = ()
 
     def losses(self, layer: int) -> Floats:
         """Returns what each candidate of a layer adds to the objective, shape (n,)."""
         table = self.layers[layer]
         losses = table.losses if self.weights is None else table.losses * self.weights[layer]
-        return losses + self.activation_weight * table.activations
+        return losses if self.timing is None else losses + TIME_WEIGHT / self.timing.best * table.costs[:, LATENCY]
 
     def costs(self, layer: int) -> Floats:
         """Returns the budgeted costs of one layer's candidates, shape (n, b)."""
@@ -65,6 +68,11 @@ class Problem:
         """Returns whether a choice keeps every budget."""
         return bool((self.cost_of(choice) <= self.limits).all())
 
+    def without_slower_layers(self) -> Problem:
+        """Returns the problem without the candidates that take longer than their dense layer."""
+        rows = [np.flatnonzero(table.costs[:, LATENCY] <= table.costs[-1, LATENCY]) for table in self.layers]
+        return replace(self.restricted(rows), no_layer_slower=True)
+
     def restricted(self, rows: Sequence[Ints]) -> Problem:
         """Returns the same problem with only some rows of each layer."""
         layers = tuple(
@@ -74,14 +82,21 @@ class Problem:
                 ranks=tuple(c.ranks[r] for r in kept),
                 errors=c.errors[kept],
                 costs=c.costs[kept],
-                activations=c.activations[kept],
             )
             for c, kept in zip(self.layers, rows, strict=True)
         )
         return replace(self, layers=layers)
 
 
-def problem_of(tables: tuple[Candidates, ...], dense: Costs, budget: Budget, units: tuple[Unit, ...] = ()) -> Problem:
+def problem_of(
+    tables: tuple[Candidates, ...],
+    dense: Costs,
+    budget: Budget,
+    units: tuple[Unit, ...] = (),
+    timing: Timing | None = None,
+    *,
+    no_slower: bool = False,
+) -> Problem:
     """Returns the problem of keeping a budget.
 
     Args:
@@ -89,24 +104,30 @@ def problem_of(tables: tuple[Candidates, ...], dense: Costs, budget: Budget, uni
         dense: Costs of the whole dense model.
         budget: With bounds.
         units: What the candidates belong to.
+        timing: Of the target; the tables are filled with its times.
+        no_slower: Whether to bound the time by that of the dense model, if the budget leaves it free.
     """
+    dense = dense if timing is None else replace(dense, latency=timing.dense)
     totals, rest = cost_vector(dense), cost_of_the_rest(tables, dense)
-    budgeted = tuple(budget.limits())
-    columns = [RESOURCES.index(name) for name in budgeted]
-    fractions = np.array(list(budget.limits().values()))
-    limits = np.floor(totals[columns] * fractions + 1e-6) - rest[columns]
-    written = sum(table.dense_activations for table in tables)
-    weight = ACTIVATION_WEIGHT / written if written else 0.0
-    return Problem(tables, budgeted, limits, activation_weight=weight, units=units)
+    best = timing.best if timing is not None else None
+    fractions = budget.limits(best)
+    if no_slower and timing is not None:
+        fractions.setdefault("latency", 1.0)
+    limits = []
+    for name, fraction in fractions.items():
+        column = RESOURCES.index(name)
+        most = fraction * best if name == "latency" and best else np.floor(totals[column] * fraction + 1e-6)
+        limits.append(most - rest[column])
+    return Problem(tables, tuple(fractions), np.array(limits), timing=timing, units=units)
 
 
 def cost_vector(costs: Costs) -> Floats:
-    """Returns costs in the order of `RESOURCES`, 0 where unknown, shape (3,)."""
-    return np.array([costs.params, costs.macs or 0, costs.bytes], dtype=np.float64)
+    """Returns costs in the order of `RESOURCES`, 0 where unknown, shape (4,)."""
+    return np.array([costs.params, costs.macs or 0, costs.bytes, costs.latency or 0.0], dtype=np.float64)
 
 
 def cost_of_the_rest(tables: Sequence[Candidates], dense: Costs) -> Floats:
-    """Returns what everything but the layers costs, shape (3,)."""
+    """Returns what everything but the layers costs, shape (4,)."""
     rest: Floats = cost_vector(dense) - np.sum([table.costs[-1] for table in tables], axis=0)
     return rest
 
@@ -114,5 +135,6 @@ def cost_of_the_rest(tables: Sequence[Candidates], dense: Costs) -> Floats:
 def costs_after(problem: Problem, choice: Ints, dense: Costs) -> Costs:
     """Returns what the whole model costs with a choice."""
     saved = np.sum([t.costs[-1] - t.costs[row] for t, row in zip(problem.layers, choice, strict=True)], axis=0)
-    params, macs, size = (cost_vector(dense) - saved).round().astype(int).tolist()
-    return Costs(params, macs if dense.macs is not None else None, size)
+    params, macs, size = (cost_vector(dense) - saved)[:3].round().astype(int).tolist()
+    latency = problem.timing.dense - float(saved[LATENCY]) if problem.timing is not None else None
+    return Costs(params, macs if dense.macs is not None else None, size, latency)

@@ -15,8 +15,9 @@ from lightning_compress.core.settings import Budget
 from lightning_compress.kinds.base import Ints
 from lightning_compress.search.candidates import Candidates
 from lightning_compress.search.end_to_end import OutputEvaluator, output_distance
-from lightning_compress.search.exact import solve
+from lightning_compress.search.exact import smallest, solve
 from lightning_compress.search.feasibility import smallest_share
+from lightning_compress.search.latency import Timing
 from lightning_compress.search.problem import Problem, problem_of
 from lightning_compress.search.sensitivity import weighted
 from lightning_compress.search.strategies import RegisteredStrategy
@@ -31,6 +32,7 @@ def within_error(  # noqa: PLR0917
     strategy: RegisteredStrategy,
     outputs: OutputEvaluator | None,
     progress: Progress,
+    timing: Timing | None = None,
 ) -> tuple[Problem, Ints]:
     """Returns the smallest choice whose output distance stays under the target, by bisection, and its problem.
 
@@ -45,7 +47,9 @@ def within_error(  # noqa: PLR0917
         raise ExampleInputError(msg)
 
     def at(share: float) -> Problem:
-        return problem_of(tables, dense, Budget(params=share), units)
+        own = Budget(params=share)
+        bound = problem_of(tables, dense, own, units, timing, no_slower=strategy.thorough)
+        return bound if bound.fits(smallest(bound)) else problem_of(tables, dense, own, units, timing)
 
     full = at(1.0)
     floor = smallest_share(full, dense)

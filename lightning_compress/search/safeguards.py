@@ -23,7 +23,7 @@ from lightning_compress.search.problem import Problem
 from lightning_compress.search.units import SingleLayer
 
 LEAST_GAIN = 1e-4
-"""Loss of a layer that more ranks must save to be worth what they write."""
+"""Loss of a layer that more ranks must save to be worth their time."""
 MOST_OF_A_LAYER = 0.5
 """Error of a layer, and share of the model that stays dense, above which both together are worth a warning."""
 
@@ -31,13 +31,13 @@ MOST_OF_A_LAYER = 0.5
 def spend_what_is_left(problem: Problem, choice: Ints) -> Ints:
     """Returns the choice with larger ranks of the same kinds where the budgets allow them and errors fall.
 
-    The term for what layers write favours small ranks where errors are small; of kinds that stay the same, the
-    better ranks are worth more than that.
+    The term for time favours small ranks where errors are small; of kinds that stay the same, the better ranks are
+    worth more than that.
     """
     rows = [np.append(row, _larger(problem, layer, int(row))) for layer, row in enumerate(choice)]
     if all(len(own) == 1 for own in rows):
         return choice
-    better = solve(replace(problem.restricted(rows), activation_weight=0.0)).choice
+    better = solve(replace(problem.restricted(rows), timing=None)).choice
     if better is None:
         return choice
     return np.array([own[row] for own, row in zip(rows, better, strict=True)])
@@ -92,10 +92,14 @@ def weights_alone(
         settings: The problem of the layers on their own, for its budgets and limits.
     """
     plain = tuple(unit.with_kinds(_closed_form(unit.kinds)) for unit in units)
-    tables = tuple(in_threads(lambda unit: unit.tabulate(problem.budgeted, rank_multiple, None), plain))
+    resources = tuple(dict.fromkeys("macs" if name == "latency" else name for name in (*problem.budgeted, "macs")))
+    tables = tuple(in_threads(lambda unit: unit.tabulate(resources, rank_multiple, None), plain))
+    if problem.timing is not None:
+        tables = problem.timing.filled(plain, tables)
     alone = replace(settings, layers=tables, units=plain, weights=None)
+    alone = alone.without_slower_layers() if settings.no_layer_slower else alone
     found = solve(alone).choice
-    if found is None:
+    if found is None or not alone.fits(found):
         return None
     found = spend_what_is_left(alone, found)
     own = outputs.on(judging)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from warnings import warn
 
 import numpy as np
 
 from lightning_compress.analysis.inspection import Inspection
 from lightning_compress.core.errors import CompressionWarning
-from lightning_compress.core.plan import LayerPlan, Plan
+from lightning_compress.core.plan import DENSE, LayerPlan, Plan
 from lightning_compress.core.settings import Budget, SearchSettings
 from lightning_compress.kinds.base import Ints
 from lightning_compress.search.choice import Choice
@@ -16,7 +17,7 @@ from lightning_compress.search.end_to_end import output_distance
 from lightning_compress.search.exact import solve
 from lightning_compress.search.problem import Problem, costs_after
 from lightning_compress.search.safeguards import gives_up_most
-from lightning_compress.search.units import planned_layer
+from lightning_compress.search.units import Unit, planned_layer
 
 CERTIFICATE_GAP = 1e-3
 """Relative gap to which the lower bound of the certificate is worked out."""
@@ -35,10 +36,12 @@ def to_plan(
         timings: Seconds by part.
     """
     statistics, outputs, weighs = found.statistics, found.outputs, found.objective == "weight"
+    timing, compressed = found.problem.timing, costs_after(found.problem, found.rows, inspection.costs)
+    layers = tuple(_layer_plans(found, inspection))
     return Plan(
-        layers=tuple(_layer_plans(found, inspection)),
-        dense=inspection.costs,
-        compressed=costs_after(found.problem, found.rows, inspection.costs),
+        layers=layers,
+        dense=replace(inspection.costs, latency=timing.best if timing is not None else None),
+        compressed=replace(compressed, latency=found.measured or compressed.latency),
         budget=budget,
         method=settings.method,
         objective=found.objective,
@@ -48,6 +51,9 @@ def to_plan(
         output_distance=output_distance(outputs, found.problem, found.rows) if outputs is not None else None,
         timings=timings,
         seed=settings.seed,
+        target=timing.as_dict() if timing is not None else None,
+        predicted_latency=compressed.latency,
+        memory_format=timing.changed_format if timing is not None and any(not p.is_dense for p in layers) else None,
     )
 
 
@@ -66,11 +72,21 @@ def _layer_plans(found: Choice, inspection: Inspection) -> list[LayerPlan]:
     planned: dict[str, LayerPlan] = {}
     for unit, table, row in zip(found.units, found.problem.layers, found.rows, strict=True):
         for plan in unit.plans(table, int(row), inspection.trace, found.statistics):
-            planned[plan.name] = plan
+            planned[plan.name] = _timed(plan, unit, found)
     return [
         planned[layer.name] if layer.name in planned else planned_layer(layer, None, 0, inspection.trace, None)
         for layer in inspection.layers
     ]
+
+
+def _timed(plan: LayerPlan, unit: Unit, found: Choice) -> LayerPlan:
+    """Returns the entry of a layer with its predicted seconds."""
+    timing = found.problem.timing
+    layer = next((layer for layer in unit.layers if layer.name == plan.name), None)
+    if timing is None or layer is None:
+        return plan
+    before, after = (timing.layer_seconds(layer, *form) for form in ((DENSE, ()), (plan.kind, plan.ranks)))
+    return replace(plan, latency_before=before, latency_after=after)
 
 
 def _gap(problem: Problem, choice: Ints) -> float:

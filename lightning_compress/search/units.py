@@ -74,7 +74,7 @@ class Unit(ABC):
         return self.canonical_weight().detach().to("cpu", torch.float64)
 
     @abstractmethod
-    def tabulate(self, budgeted: Sequence[str], rank_multiple: int, statistics: Statistics | None) -> Candidates:
+    def tabulate(self, compared: Sequence[str], rank_multiple: int, statistics: Statistics | None) -> Candidates:
         """Returns the candidates, see `candidates.tabulate`."""
 
     @abstractmethod
@@ -139,9 +139,9 @@ class SingleLayer(Unit):
         return replace(self, layer=replace(self.layer, kinds=kinds))
 
     @override
-    def tabulate(self, budgeted: Sequence[str], rank_multiple: int, statistics: Statistics | None) -> Candidates:
+    def tabulate(self, compared: Sequence[str], rank_multiple: int, statistics: Statistics | None) -> Candidates:
         return tabulate(
-            self.layer, budgeted=budgeted, rank_multiple=rank_multiple, metric=metric_of(self.layer, statistics)
+            self.layer, compared=compared, rank_multiple=rank_multiple, metric=metric_of(self.layer, statistics)
         )
 
     @override
@@ -207,9 +207,9 @@ class JointLayers(Unit):
         return torch.cat([layer.weight for layer in self.layers])
 
     @override
-    def tabulate(self, budgeted: Sequence[str], rank_multiple: int, statistics: Statistics | None) -> Candidates:
+    def tabulate(self, compared: Sequence[str], rank_multiple: int, statistics: Statistics | None) -> Candidates:
         return tabulate_joint(
-            self.layers, budgeted=budgeted, rank_multiple=rank_multiple, metrics=self._metrics(statistics)
+            self.layers, compared=compared, rank_multiple=rank_multiple, metrics=self._metrics(statistics)
         )
 
     @override

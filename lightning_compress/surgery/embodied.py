@@ -16,6 +16,7 @@ from lightning_compress.core.costs import Costs
 from lightning_compress.core.plan import DENSE, LayerPlan, Plan
 from lightning_compress.kinds.registry import DECOMPOSITIONS
 from lightning_compress.layers.factorised import FactorisedLayer
+from lightning_compress.layers.memory_format import CHANNELS_LAST, is_channels_last
 from lightning_compress.layers.unfused import unfused
 
 
@@ -57,7 +58,8 @@ def _embodied(model: nn.Module, example_input: ExampleInput | None) -> Plan:
     saved_params = sum(p.params_before - p.params_after for p in layers)
     saved_macs = sum((p.macs_before or 0) - (p.macs_after or 0) for p in layers)
     macs_before = now.macs + saved_macs if now.macs is not None else None
-    return Plan(tuple(layers), Costs(now.params + saved_params, macs_before, now.bytes + saved_bytes), now)
+    dense = Costs(now.params + saved_params, macs_before, now.bytes + saved_bytes)
+    return Plan(tuple(layers), dense, now, memory_format=CHANNELS_LAST if is_channels_last(model) else None)
 
 
 def _not_factorised(layer: Layer, owner: str | None) -> LayerPlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,6 +20,12 @@ from lightning_compress.core.progress import Progress, silent
 from lightning_compress.kinds.metric import Metric
 from lightning_compress.kinds.registry import DECOMPOSITIONS, known_kinds
 from lightning_compress.layers.factorised import FactorisedLayer
+from lightning_compress.layers.memory_format import (
+    CHANNELS_LAST,
+    outside_channels_last,
+    put_back_,
+    put_in_channels_last_,
+)
 from lightning_compress.layers.unfused import Unfusing, put_, redo_, undo_, unfusable, unfuse_
 from lightning_compress.surgery.build import build_joint_layers, build_layer, build_tied_layer
 from lightning_compress.surgery.embodied import owners_of
@@ -33,12 +40,14 @@ class Replacement:
         dense: The module that was there.
         factorised: The module that is there now; both hold the same bias Parameter.
         unfusing: Of the attention or recurrent layer that was unfused for it, None if none was.
+        relaid: Weights of other layers that are put in channels-last format with it; the first replacement has all.
     """
 
     aliases: tuple[str, ...]
     dense: nn.Module
     factorised: FactorisedLayer
     unfusing: Unfusing | None = None
+    relaid: tuple[nn.Parameter, ...] = ()
 
 
 def apply_plan_(
@@ -48,8 +57,9 @@ def apply_plan_(
 
     The whole plan is checked and every factor computed before the first layer is touched, so a
     failure leaves the model as it was. Biases stay the same Parameters and forward and backward
-    hooks move along with their handles; dtype, device, memory format, mode and `requires_grad`
-    are inherited; the global random state is not used. Layers that are already factorised as
+    hooks move along with their handles; dtype, device, mode and `requires_grad` are inherited, and
+    so is the memory format unless the plan puts the whole model in channels-last format; the global
+    random state is not used. Layers that are already factorised as
     planned are left alone. Attention and recurrent layers are unfused if one of their projections
     is factorised; the others stay as they are.
 
@@ -86,6 +96,7 @@ def _replace(
         msg = f"plan={plan!r}: expected a Plan, as search_ranks returns it."
         raise ConfigurationError(msg)
     unfusings = _unfuse_for(model, plan)
+    channels_last = plan.memory_format == CHANNELS_LAST
     try:
         pairs = _checked(model, plan)
         replacements = []
@@ -99,7 +110,8 @@ def _replace(
         for index, (layer, planned) in enumerate(pairs):
             progress("factorising layers", index / len(pairs))
             with torch.inference_mode(mode=False):  # parameters made in inference mode could never be trained
-                new = build_layer(layer, planned, _metric_of(layer, planned, statistics), decompose=decompose)
+                metric = _metric_of(layer, planned, statistics)
+                new = build_layer(layer, planned, metric, decompose=decompose, channels_last=channels_last)
             replacements.append(Replacement(layer.aliases, layer.module, new, _unfusing_of(layer, unfusings)))
             for aliases, partner in layer.partners:
                 replacements.append(Replacement(aliases, partner, build_tied_layer(partner, new)))
@@ -107,8 +119,16 @@ def _replace(
     except BaseException:
         undo_(model, unfusings)
         raise
+    if channels_last and replacements:
+        replacements[0] = dataclasses.replace(replacements[0], relaid=_others(model, replacements))
     install(model, replacements)
     return tuple(replacements)
+
+
+def _others(model: nn.Module, replacements: Sequence[Replacement]) -> tuple[nn.Parameter, ...]:
+    """Returns the weights of all layers that are not replaced and are not in channels-last format."""
+    replaced = {id(parameter) for r in replacements for parameter in r.dense.parameters()}
+    return tuple(p for p in outside_channels_last(model.parameters()) if id(p) not in replaced)
 
 
 def _metric_of(layer: Layer, planned: LayerPlan, statistics: Statistics | None) -> Metric | None:
@@ -131,16 +151,18 @@ def _unfusings(replacements: Sequence[Replacement]) -> list[Unfusing]:
 
 
 def install(model: nn.Module, replacements: Sequence[Replacement]) -> None:
-    """Puts the factorised layers in, under every name."""
+    """Puts the factorised layers in, under every name, and the weights of others in their format."""
     redo_(model, _unfusings(replacements))
     for replacement in replacements:
         put_(model, replacement.aliases, replacement.factorised)
+        put_in_channels_last_(replacement.relaid)
 
 
 def uninstall(model: nn.Module, replacements: Sequence[Replacement]) -> None:
-    """Puts the dense layers back, under every name."""
+    """Puts the dense layers back, under every name, and the weights of others in the format they had."""
     for replacement in replacements:
         put_(model, replacement.aliases, replacement.dense)
+        put_back_(replacement.relaid)
     undo_(model, _unfusings(replacements))
 
 

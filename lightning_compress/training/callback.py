@@ -66,7 +66,8 @@ class Compress(RestoringCallback):
 
     Args:
         budget: Upper bounds, a `Budget` or a mapping such as `{"params": 0.2}`.
-        method, objective, kinds, include, exclude, overrides, rank_multiple, seed, effort: See `SearchSettings`.
+        method, objective, kinds, include, exclude, overrides, rank_multiple, seed, effort, target: See
+            `SearchSettings`.
         heal: Whether to repair the factors on synthetic inputs before fine-tuning, see `compress_`.
         calibration: Batches of real inputs, instead of synthetic ones; the plan then says that it
             is not data-free.
@@ -102,6 +103,7 @@ class Compress(RestoringCallback):
         rank_multiple: int = 1,
         seed: int = 0,
         effort: EffortName | Effort | None = None,
+        target: Any = "torch",
         heal: bool = True,
         calibration: Iterable[Any] | None = None,
         schedule: Schedule | Mapping[str, Any] | None = None,
@@ -112,7 +114,7 @@ class Compress(RestoringCallback):
         self.budget = Budget.from_value(_plain(budget))
         include, exclude, overrides = _plain(include), _plain(exclude), _plain(overrides)
         self.settings = SearchSettings(
-            method, objective, _plain(kinds), include, exclude, overrides, rank_multiple, seed, effort
+            method, objective, _plain(kinds), include, exclude, overrides, rank_multiple, seed, effort, _plain(target)
         )
         strategy_of(self.settings)
         resolve_kinds(self.settings.kinds)
@@ -140,9 +142,9 @@ class Compress(RestoringCallback):
             if phase.distill and self.distill is None:
                 msg = f"phase {number} of the schedule has distill=true: say what to distil, as in distill='logits'."
                 raise ConfigurationError(msg)
-        limits = self.budget.limits()
+        limits = self.budget.bounds
         for last in self.schedule.budgets[-1:]:
-            if any(last.limits().get(name, math.inf) > limit for name, limit in limits.items()) or not limits:
+            if any(last.bounds.get(name, math.inf) > limit for name, limit in limits.items()) or not limits:
                 msg = f"the schedule ends at {last}, which does not keep the budget of the callback, {self.budget}."
                 raise BudgetError(msg)
 
@@ -277,10 +279,12 @@ class Compress(RestoringCallback):
 
     def _take_as_factorised(self, fit: RunningFit) -> None:
         """Takes a module that is factorised already as it is: it is trained without schedule and distillation."""
-        example = self._example_input(fit) if "macs" in self.budget.limits() else None
+        example = self._example_input(fit) if self.budget.needs_example_input else None
         plan = embodied_plan(fit.module, example)
         for resource, limit in self.budget.limits().items():
             kept = plan.kept[resource]
+            if resource == "latency":  # there is no dense model to measure it against
+                continue
             if kept is None or kept > limit:
                 msg = (
                     f"the module is already factorised with {percent(kept)} of its {resource} kept, the budget is "
@@ -332,7 +336,7 @@ class Compress(RestoringCallback):
         return done
 
     def _example_input(self, fit: RunningFit) -> ExampleInput | None:
-        return fit.example_input(self.example_input, needed="macs" in self.budget.limits())
+        return fit.example_input(self.example_input, needed=self.budget.needs_example_input)
 
     def _fine_tune(self, fit: RunningFit, replacements: Sequence[Replacement], teacher: Teacher | None) -> None:
         self._fine_tuning = FineTuning(

@@ -11,7 +11,9 @@ with ε = −log(1 − e) and the small term of `Problem` for what the layer wri
 of them. The kinds' softmax is annealed to a hard choice, and the multipliers λ_b are raised by dual ascent
 until the budgets are met (augmented Lagrangian; Nocedal and Wright, "Numerical Optimization", chapter 17).
 The result is projected onto whole ranks: the best combination of candidates around the continuous solution
-that keeps every budget. The model's outputs are added to this loss by `end_to_end`.
+that keeps every budget, or the exact optimum where that is better: times go up and down with the ranks, as
+processors work on blocks of channels, and a path that is convex in the ranks leads past them. The model's
+outputs are added to this loss by `end_to_end`.
 
 Extends the continuous rank search of arXiv 2409.03555 (its loss is a product without a budget)
 by strict budgets and several kinds per layer.
@@ -51,7 +53,10 @@ def search_continuous(problem: Problem, *, progress: Progress) -> Ints:
     with torch.inference_mode(mode=False), torch.enable_grad():  # whatever the caller is in
         space = Space.of(problem)
         log_sizes = _descend(space, progress)
-    return _project(problem, space, log_sizes)
+    found, best = _project(problem, space, log_sizes), solve(problem).choice
+    if best is None or problem.loss_of(found) <= problem.loss_of(best) * (1 + SETTLED):
+        return found
+    return best
 
 
 def _project(problem: Problem, space: Space, log_sizes: Tensor) -> Ints:

@@ -1,0 +1,149 @@
+"""The problem with time in it, and whole models measured against what their layers promise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from lightning_compress.analysis.latency.bench import Reading
+from lightning_compress.core.costs import Costs
+from lightning_compress.core.errors import InfeasibleBudgetError
+from lightning_compress.core.settings import Budget
+from lightning_compress.kinds.base import Ints
+from lightning_compress.search.candidates import Candidates
+from lightning_compress.search.choice import Choice
+from lightning_compress.search.exact import smallest, solve
+from lightning_compress.search.feasibility import require_feasible
+from lightning_compress.search.latency import LATENCY, TOLERANCE, Timing, latency_of
+from lightning_compress.search.problem import TIME_WEIGHT, Problem, problem_of
+from lightning_compress.search.safeguards import spend_what_is_left
+from lightning_compress.search.units import Unit
+
+CORRECTIONS = 4
+"""Times that predictions are corrected by whole models and the search is repeated, at most."""
+NEAR_ENOUGH = 0.02
+"""Relative difference of prediction and measurement that is not corrected."""
+
+
+def timed_problem(
+    tables: tuple[Candidates, ...],
+    units: tuple[Unit, ...],
+    dense: Costs,
+    budget: Budget,
+    timings: tuple[Timing, ...],
+    *,
+    no_slower: bool,
+) -> Problem:
+    """Returns the problem of a budget, in the memory format in which its optimum is better.
+
+    Args:
+        tables: Candidates of each unit.
+        units: What they belong to.
+        dense: Costs of the whole dense model.
+        budget: With bounds.
+        timings: The target in each format, none where time is left out.
+        no_slower: Whether the model may be no slower than dense, where the budget allows it.
+
+    Raises:
+        InfeasibleBudgetError: If no choice keeps the budget.
+    """
+    if not timings:
+        plain = problem_of(tables, dense, budget, units)
+        require_feasible(plain, dense, budget)
+        return plain
+    found = [_in_format(tables, units, dense, budget, timing, no_slower=no_slower) for timing in timings]
+    feasible = [each for each in found if _is_feasible(each[1])]
+    _, best = min(feasible or found, key=lambda each: each[0])
+    require_feasible(best, dense, budget)
+    return best
+
+
+def _in_format(
+    tables: tuple[Candidates, ...],
+    units: tuple[Unit, ...],
+    dense: Costs,
+    budget: Budget,
+    timing: Timing,
+    *,
+    no_slower: bool,
+) -> tuple[float, Problem]:
+    """Returns the objective of the optimum in a memory format, and its problem, corrected by its measured time."""
+    for step in range(CORRECTIONS + 1):
+        filled = timing.filled(units, tables)
+        problem = problem_of(filled, dense, budget, units, timing, no_slower=no_slower)
+        if no_slower and not _is_feasible(problem):
+            problem = problem_of(filled, dense, budget, units, timing)  # it cannot but be slower
+        if not _is_feasible(problem):
+            return np.inf, problem
+        if no_slower and _is_feasible(quicker := problem.without_slower_layers()):
+            problem = quicker
+        best = solve(problem).choice
+        choice = smallest(problem) if best is None else best
+        predicted = latency_of(filled, choice, timing)
+        reading = timing.whole(units, filled, choice) if step < CORRECTIONS else None
+        if reading is None or abs(reading.seconds - predicted) <= NEAR_ENOUGH * reading.seconds:
+            break
+        timing = timing.corrected(filled, choice, reading.seconds)
+    layers = sum(float(table.costs[row, LATENCY]) for table, row in zip(filled, choice, strict=True))
+    return problem.loss_of(choice) + TIME_WEIGHT * (predicted - layers) / timing.best, problem
+
+
+def _is_feasible(problem: Problem) -> bool:
+    return bool(problem.limits.min() > 0 and problem.fits(smallest(problem)))
+
+
+def settled(found: Choice, budget: Budget) -> Choice:
+    """Returns the choice whose measured time keeps its bound, by correcting predictions and solving again.
+
+    Args:
+        found: By the search.
+        budget: With bounds.
+
+    Raises:
+        InfeasibleBudgetError: If the time that the budget bounds is missed by every choice that was tried.
+    """
+    problem, rows = found.problem, found.rows
+    timing = problem.timing
+    if timing is None:
+        return found
+    best = timing.best
+    bound = budget.limits(best).get("latency", 1.0) * best
+    fastest = measured = float("inf")
+    for step in range(CORRECTIONS + 1):
+        reading = timing.whole(found.units, problem.layers, rows)
+        if reading is None:
+            return replace(found, problem=problem, rows=rows)
+        measured = reading.seconds
+        fastest = min(fastest, measured)
+        if measured <= (1 + TOLERANCE) * bound:
+            return replace(found, problem=problem, rows=rows, measured=measured)
+        if "latency" not in problem.budgeted or step == CORRECTIONS:
+            break
+        again = _solved_again(problem, rows, timing, found.units, reading)
+        if again is None:
+            break
+        problem, rows, timing = again
+    if budget.bounds_latency:
+        kept = f"latency={np.ceil(1e4 * fastest / best) / 1e4:.4f} of the dense model's {1e3 * best:.3g} ms"
+        msg = (
+            f"no plan keeps {budget}: the fastest that was measured takes {1e3 * fastest:.3g} ms, {kept}. Raise the "
+            "budget, or allow more kinds or layers."
+        )
+        raise InfeasibleBudgetError(msg)
+    return replace(found, problem=problem, rows=rows, measured=measured)
+
+
+def _solved_again(
+    problem: Problem, rows: Ints, timing: Timing, units: tuple[Unit, ...], reading: Reading
+) -> tuple[Problem, Ints, Timing] | None:
+    """Returns the problem with corrected times and its optimum; None if nothing keeps the bounds then."""
+    timing = timing.corrected(problem.layers, rows, reading.seconds)
+    layers = timing.filled(units, problem.layers)
+    column = problem.budgeted.index("latency")
+    before, after = (sum(float(t.costs[-1, LATENCY]) for t in each) for each in (problem.layers, layers))
+    limits = problem.limits.copy()
+    limits[column] += after - before  # what the rest of the model takes stays
+    problem = replace(problem, layers=layers, limits=limits, timing=timing)
+    choice = solve(problem).choice if (limits > 0).all() else None
+    return None if choice is None else (problem, spend_what_is_left(problem, choice), timing)
