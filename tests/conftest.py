@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_compress.analysis.latency.bench import TorchBench
 from lightning_compress.analysis.statistics import Statistics, gather_statistics
 from lightning_compress.analysis.synthetic import LEAST_SIDE
 from lightning_compress.core.effort import EFFORTS, trying
 from lightning_compress.kinds import shrinkage
 from tests.support.nets import TinyNet, pooled
+from tests.support.stand_in import StandIn
 from tests.support.unchanged import Unchanged
 
 
@@ -22,6 +24,29 @@ def _one_thread_and_a_fixed_seed(monkeypatch) -> None:
     torch.set_num_threads(1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of what a test starts: two workers share the cores
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _stand_in(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTNING_COMPRESS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield StandIn(patch)
+
+
+@pytest.fixture
+def stand_in(_stand_in, monkeypatch, tmp_path) -> StandIn:
+    """The device in the place of the clock, with a cache of its own."""
+    monkeypatch.setenv("LIGHTNING_COMPRESS_CACHE", str(tmp_path))
+    _stand_in.reset()
+    yield _stand_in
+    _stand_in.reset()
+
+
+@pytest.fixture
+def real_clock(stand_in, monkeypatch) -> None:
+    """The clock after all."""
+    for name, function in stand_in.real.items():
+        monkeypatch.setattr(TorchBench, name, function)
 
 
 @pytest.fixture

@@ -309,7 +309,8 @@ def test_outputs_without_a_spread(function):
 
 
 PHASES = [
-    *("synthetic inputs", "moments", "decomposing layers", "measuring layers", "end-to-end search"),
+    *("synthetic inputs", "moments", "decomposing layers", "timing the dense model", "timing layers"),
+    *("measuring layers", "end-to-end search"),
     *("factorising layers", "healing: regression", "healing: distillation", "healing"),
 ]
 LONG = ("synthetic inputs", "end-to-end search", "healing: distillation")

@@ -254,8 +254,9 @@ def test_importing_the_package_is_cheap(code, absent):
 
 
 PUBLIC = """
-Budget Compress CompressedCheckpointMixin Distill FactorisedLayer LayerPlan LightningCompressError Override Phase Plan
-Plateau Schedule apply_plan_ compress_ load_compressed load_compressed_checkpoint merge_ save_compressed search_ranks
+Budget Compress CompressedCheckpointMixin Distill FactorisedLayer LatencyTable LayerPlan LightningCompressError
+Override Phase Plan Plateau Schedule Target apply_plan_ compress_ load_compressed load_compressed_checkpoint merge_
+save_compressed search_ranks
 """
 
 

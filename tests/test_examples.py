@@ -23,7 +23,7 @@ def load(name: str):
 
 def test_every_example_is_tested_here():
     tested = {"01_callback", "02_without_trainer", "03_fashion_mnist_macs", "04_own_hydra_app", "05_sharded"}
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == tested | {"06_own_device"}
 
 
 @pytest.mark.slow
@@ -72,3 +72,17 @@ def test_sharded_example_trains_and_resumes_on_factorised_shards(tmp_path, devic
     kept = int(done.stdout.split("parameters of the fit: ")[1].split()[0])
     dense = 32 * 128 + 128 + 128 * 128 + 128 + 128 * 4 + 4
     assert 0.2 * dense < kept <= 0.3 * dense
+
+
+@pytest.mark.slow
+def test_own_device_example_keeps_the_bound_and_finds_the_plan_again_without_the_device(
+    stand_in, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    load("06_own_device").main()
+    out = capsys.readouterr().out
+    assert "budget latency <= 40 %" in out
+    assert "my phone, July build" in out
+    assert "the same plan from the table: True" in out
+    assert stand_in.asked == []
+    assert [path.name for path in tmp_path.glob("phone*")] == ["phone.json"]

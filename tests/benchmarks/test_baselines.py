@@ -26,7 +26,7 @@ SHAPE = (1, 3, 8, 8)
 def errors_of(layer, kinds):
     """The table of a layer, and the errors of its rows."""
     (entry,) = take_inventory(nn.Sequential(layer), kinds=kinds)
-    table = tabulate(entry, budgeted=("params",))
+    table = tabulate(entry, compared=("params",))
     return table, operator_norm_errors(entry, table)
 
 
@@ -75,7 +75,7 @@ def random_problem(seed, budgeted, *, layers=5, rows=6):
             costs[:, RESOURCES.index(name)] = [*rng.integers(1, 900, size=rows - 1), 1000]
         frobenius, own = (np.append(rng.random(rows - 1), 0.0) for _ in range(2))
         ranks, kinds = (*((r + 1,) for r in range(rows - 1)), ()), (*("svd",) * (rows - 1), "dense")
-        tables.append(Candidates(str(index), kinds, ranks, frobenius, 1.0, costs, np.zeros(rows), 0.0))
+        tables.append(Candidates(str(index), kinds, ranks, frobenius, 1.0, costs))
         errors.append(own)
     limit = np.floor((0.45 + 0.05 * seed) * 1000 * layers)
     return Problem(tuple(tables), budgeted, np.full(len(budgeted), limit)), errors

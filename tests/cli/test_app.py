@@ -79,6 +79,7 @@ def test_report_json_says_what_the_job_did(job):
     for stage in STAGES:
         assert set(content[stage]["metrics"]) == {"accuracy", "loss"}
         assert content[stage]["latency_ms"] > 0
+        assert content[stage]["throughput"] > 0
     parts = ["synthetic inputs", "moments", "search", "swap", "regression", "distillation"]
     assert list(content["seconds"]) == parts
     assert all(seconds > 0 for seconds in content["seconds"].values())
@@ -115,11 +116,15 @@ def test_report_agrees_with_the_plan(job):
     plan = Plan.from_json((folder / "plan.json").read_text("utf-8"))
     assert plan == report.plan
     assert content["budget"] == plan.budget.limits()
-    assert content["search"] == {key: getattr(plan, key) for key in content["search"]}
+    predicted = {"predicted_latency_ms": 1e3 * plan.predicted_latency}
+    shared = {key: getattr(plan, key) for key in content["search"] if key not in predicted}
+    assert content["search"] == {**shared, **predicted}
+    assert content["search"]["target"]["backend"] == "torch"
     assert plan.timings.items() <= content["seconds"].items()
     for stage, costs in (("dense", plan.dense), ("zero_shot", plan.compressed), ("fine_tuned", plan.compressed)):
-        assert {key: content[stage][key] for key in ("params", "macs", "bytes")} == vars(costs)
-    keys = ("name", "kind", "error", "source")
+        sizes = ("params", "macs", "bytes")
+        assert [content[stage][key] for key in sizes] == [getattr(costs, key) for key in sizes]
+    keys = ("name", "kind", "error", "source", "macs_before", "macs_after", "latency_before", "latency_after")
     assert [(*(layer[key] for key in keys), tuple(layer["ranks"])) for layer in content["layers"]] == [
         (*(getattr(layer, key) for key in keys), layer.ranks) for layer in plan.layers
     ]
@@ -195,7 +200,8 @@ def test_logger_none_logs_nothing_and_brackets_in_the_folder_are_printed_as_they
 def test_dense_net_keeps_its_figures_when_the_budget_is_everything(tmp_path):
     report = run(compose(*TINY_MLP, "compression.budget.params=1.0", "plot=false"), tmp_path)
     assert report.plan.factorised == ()
-    assert report.zero_shot == dataclasses.replace(report.dense, latency=report.zero_shot.latency)
+    times = {name: getattr(report.zero_shot, name) for name in ("latency", "throughput")}
+    assert report.zero_shot == dataclasses.replace(report.dense, **times)
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def test_no_option_is_left_out_of_these_tests_and_each_begins_with_a_comment():
     assert all(path.read_text("utf-8").startswith("# ") for path in FILES)
     assert GROUPS == {
         "callbacks": ["checkpoint", "lr_monitor", "none"],
-        "compression": ["base", "edge", "macs_30", "params_20", "params_28", "params_50", "ratio_5x"],
+        "compression": ["base", "edge", "latency_50", "macs_30", "params_20", "params_28", "params_50", "ratio_5x"],
         "data": ["digits", "fashion_mnist"],
         "experiment": ["budget_sweep", "fashion_resnet20", "fashion_vgg", "rounds"],
         "hydra": ["default"],
@@ -117,6 +117,7 @@ def test_data_modules_have_the_shape_the_configuration_says(data, expected, shap
     ("option", "limits"),
     [
         *(("edge", {"params": 0.25, "macs": 0.3, "bytes": 0.3}), ("macs_30", {"macs": 0.3})),
+        ("latency_50", {"latency": 0.5}),
         *(("params_20", {"params": 0.2}), ("params_28", {"params": 0.28}), ("params_50", {"params": 0.5})),
         ("ratio_5x", {"params": 0.2}),
     ],

@@ -69,7 +69,7 @@ def test_json_names_format_and_schema(plan):
 def test_print_shows_every_layer_and_every_reason(plan):
     text = str(plan)
     rows = {line.split("│")[1].strip(): line for line in text.splitlines() if line.startswith("│")}
-    flat = " ".join("".join(line.split("│")[9]).strip() for line in text.splitlines() if line.startswith("│"))
+    flat = " ".join(line.split("│")[10].strip() for line in text.splitlines() if line.startswith("│"))
     for layer in plan.layers:
         row = rows[layer.name]
         assert layer.type in row
@@ -79,13 +79,15 @@ def test_print_shows_every_layer_and_every_reason(plan):
             assert ", ".join(map(str, layer.ranks)) in row
             assert f"{layer.error:.4f}" in row
             assert layer.source in row.split("│")[6]
-            assert f"{layer.params_before:,} → {layer.params_after:,}" in row
-            assert f"{100 * layer.params_after / layer.params_before:.1f} %" in row
+            kept = f"{100 * layer.params_after / layer.params_before:.1f} %"
+            assert f"{layer.params_before:,} → {layer.params_after:,} ({kept})" in row
+            assert f"{1e3 * layer.latency_before:.3g} → {1e3 * layer.latency_after:.3g}" in row.split("│")[9]
         else:
             assert " ".join(layer.reason.split()) in " ".join(flat.split())
     assert f"params 2,340 → {plan.compressed.params:,} ({100 * plan.compressed.params / 2340:.1f} % kept)" in text
     assert f"MACs 36,992 → {plan.compressed.macs:,} ({100 * plan.compressed.macs / 36992:.1f} % kept)" in text
     assert f"bytes 9,432 → {plan.compressed.bytes:,}" in text
+    assert f"latency {1e3 * plan.dense.latency:.3g} → {1e3 * plan.compressed.latency:.3g} ms" in text
     assert "budget params <= 50 %, macs <= 60 %; method exact; signal loss" in text
     assert "\x1b" not in text
 
@@ -97,6 +99,7 @@ def test_print_does_without_what_is_optional(plan):
         )
     bare = Plan((LayerPlan("", "Linear", "svd", (1,), (2, 3), 0.25, 10, 5),), Costs(10, None, 40), Costs(5, None, 20))
     assert "MACs" not in str(bare)
+    assert "latency" not in str(bare)
     assert "budget" not in str(bare)
     assert "(model)" in str(bare)
     assert "method" not in str(bare)
@@ -133,6 +136,7 @@ def test_kept_and_signal_loss(plan):
         "params": plan.compressed.params / 2340,
         "macs": plan.compressed.macs / 36992,
         "bytes": plan.compressed.bytes / 9432,
+        "latency": plan.compressed.latency / plan.dense.latency,
     }
     survives = math.prod(1 - layer.error for layer in plan.layers)
     assert math.exp(-plan.signal_loss) == pytest.approx(survives, rel=1e-12)
@@ -172,7 +176,7 @@ def test_newer_or_odd_schema_is_an_error(plan, schema):
     [
         *(((), field.name) for field in dataclasses.fields(Plan)),
         *((("layers", 2), field.name) for field in dataclasses.fields(LayerPlan)),
-        *(((costs,), field) for costs in ("dense", "compressed") for field in ("params", "macs", "bytes")),
+        *(((costs,), field) for costs in ("dense", "compressed") for field in ("params", "macs", "bytes", "latency")),
     ],
 )
 def test_missing_field_is_named(plan, path, field):
@@ -202,6 +206,9 @@ def test_missing_field_is_named(plan, path, field):
         ("source", 1, r"'source' is 1, expected str"),
         ("output_distance", "0", r"'output_distance' is '0', expected float"),
         ("timings", [1.0], r"'timings' is \[1.0\], expected dict"),
+        ("target", "torch", r"'target' is 'torch', expected dict"),
+        ("predicted_latency", "1", r"'predicted_latency' is '1', expected float"),
+        ("memory_format", 1, r"'memory_format' is 1, expected str"),
         ("layers.0.name", 3, r"'name' is 3, expected str"),
         ("layers.0.kind", None, r"'kind' is None, expected str"),
         ("layers.0.ranks", 3, r"'ranks' is 3, expected list"),
@@ -214,6 +221,8 @@ def test_missing_field_is_named(plan, path, field):
         ("layers.0.macs_after", "1", r"'macs_after' is '1', expected int"),
         ("layers.0.reason", 1, r"'reason' is 1, expected str"),
         ("layers.0.source", 1, r"'source' is 1, expected str"),
+        ("layers.0.latency_before", "1", r"'latency_before' is '1', expected float"),
+        ("layers.0.latency_after", True, r"'latency_after' is True, expected float"),
     ],
 )
 def test_field_of_a_wrong_type_is_named(plan, field, value, message):

@@ -23,7 +23,13 @@ NAN, INFINITE = float("nan"), float("inf")
         ({"ratio": "1x"}, {"params": 1.0}),
         ({"ratio": " 2.5 X "}, {"params": 0.4}),
         ({"ratio": "4x", "bytes": 0.5}, {"params": 0.25, "bytes": 0.5}),
-        ({"bytes": 0.3, "macs": 0.2, "params": 0.1}, {"params": 0.1, "macs": 0.2, "bytes": 0.3}),
+        ({"latency": 0.7}, {"latency": 0.7}),
+        (
+            {"latency": 1, "bytes": 0.3, "macs": 0.2, "params": 0.1},
+            {"params": 0.1, "macs": 0.2, "bytes": 0.3, "latency": 1.0},
+        ),
+        ({"latency_ms": 3}, {}),
+        ({"latency_ms": 3, "params": 0.5}, {"params": 0.5}),
     ],
 )
 def test_budget_limits_are_the_given_fractions_in_a_fixed_order(settings, limits):
@@ -40,6 +46,8 @@ def test_budget_limits_are_the_given_fractions_in_a_fixed_order(settings, limits
         (Budget(params=1), "params <= 100 %"),
         (Budget(bytes=0.3, params=0.25), "params <= 25 %, bytes <= 30 %"),
         (Budget(macs=0.005), "macs <= 0.5 %"),
+        (Budget(latency=0.5, macs=0.3), "macs <= 30 %, latency <= 50 %"),
+        (Budget(latency_ms=2.5, params=0.25), "params <= 25 %, latency <= 2.5 ms"),
     ],
 )
 def test_budget_prints_as_a_user_would_write_it(budget, text):
@@ -54,8 +62,8 @@ def test_budgets_of_either_spelling_are_equal_and_hash_alike():
 
 
 def test_budget_survives_its_own_fields():
-    budget = Budget(ratio="8x", macs=0.5)
-    assert Budget.from_value(dataclasses.asdict(budget)) == budget
+    budget = Budget(ratio="8x", macs=0.5, latency=0.9, latency_ms=3)
+    assert Budget.from_value(dataclasses.asdict(budget)) == Budget.from_value(budget.as_dict()) == budget
 
 
 @pytest.mark.parametrize(
@@ -101,18 +109,41 @@ def test_budget_refuses_both_spellings_at_once():
 
 @pytest.mark.parametrize("make", [Budget, lambda: Budget.from_value({}), lambda: Budget.from_value({"params": None})])
 def test_budget_refuses_to_bound_nothing(make):
-    with pytest.raises(
-        BudgetError, match="bounds nothing: give at least one of params, macs, bytes, ratio='5x', or max_error"
-    ):
+    known = "params, macs, bytes, latency, latency_ms, ratio='5x', or max_error"
+    with pytest.raises(BudgetError, match=f"bounds nothing: give at least one of {known}"):
         make()
 
 
-@pytest.mark.parametrize("latency", [0.5, 0, "fast"])
-def test_budget_refuses_latency_and_names_the_closest_bound(latency):
-    with pytest.raises(UnsupportedError) as caught:
-        Budget(latency=latency, params=0.5)
-    assert f"latency={latency!r}" in str(caught.value)
-    assert "use macs=" in str(caught.value)
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"latency_ms": 3}, 0.75),
+        ({"latency_ms": 3, "latency": 0.5}, 0.5),
+        ({"latency_ms": 1, "latency": 0.5}, 0.25),
+        ({"latency_ms": 5}, 1.0),
+        ({"latency": 0.5}, 0.5),
+    ],
+)
+def test_milliseconds_are_a_fraction_once_the_time_of_the_dense_model_is_known(settings, kept):
+    budget = Budget(**settings)
+    assert budget.limits(4e-3) == {"latency": pytest.approx(kept)}
+    assert budget.bounds == settings
+    assert budget.budgeted == ("latency",)
+    assert budget.bounds_latency
+    assert budget.needs_example_input
+
+
+@pytest.mark.parametrize("value", [0, -1, NAN, INFINITE, "3", True, [3]])
+def test_budget_refuses_what_are_no_milliseconds(value):
+    with pytest.raises(BudgetError) as caught:
+        Budget(latency_ms=value, params=0.5)
+    assert f"Budget(latency_ms={value!r}): expected the most milliseconds" in str(caught.value)
+
+
+@pytest.mark.parametrize("bound", [{"latency": 0.5}, {"latency_ms": 3}])
+def test_budget_refuses_a_quality_target_beside_a_bound_on_time(bound):
+    with pytest.raises(BudgetError, match="give bounds or a quality target, not both"):
+        Budget(max_error=0.1, **bound)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +174,7 @@ def test_settings_from_a_wrong_type_say_what_to_write(parse, what, values, write
 
 
 KNOWN = {
-    "budget": (Budget.from_value, "params, macs, latency, bytes, ratio, max_error"),
+    "budget": (Budget.from_value, "params, macs, latency, latency_ms, bytes, ratio, max_error"),
     "schedule": (Schedule.from_value, "warmup_steps, phases"),
     "distill": (Distill.from_value, "weight, temperature, module, kind, blocks, function, dtype"),
     "overrides['fc*']": (lambda value: Override.from_value(value, "fc*"), "kinds, min_rank, max_rank, dense"),

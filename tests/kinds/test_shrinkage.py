@@ -114,7 +114,7 @@ def test_estimated_error_of_every_rank_is_near_the_true_one(count, decay):
     statistics = gather_statistics(net, calibration=list(images.split(64)))
     metric = Metric(statistics.metric("classifier").inputs, None, statistics.metric("classifier").folds)
     (layer,) = [layer for layer in take_inventory(net, kinds="svd") if layer.reason is None]
-    table = tabulate(layer, budgeted=("params",), metric=metric)
+    table = tabulate(layer, compared=("params",), metric=metric)
     weight, true = layer.double_weight(), root @ root.T + mean[:, None] * mean
     directions = torch.linalg.eigh(weight @ metric.inputs @ weight.T)[1].flip(1)
     lost = ((directions.T @ weight @ true) * (directions.T @ weight)).sum(dim=1)

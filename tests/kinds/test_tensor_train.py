@@ -181,7 +181,7 @@ def test_leading_components_explain_most():
 
 def test_space_holds_all_three_ranks():
     layers = take_inventory(TinyNet(), kinds=["tt", "tucker2", "svd"])
-    tables = tuple(tabulate(layer, budgeted=["params"]) for layer in layers if layer.kinds)
+    tables = tuple(tabulate(layer, compared=["params"]) for layer in layers if layer.kinds)
     space = Space.of(Problem(tables, ("params",), np.array([3000.0])))
     assert space.ranks.shape[2] == 3
     for path, kind in enumerate(space.kinds):

@@ -189,9 +189,6 @@ class Words(nn.Module):
 
 @pytest.mark.usefixtures("small_ones")
 def test_table_of_kronecker_products_is_found_and_trains(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "lightning_compress.search.problem.ACTIVATION_WEIGHT", 0.0
-    )  # all of the table, whatever it writes
     model, index = Words(), torch.arange(1030).reshape(103, 10)
     dense = copy.deepcopy(model)
     plan = search_ranks(model, Budget(params=0.1), kinds=["svd", "tt_embedding"], example_input=index, seed=0)

@@ -10,22 +10,20 @@ import torch
 from torch import nn
 
 from lightning_compress.analysis.inventory import take_inventory
-from lightning_compress.analysis.trace import trace
 from lightning_compress.core.effort import EFFORTS
 from lightning_compress.core.plan import signal_loss
 from lightning_compress.core.settings import RESOURCES
 from lightning_compress.kinds.metric import Metric
 from lightning_compress.kinds.registry import DECOMPOSITIONS, LayerCall
-from lightning_compress.search.candidates import tabulate
 from tests.support.searching import table_of
 from tests.support.zoo import normal
 
 
 def test_candidates_of_a_linear_are_its_useful_ranks_and_dense():
-    table = table_of(nn.Linear(6, 10), budgeted=("params", "macs"), example=(1, 4, 6), kinds="svd")
+    table = table_of(nn.Linear(6, 10), compared=("params", "macs"), example=(1, 4, 6), kinds="svd")
     assert table.kinds == ("svd",) * 3 + ("dense",)
     assert table.ranks == ((1,), (2,), (3,), ())
-    assert table.costs.tolist() == [[16 * r, 64 * r, 64 * r] for r in (1, 2, 3)] + [[60, 240, 240]]
+    assert table.costs.tolist() == [[16 * r, 64 * r, 64 * r, 0] for r in (1, 2, 3)] + [[60, 240, 240, 0]]
     assert table.errors[-1] == 0
     assert table.losses == pytest.approx(-np.log(1 - table.errors))
 
@@ -34,13 +32,13 @@ def test_candidates_of_a_linear_are_its_useful_ranks_and_dense():
 def test_candidates_hold_no_dominated_row_and_miss_no_other(budgeted):
     conv = nn.Conv2d(4, 6, (3, 5), stride=2)
     columns = [RESOURCES.index(name) for name in budgeted]
-    table = table_of(conv, budgeted=budgeted, example=(1, 4, 11, 13), kinds="tucker2")
+    table = table_of(conv, compared=budgeted, example=(1, 4, 11, 13), kinds="tucker2")
     (entry,) = take_inventory(nn.Sequential(conv), kinds="tucker2")
     tucker, shape = DECOMPOSITIONS["tucker2"], (6, 4, 3, 5)
     profile = tucker.profile(entry.weight.detach().double())
     params = tucker.parameters(shape, profile.ranks)
     macs = tucker.macs(shape, profile.ranks, LayerCall((11, 13), (5, 5), 1))
-    costs = np.column_stack([params, macs, 4 * params])
+    costs = np.column_stack([params, macs, 4 * params, 0 * params])
     points = np.column_stack([costs[:, columns], profile.errors])
     expected = set()
     for row, ranks in enumerate(profile.ranks.tolist()):
@@ -83,21 +81,3 @@ def test_energy_is_that_of_the_weight_times_the_roots_of_its_metric(kind, layer,
     right = torch.linalg.cholesky(moment) if metric is not None else torch.eye(weight.shape[1], dtype=torch.float64)
     expected = float((left @ weight @ right).square().sum())
     assert table_of(layer, kinds=kind, metric=metric).energy == pytest.approx(expected, rel=1e-10)
-
-
-def test_numbers_written_are_those_of_the_layers():
-    net = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.Flatten(), nn.Linear(32, 10))
-    traced = trace(net, (1, 4, 4, 4))
-    conv, linear = (
-        tabulate(layer, budgeted=("params",)) for layer in take_inventory(net, trace=traced) if not layer.reason
-    )
-    assert (conv.dense_activations, linear.dense_activations) == (8 * 2 * 2, 10)
-    assert linear.activations.tolist() == [*(ranks[0] for ranks in linear.ranks[:-1]), 0]
-    beyond = {
-        "channel_svd": lambda r: r * 2 * 2,
-        "spatial_svd": lambda r: r * 2 * 4,
-        "cp3": lambda r: r * (4 * 4 + 2 * 2),
-    }
-    for kind, written in beyond.items():
-        rows = conv.rows_of(kind)
-        assert conv.activations[rows].tolist() == [written(conv.ranks[row][0]) for row in rows]

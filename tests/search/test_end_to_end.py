@@ -242,7 +242,7 @@ def test_models_so_large_that_it_would_take_long_are_searched_by_moments():
     statistics = gather_statistics(net, calibration=[torch.randn(8, 2, 512)])
     rows = 2 + WORK // (3 * STEPS * LEAST_INPUTS * 2 * 512 * 512)
     large = torch.zeros(1, rows, 512)
-    settings = {"statistics": statistics, "kinds": "svd", "overrides": {"*": {"max_rank": 4}}}
+    settings = {"statistics": statistics, "kinds": "svd", "overrides": {"*": {"max_rank": 4}}, "target": None}
     assert search_ranks(net, Budget(params=0.5), example_input=large, **settings).objective == "moments"
     assert search_ranks(net, Budget(params=0.5), example_input=large[:, :9], **settings).objective == "end_to_end"
 

@@ -170,7 +170,7 @@ def test_ranks_are_scaled_by_the_largest_common_factor_that_keeps_the_budget(kee
     monkeypatch.setattr("lightning_compress.search.strategies.paper._search", spy)
     net = random_net(2)
     plan = search_ranks(net, Budget(params=keep), method="paper", kinds=kinds)
-    tables = [tabulate(layer, budgeted=("params",)) for layer in take_inventory(net, kinds=kinds)]
+    tables = [tabulate(layer, compared=("params",)) for layer in take_inventory(net, kinds=kinds)]
     ((paths, ranks),) = searched
     rest = plan.dense.params - sum(t.costs[-1, 0] for t in tables)
 

@@ -50,7 +50,7 @@ def test_errors_of_iterative_fits_in_the_plan_are_those_of_the_fitted_factors(kn
 def test_correction_scales_the_rough_kinds_alone_and_by_what_is_found(known):
     net, statistics = known
     layers = tuple(layer for layer in take_inventory(net) if layer.reason is None)
-    tables = tuple(tabulate(own, budgeted=("params",), metric=statistics.metric(own.name)) for own in layers)
+    tables = tuple(tabulate(own, compared=("params",), metric=statistics.metric(own.name)) for own in layers)
     limit = 0.4 * sum(table.costs[-1, 0] for table in tables)
     problem = Problem(tables, ("params",), np.array([limit]))
     outputs = OutputEvaluator(net, units_of(layers), statistics)
@@ -87,7 +87,7 @@ def test_the_whole_budget_is_used_where_errors_are_left(keep):
 def test_what_is_left_goes_to_larger_ranks_of_the_same_kinds():
     net = TinyNet().eval()
     dense, budget = measure_costs(net), Budget(params=0.9)
-    tables = tabulate_units(units_of(take_inventory(net, kinds=CLOSED_FORM)), budget, 1, None, silent)
+    tables = tabulate_units(units_of(take_inventory(net, kinds=CLOSED_FORM)), ("params",), 1, None, silent)
     problem = problem_of(tables, dense, budget)
     small = solve(problem_of(problem.layers, dense, Budget(params=0.5))).choice
     spent = spend_what_is_left(problem, small)
@@ -126,7 +126,7 @@ def looked_at(net, example, keep=0.7, **selection):
     """A problem of the moments, and the outputs of the model."""
     statistics = gather_statistics(net, example)
     units, budget = units_of(take_inventory(net, **selection)), Budget(params=keep)
-    problem = problem_of(tabulate_units(units, budget, 1, statistics, silent), measure_costs(net), budget)
+    problem = problem_of(tabulate_units(units, ("params",), 1, statistics, silent), measure_costs(net), budget)
     return problem, OutputEvaluator(net, units, statistics)
 
 

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
@@ -20,6 +21,7 @@ from lightning_compress.core.parallel import shared_map
 from lightning_compress.training import distributed
 from tests.support.compressing import DEFAULTS, compress
 from tests.support.nets import TinyTask
+from tests.support.stand_in import StandIn
 
 warnings.filterwarnings("ignore")
 try:
@@ -263,6 +265,7 @@ CASES = [
 
 def main(names: list[str]) -> None:
     torch.set_num_threads(1)
+    StandIn(pytest.MonkeyPatch())  # the same times as in the tests
     results = {}
     for case in CASES:
         if not names or case.__name__ in names:

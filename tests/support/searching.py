@@ -15,7 +15,7 @@ from lightning_compress.analysis.statistics import Statistics
 from lightning_compress.analysis.trace import trace
 from lightning_compress.core.settings import RESOURCES
 from lightning_compress.search.candidates import Candidates, tabulate
-from lightning_compress.search.problem import Problem
+from lightning_compress.search.problem import TIME_WEIGHT, Problem
 
 METHODS = ["continuous", "energy", "exact", "paper", "uniform"]
 VECTOR = (1, 6)
@@ -43,14 +43,14 @@ def running_net(seed, width=12):
     return net
 
 
-def table_of(layer, *, budgeted=("params",), example=None, metric=None, **selection):
+def table_of(layer, *, compared=("params",), example=None, metric=None, **selection):
     """The candidates of a layer that is alone in its model."""
     model = nn.Sequential(layer)
     (entry,) = take_inventory(model, trace=trace(model, example) if example else None, **selection)
-    return tabulate(entry, budgeted=budgeted, metric=metric)
+    return tabulate(entry, compared=compared, metric=metric)
 
 
-def candidates(name, costs, errors, activations=None):
+def candidates(name, costs, errors, seconds=None):
     """The last row is the dense layer."""
     costs = np.atleast_2d(np.asarray(costs, dtype=float).T).T
     columns = np.zeros((len(costs), len(RESOURCES)))
@@ -59,20 +59,21 @@ def candidates(name, costs, errors, activations=None):
     kinds = ("svd",) * (rows - 1) + ("dense",)
     errors = np.asarray(errors, float)
     ranks = (*((r + 1,) for r in range(rows - 1)), ())
-    activations = np.zeros(rows) if activations is None else activations
-    return Candidates(name, kinds, ranks, errors, 1.0, columns, activations, 1.0)
+    if seconds is not None:
+        columns[:, RESOURCES.index("latency")] = seconds
+    return Candidates(name, kinds, ranks, errors, 1.0, columns)
 
 
-def random_problem(seed, *, layers=5, rows=5, scale=1000, budgeted=("params",), keep=0.5, activation_weight=0.0):
+def random_problem(seed, *, layers=5, rows=5, scale=1000, budgeted=("params",), keep=0.5, timing=None):
     rng = np.random.default_rng(seed)
     tables = []
     for index in range(layers):
         costs = np.sort(rng.integers(1, scale, size=(rows, len(budgeted))), axis=0)
         errors = np.append(np.sort(rng.random(rows - 1))[::-1], 0.0)
-        activations = np.append(np.random.default_rng((seed, index)).random(rows - 1), 0.0)
-        tables.append(candidates(str(index), costs, errors, activations))
+        seconds = np.append(np.random.default_rng((seed, index)).random(rows - 1), 0.0)
+        tables.append(candidates(str(index), costs, errors, None if "latency" in budgeted else seconds))
     limits = np.floor(keep * np.sum([t.costs[-1, : len(budgeted)] for t in tables], axis=0))
-    return Problem(tuple(tables), budgeted, limits, activation_weight=activation_weight)
+    return Problem(tuple(tables), budgeted, limits, timing=timing)
 
 
 def brute_force(problem):
@@ -81,8 +82,8 @@ def brute_force(problem):
     choices = np.array(list(itertools.product(*(range(len(table)) for table in problem.layers))))
     cost = sum(table.costs[:, columns][choices[:, i]] for i, table in enumerate(problem.layers))
     loss = sum(-np.log1p(-np.minimum(t.errors, 1 - 1e-9))[choices[:, i]] for i, t in enumerate(problem.layers))
-    written = sum(table.activations[choices[:, i]] for i, table in enumerate(problem.layers))
-    objective = loss + problem.activation_weight * written
+    seconds = sum(t.costs[:, RESOURCES.index("latency")][choices[:, i]] for i, t in enumerate(problem.layers))
+    objective = loss if problem.timing is None else loss + TIME_WEIGHT / problem.timing.best * seconds
     return float(np.where((cost <= problem.limits).all(axis=1), objective, np.inf).min())
 
 

@@ -8,7 +8,9 @@ import functools
 import pytest
 from torch.optim import SGD, Adam
 
-from lightning_compress import apply_plan_
+from lightning_compress import apply_plan_, load_compressed_checkpoint
+from lightning_compress.analysis.latency.bench import PRESERVED
+from lightning_compress.layers.memory_format import CHANNELS_LAST, is_channels_last
 from tests.support.compressing import DEFAULTS, compress
 from tests.support.fitting import QUIET, require_same_state
 from tests.support.nets import TinyTask, TwoManual
@@ -188,3 +190,13 @@ def test_configure_optimizers_of_the_instance_survives_a_resume(make_trainer, lo
     trainer, _ = run(make_trainer, loader, fresh, compress(), tmp_path / "again", epochs=2, ckpt_path=path)
     assert isinstance(trainer.optimizers[0], SGD)
     assert fresh.__dict__.get("configure_optimizers") is configure
+
+
+def test_fit_in_another_memory_format_resumes_in_it(make_trainer, loader, tmp_path, stand_in):
+    stand_in.formats = {PRESERVED: 1.0, CHANNELS_LAST: 0.5}
+    task = TinyTask(momentum)
+    settings = {"example_input": (1, 3, 8, 8), "kinds": ("svd", "tucker2")}
+    require_identical_resume(make_trainer, loader, tmp_path, task, settings, 0)
+    assert is_channels_last(task)
+    loaded = load_compressed_checkpoint(TinyTask, tmp_path / "whole" / "epoch=0.ckpt", configure=momentum)
+    assert {p.stride() for p in loaded.parameters()} == {p.stride() for p in task.parameters()}

@@ -85,14 +85,20 @@ def test_resume_without_pickled_code_across_a_round(make_trainer, loader, tmp_pa
 KILLED_AT = [1, 6, 7, 12, 18, 21, 24, 35, *(pytest.param(s, marks=pytest.mark.sweep) for s in (5, 11, 13, 23, 25, 30))]
 
 
+def fit_in_a_process(folder, *more):
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kill_resume", "--fit", str(folder), *more]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> str:
+    return fit_in_a_process(tmp_path_factory.mktemp("whole")).stdout
+
+
 @slow
 @pytest.mark.parametrize("step", KILLED_AT)
-def test_fit_with_rounds_killed_anywhere_resumes_to_the_same_weights(tmp_path, step):
-    from benchmarks.kill_resume import fit
-
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kill_resume", "--fit", str(tmp_path)]
-    command += ["--kill-at", str(step)]
-    done = subprocess.run(command, capture_output=True, cwd=Path(__file__).parents[2], check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
-    (tmp_path / "whole").mkdir()
-    assert fit(tmp_path, None) == fit(tmp_path / "whole", None)
+def test_fit_with_rounds_killed_anywhere_resumes_to_the_same_weights(tmp_path, uninterrupted, step):
+    done = fit_in_a_process(tmp_path, "--kill-at", str(step))
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert len(uninterrupted.split()[-1]) == 64
+    assert fit_in_a_process(tmp_path).stdout == uninterrupted
