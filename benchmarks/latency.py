@@ -4,9 +4,9 @@ python -m benchmarks.latency [--networks vgg resnet20 …] [--targets torch:1 to
 
 Every network is compressed for its target, and dense and compressed model are then timed in turns on it, on one thread,
 anew and not from the search's table: the dense model in the faster of the two memory formats, the median of all turns.
-The reference networks are searched as the default does it, the others, whose weights are random, by their weights
-alone. `predicted` is what the search predicted over what it measured; `table` are the seconds of timing the layers,
-which the next search finds in the cache.
+The reference networks are searched as the default does it (`accuracy` is that of the 10,000 test images right after the
+compression), the others, whose weights are random, by their weights alone. `predicted` is what the search predicted over
+what it measured; `table` are the seconds of timing the layers, which the next search finds in the cache.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from benchmarks.common import IMAGE, earlier_rows, publish, reference
+from benchmarks.common import IMAGE, earlier_rows, fashion_mnist, publish, reference
+from benchmarks.zero_shot import accuracy
 from lightning_compress import Budget, Plan, Target, compress_
 from lightning_compress.analysis.latency.compare import measure_latency
 from lightning_compress.analysis.latency.onnx import OnnxRuntime
@@ -145,6 +146,7 @@ def measure(name: str, network: Network, target: str, bound: float | None) -> di
         "ms": 1e3 * after,
         "faster": before / after,
         "predicted": (plan.predicted_latency or 0) / (plan.compressed.latency or 1),
+        "accuracy": accuracy(compressed, fashion_mnist()[0]) if network.trained else "",
         "format": plan.memory_format or "as it was",
         "slower layers": len(plan.slower),
         "table": _table_seconds(timed),
