@@ -5,8 +5,8 @@ python -m benchmarks.latency [--networks vgg resnet20 …] [--targets torch:1 to
 Every network is compressed for its target, and dense and compressed model are then timed in turns on it, on one thread,
 anew and not from the search's table: the dense model in the faster of the two memory formats, the median of all turns.
 The reference networks are searched as the default does it (`accuracy` is that of the 10,000 test images right after the
-compression), the others, whose weights are random, by their weights alone. `predicted` is what the search predicted over
-what it measured; `table` are the seconds of timing the layers, which the next search finds in the cache.
+compression), the others, whose weights are random, by their weights alone. `predicted` is what the search predicted
+over what it measured; `table` are the seconds of timing the layers, which the next search finds in the cache.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 
@@ -22,6 +23,8 @@ from lightning_compress.search.units import Unit
 
 CORRECTIONS = 4
 """Times that predictions are corrected by whole models and the search is repeated, at most."""
+SLACK = 0.05
+"""Of a bound on time: a plan that leaves more of it unused is searched once more."""
 NEAR_ENOUGH = 0.02
 """Relative difference of prediction and measurement that is not corrected."""
 
@@ -103,35 +106,60 @@ def settled(found: Choice, budget: Budget) -> Choice:
     Raises:
         InfeasibleBudgetError: If the time that the budget bounds is missed by every choice that was tried.
     """
-    problem, rows = found.problem, found.rows
-    timing = problem.timing
+    timing = found.problem.timing
     if timing is None:
         return found
-    best = timing.best
-    bound = budget.limits(best).get("latency", 1.0) * best
-    fastest = measured = float("inf")
-    for step in range(CORRECTIONS + 1):
-        reading = timing.whole(found.units, problem.layers, rows)
-        if reading is None:
-            return replace(found, problem=problem, rows=rows)
-        measured = reading.seconds
-        fastest = min(fastest, measured)
-        if measured <= (1 + TOLERANCE) * bound:
-            return replace(found, problem=problem, rows=rows, measured=measured)
-        if "latency" not in problem.budgeted or step == CORRECTIONS:
-            break
-        again = _solved_again(problem, rows, timing, found.units, reading)
-        if again is None:
-            break
-        problem, rows, timing = again
+    bound = budget.limits(timing.best).get("latency", 1.0) * timing.best
+    tried = _tried(found, timing, bound, exhausting=budget.bounds_latency)
+    if not tried:
+        return found
+    keeping = [choice for choice in tried if _seconds(choice) <= (1 + TOLERANCE) * bound]
+    if keeping:
+        return min(keeping, key=_signal_loss)
     if budget.bounds_latency:
-        kept = f"latency={np.ceil(1e4 * fastest / best) / 1e4:.4f} of the dense model's {1e3 * best:.3g} ms"
+        fastest = min(map(_seconds, tried))
+        share = np.ceil(1e4 * fastest / timing.best) / 1e4
         msg = (
-            f"no plan keeps {budget}: the fastest that was measured takes {1e3 * fastest:.3g} ms, {kept}. Raise the "
-            "budget, or allow more kinds or layers."
+            f"no plan keeps {budget}: the fastest that was measured takes {1e3 * fastest:.3g} ms, latency={share:.4f} "
+            f"of the dense model's {1e3 * timing.best:.3g} ms. Raise the budget, or allow more kinds or layers."
         )
         raise InfeasibleBudgetError(msg)
-    return replace(found, problem=problem, rows=rows, measured=measured)
+    return min(tried, key=_seconds)
+
+
+def _tried(found: Choice, timing: Timing, bound: float, *, exhausting: bool) -> list[Choice]:
+    """Returns choices with their measured times, each found with what was learnt of the one before.
+
+    Args:
+        found: The first one.
+        timing: Of its problem.
+        bound: Of the seconds.
+        exhausting: Whether to go on as well while the bound is not used because predictions were too long.
+    """
+    tried: list[Choice] = []
+    problem, rows = found.problem, found.rows
+    for _ in range(CORRECTIONS + 1):
+        reading = timing.whole(found.units, problem.layers, rows)
+        if reading is None:
+            break
+        tried.append(replace(found, problem=problem, rows=rows, measured=reading.seconds))
+        predicted = latency_of(problem.layers, rows, timing)
+        wasted = exhausting and reading.seconds < (1 - SLACK) * bound <= predicted
+        missed = reading.seconds > (1 + TOLERANCE) * bound
+        again = _solved_again(problem, rows, timing, found.units, reading) if missed or wasted else None
+        if again is None or (again[1] == rows).all():
+            break
+        problem, rows, timing = again
+    return tried
+
+
+def _seconds(choice: Choice) -> float:
+    return cast(float, choice.measured)
+
+
+def _signal_loss(choice: Choice) -> float:
+    """Returns the objective of a choice without its time."""
+    return replace(choice.problem, timing=None).loss_of(choice.rows)
 
 
 def _solved_again(
@@ -140,6 +168,8 @@ def _solved_again(
     """Returns the problem with corrected times and its optimum; None if nothing keeps the bounds then."""
     timing = timing.corrected(problem.layers, rows, reading.seconds)
     layers = timing.filled(units, problem.layers)
+    if "latency" not in problem.budgeted:
+        return None
     column = problem.budgeted.index("latency")
     before, after = (sum(float(t.costs[-1, LATENCY]) for t in each) for each in (problem.layers, layers))
     limits = problem.limits.copy()
