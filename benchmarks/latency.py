@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -24,12 +25,13 @@ from torch import nn
 
 from benchmarks.common import IMAGE, earlier_rows, fashion_mnist, publish, reference
 from benchmarks.zero_shot import accuracy
-from lightning_compress import Budget, Plan, Target, compress_
+from lightning_compress import Budget, Plan, Target, apply_plan_, compress_, search_ranks
 from lightning_compress.analysis.latency.compare import measure_latency
 from lightning_compress.analysis.latency.onnx import OnnxRuntime
 from lightning_compress.analysis.trace import ExampleInput, whole_arguments
 from lightning_compress.cli.demo.models import SmallCNN
 from lightning_compress.core.effort import trying
+from lightning_compress.core.target import Backend
 
 PARAMS = 1 / 5.2
 
@@ -96,6 +98,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--targets", nargs="+", default=["torch:1", "torch:16"])
     parser.add_argument("--free", action="store_true", help="also without a bound on time")
+    parser.add_argument("--plain", action="store_true", help="what a plain loop does beside it, see `plain_loop`")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = {(row["network"], row["budget"], row["target"]): row for row in earlier_rows("latency")}
@@ -103,8 +106,10 @@ def main() -> None:
         for target in arguments.targets:
             network = NETWORKS[name]
             bounds = [network.latency.get(target)] if not arguments.free else [None, network.latency.get(target)]
-            for bound in dict.fromkeys(bounds):
-                row = measure(name, network, target, bound)
+            found = [functools.partial(measure, name, network, target, bound) for bound in dict.fromkeys(bounds)]
+            found += [functools.partial(plain_loop, name, network, target)] if arguments.plain else []
+            for work in found:
+                row = work()
                 rows[row["network"], row["budget"], row["target"]] = row
                 publish("latency", "Smaller and faster", list(rows.values()))
 
@@ -114,13 +119,7 @@ def measure(name: str, network: Network, target: str, bound: float | None) -> di
     torch.manual_seed(0)
     dense = network.build().eval()
     compressed = copy.deepcopy(dense)
-    backend, _, batch = target.partition(":")
-    on = Target(
-        backend="onnxruntime" if backend == "onnxruntime" else "torch",
-        batch=int(batch),
-        threads=1,
-        compiled=backend == "compiled",
-    )
+    on = _target(target)
     budget = Budget(params=network.params, latency=bound)
     timed: dict[str, float] = {}
 
@@ -136,22 +135,56 @@ def measure(name: str, network: Network, target: str, bound: float | None) -> di
         target=on,
         progress=note,
     )
+    return _row(name, network, target, str(budget), dense, compressed, plan, on, table=_table_seconds(timed))
+
+
+def plain_loop(name: str, network: Network, target: str) -> dict[str, Any]:
+    """Returns the row of the same number of parameters by one share of ranks for all layers, Tucker-2 and SVD.
+
+    That is what loops over a model's layers do: no search, nothing measured, the factors fitted to the weights.
+    """
+    torch.manual_seed(0)
+    dense = network.build().eval()
+    compressed = copy.deepcopy(dense)
+    plan = search_ranks(dense, Budget(params=network.params), method="uniform", kinds=["svd", "tucker2"], target=None)
+    apply_plan_(compressed, plan)
+    return _row(name, network, target, "plain Tucker-2 and SVD loop", dense, compressed, plan, _target(target))
+
+
+def _row(  # noqa: PLR0917
+    name: str,
+    network: Network,
+    target: str,
+    budget: str,
+    dense: nn.Module,
+    compressed: nn.Module,
+    plan: Plan,
+    on: Target,
+    *,
+    table: float = 0.0,
+) -> dict[str, Any]:
     before, after = timings(dense, compressed, network.example, on)
     return {
         "network": name,
-        "budget": str(budget),
+        "budget": budget,
         "target": target,
         "smaller": 1 / (plan.kept["params"] or 1),
         "dense ms": 1e3 * before,
         "ms": 1e3 * after,
         "faster": before / after,
-        "predicted": (plan.predicted_latency or 0) / (plan.compressed.latency or 1),
+        "predicted": (plan.predicted_latency or 0) / (plan.compressed.latency or 1) if plan.target else "",
         "accuracy": accuracy(compressed, fashion_mnist()[0]) if network.trained else "",
         "format": plan.memory_format or "as it was",
         "slower layers": len(plan.slower),
-        "table": _table_seconds(timed),
+        "table": table,
         "kinds": _kinds(plan),
     }
+
+
+def _target(text: str) -> Target:
+    backend, _, batch = text.partition(":")
+    engine: Backend = "onnxruntime" if backend == "onnxruntime" else "torch"
+    return Target(backend=engine, batch=int(batch), threads=1, compiled=backend == "compiled")
 
 
 def timings(dense: nn.Module, compressed: nn.Module, example: ExampleInput, target: Target) -> list[float]:
