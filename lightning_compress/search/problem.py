@@ -31,7 +31,6 @@ class Problem:
             costs is already taken off), shape (b,).
         weights: w_l of each layer's term in Σ_l w_l ε_l, None for ones.
         timing: Of the target, None where time is left out.
-        no_layer_slower: Whether candidates that take longer than their dense layer are left out.
         units: What the candidates belong to, in the same order, for a strategy that needs
             more of them than errors and costs: the weights `unit.double_weight()`, (groups · out, in, *kernel),
             `unit.operator`, `unit.kinds`. They are to be read, not changed.
@@ -42,7 +41,6 @@ class Problem:
     limits: Floats
     weights: tuple[float, ...] | None = None
     timing: Timing | None = None
-    no_layer_slower: bool = False
     units: tuple[Unit, ...] = ()
 
     def losses(self, layer: int) -> Floats:
@@ -67,11 +65,6 @@ class Problem:
     def fits(self, choice: Ints) -> bool:
         """Returns whether a choice keeps every budget."""
         return bool((self.cost_of(choice) <= self.limits).all())
-
-    def without_slower_layers(self) -> Problem:
-        """Returns the problem without the candidates that take longer than their dense layer."""
-        rows = [np.flatnonzero(table.costs[:, LATENCY] <= table.costs[-1, LATENCY]) for table in self.layers]
-        return replace(self.restricted(rows), no_layer_slower=True)
 
     def restricted(self, rows: Sequence[Ints]) -> Problem:
         """Returns the same problem with only some rows of each layer."""

@@ -97,7 +97,6 @@ def weights_alone(
     if problem.timing is not None:
         tables = problem.timing.filled(plain, tables)
     alone = replace(settings, layers=tables, units=plain, weights=None)
-    alone = alone.without_slower_layers() if settings.no_layer_slower else alone
     found = solve(alone).choice
     if found is None or not alone.fits(found):
         return None

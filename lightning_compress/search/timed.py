@@ -79,8 +79,6 @@ def _in_format(
             problem = problem_of(filled, dense, budget, units, timing)  # it cannot but be slower
         if not _is_feasible(problem):
             return np.inf, problem
-        if no_slower and _is_feasible(quicker := problem.without_slower_layers()):
-            problem = quicker
         best = solve(problem).choice
         choice = smallest(problem) if best is None else best
         predicted = latency_of(filled, choice, timing)
