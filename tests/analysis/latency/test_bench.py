@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -141,3 +142,30 @@ def test_models_are_measured_in_turns():
     times = measure_latency([classifier(), Viewing()], EXAMPLE, target=Target(batch=2, threads=1), seconds=0.01)
     assert len(times) == 2
     assert all(0 < seconds < 10 for seconds in times)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_layers_are_timed_on_a_gpu_by_its_own_events():
+    net = TinyNet().cuda()
+    bench = bench_of(net, EXAMPLE)
+    parts = bench.parts({"conv2": Form("tucker2", (3, 4))}, PRESERVED)
+    assert all(0 < seconds < 10 for seconds in parts["conv2"])
+    assert 0 < bench.whole({"conv2": Form("tucker2", (3, 4))}, PRESERVED).seconds < 10
+    assert bench.identity["gpu"] == torch.cuda.get_device_name()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_whole_models_are_timed_compiled():
+    bench = bench_of(TinyNet(), EXAMPLE, compiled=True)
+    assert 0 < bench.whole({"conv2": Form("tucker2", (3, 4))}, PRESERVED).seconds < 10
+    assert bench.parts({"conv2": Form("tucker2", (3, 4))}, PRESERVED).keys() == {"conv2"}
+
+
+@pytest.mark.slow
+def test_onnxruntime_times_layers_and_models():
+    pytest.importorskip("onnxruntime")
+    plan = search_ranks(TinyNet(), Budget(params=0.5), example_input=EXAMPLE, target="onnxruntime", objective="weight")
+    assert plan.target["backend"].startswith("onnxruntime")
+    assert 0 < plan.compressed.latency < 10
+    assert plan.memory_format is None
