@@ -57,7 +57,7 @@ FORMATS = {
     **dict.fromkeys(("agreement", "spread", "layers / by hand", "step / by hand", "ratio"), ".3f"),
     **dict.fromkeys(("change", "auto − best alone"), POINTS),
     "largest difference at full rank": ".0e",
-    "smaller": ".2fx",
+    **dict.fromkeys(("smaller", "faster"), ".2fx"),
     "weight": "g",
 }
 """Column to how its numbers are written, "x" behind a format for a factor; others are written by their size."""
