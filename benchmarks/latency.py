@@ -1,12 +1,14 @@
 """Smaller and faster: parameters and time of compressed networks over the dense ones, each ratio inside one run.
 
-python -m benchmarks.latency [--networks vgg resnet20 …] [--targets torch:1 torch:16 onnxruntime:1 compiled:1]
+python -m benchmarks.latency [--networks vgg resnet20 …] [--targets torch:1 torch:16 onnxruntime:1] [--free] [--plain]
 
 Every network is compressed for its target, and dense and compressed model are then timed in turns on it, on one thread,
 anew and not from the search's table: the dense model in the faster of the two memory formats, the median of all turns.
 The reference networks are searched as the default does it (`accuracy` is that of the 10,000 test images right after the
 compression), the others, whose weights are random, by their weights alone. `predicted` is what the search predicted
-over what it measured; `table` are the seconds of timing the layers, which the next search finds in the cache.
+over what it measured; `table` are the seconds of timing the layers, which the next search finds in the cache. --free
+adds a row without a bound on time, --plain what a loop over the layers does without a search: one share of ranks for
+all.
 """
 
 from __future__ import annotations
