@@ -102,8 +102,7 @@ def synthesise(
     """
     effort, generator = current_effort(), torch.Generator().manual_seed(seed)
     example = as_arguments(model, example_input)
-    count = effort.inputs if count is None else count
-    steps = effort.input_steps if steps is None else steps
+    count, steps = (effort.inputs if count is None else count), (effort.input_steps if steps is None else steps)
     norms, macs, scarce = running_norms(model), 0, False
     if norms:
         macs = trace(model, example_input).macs

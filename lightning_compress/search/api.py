@@ -58,8 +58,8 @@ def search_ranks(
     Args:
         model: Any module; it is not changed.
         budget: Upper bounds, see `Budget`.
-        example_input: A tensor, a tuple or dict of a forward pass's arguments, or a shape with its batch dimension.
-            Needed for a budget in MACs or latency; used to find layers whose weight is used outside their own forward.
+        example_input: A tensor, a tuple or dict of a forward pass's arguments, or a shape with its batch dimension;
+            needed for a budget in MACs or latency.
         calibration: Batches of real inputs, in the place of synthetic ones; the plan then is not data-free.
         statistics: From `gather_statistics`; made with `example_input` if they are needed.
         progress: Called with what is being done and the fraction done.

@@ -10,9 +10,10 @@ import numpy as np
 
 from lightning_compress.analysis.inspection import Inspection
 from lightning_compress.analysis.inventory import Layer
-from lightning_compress.analysis.latency.bench import NOISY, PRESERVED, Reading
+from lightning_compress.analysis.latency.bench import PRESERVED
 from lightning_compress.analysis.latency.model import ModelTimes, time_model
 from lightning_compress.analysis.latency.shells import Form
+from lightning_compress.analysis.latency.turns import NOISY, Reading
 from lightning_compress.analysis.trace import ExampleInput
 from lightning_compress.core.errors import TargetError
 from lightning_compress.core.plan import DENSE

@@ -7,7 +7,7 @@ from typing import cast
 
 import numpy as np
 
-from lightning_compress.analysis.latency.bench import Reading
+from lightning_compress.analysis.latency.turns import Reading
 from lightning_compress.core.costs import Costs
 from lightning_compress.core.errors import InfeasibleBudgetError
 from lightning_compress.core.settings import Budget

@@ -66,11 +66,9 @@ class Compress(RestoringCallback):
 
     Args:
         budget: Upper bounds, a `Budget` or a mapping such as `{"params": 0.2}`.
-        method, objective, kinds, include, exclude, overrides, rank_multiple, seed, effort, target: See
-            `SearchSettings`.
+        method, objective, kinds, include, exclude, overrides, rank_multiple, seed, effort, target: `SearchSettings`.
         heal: Whether to repair the factors on synthetic inputs before fine-tuning, see `compress_`.
-        calibration: Batches of real inputs, instead of synthetic ones; the plan then says that it
-            is not data-free.
+        calibration: Batches of real inputs, instead of synthetic ones; the plan then says it is not data-free.
         schedule: Warm-up, freezing, or phases and rounds, a `Schedule` or a mapping; None for none of these.
         distill: Distillation from the dense model, a `Distill`, a mapping, or "logits" or "layers"; None for off.
         example_input: A tensor, a tuple or dict of arguments of `forward`, or a shape with its
@@ -142,9 +140,9 @@ class Compress(RestoringCallback):
             if phase.distill and self.distill is None:
                 msg = f"phase {number} of the schedule has distill=true: say what to distil, as in distill='logits'."
                 raise ConfigurationError(msg)
-        limits = self.budget.bounds
+        bounds = self.budget.bounds
         for last in self.schedule.budgets[-1:]:
-            if any(last.bounds.get(name, math.inf) > limit for name, limit in limits.items()) or not limits:
+            if not bounds or any(last.bounds.get(name, math.inf) > bound for name, bound in bounds.items()):
                 msg = f"the schedule ends at {last}, which does not keep the budget of the callback, {self.budget}."
                 raise BudgetError(msg)
 
@@ -281,10 +279,9 @@ class Compress(RestoringCallback):
         """Takes a module that is factorised already as it is: it is trained without schedule and distillation."""
         example = self._example_input(fit) if self.budget.needs_example_input else None
         plan = embodied_plan(fit.module, example)
-        for resource, limit in self.budget.limits().items():
-            kept = plan.kept[resource]
-            if resource == "latency":  # there is no dense model to measure it against
-                continue
+        sizes = [name for name in self.budget.limits() if name != "latency"]  # no dense model to measure that against
+        for resource in sizes:
+            kept, limit = plan.kept[resource], self.budget.limits()[resource]
             if kept is None or kept > limit:
                 msg = (
                     f"the module is already factorised with {percent(kept)} of its {resource} kept, the budget is "

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from lightning_compress.analysis.latency import table
-from lightning_compress.analysis.latency.bench import PRESERVED, Reading, TorchBench
+from lightning_compress.analysis.latency.bench import PRESERVED, TorchBench
 from lightning_compress.analysis.latency.prediction import stage_work
+from lightning_compress.analysis.latency.turns import Reading
 from lightning_compress.core.plan import DENSE
 from lightning_compress.search.candidates import dense_macs
 

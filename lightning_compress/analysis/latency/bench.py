@@ -5,25 +5,22 @@ from __future__ import annotations
 import contextlib
 import itertools
 import statistics
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from lightning_compress.analysis.inventory import Layer
-from lightning_compress.analysis.latency.arguments import layer_inputs, positional, target_arguments
+from lightning_compress.analysis.latency.arguments import target_arguments
 from lightning_compress.analysis.latency.clock import Clock, TimedModel, device_of
-from lightning_compress.analysis.latency.shells import Form, Forms, put_shells_, shell_of
+from lightning_compress.analysis.latency.shells import Forms, put_shells_
+from lightning_compress.analysis.latency.turns import LAYER_TURNS, Reading, in_turns
 from lightning_compress.analysis.trace import ExampleInput, inference, output_tensors
 from lightning_compress.core.copies import detached_copy
 from lightning_compress.core.effort import current_effort
-from lightning_compress.core.errors import TargetError
-from lightning_compress.core.plan import DENSE
-from lightning_compress.core.target import Stopwatch, Target
+from lightning_compress.core.target import Target
 from lightning_compress.layers.memory_format import (
     CHANNELS_LAST,
     can_be_channels_last,
@@ -35,43 +32,8 @@ from lightning_compress.layers.unfused import fuse_
 
 PRESERVED = "preserve"
 """The memory format that the model is in."""
-TURNS = 5
-"""Of whole models, at least."""
-LAYER_TURNS = 3
-"""Of a model whose layers are timed."""
-TURN_SECONDS = 0.02
-"""About how long one model runs before another one has its turn."""
-MOST_RUNS = 20
-"""In one turn."""
-WARM_UP = 2
-SLOW = 0.05
-"""Seconds of a forward pass above which one run warms up and two turns are enough: it is short ones that are noisy."""
-NOISY = 0.15
-"""Spread of a time above which it says little."""
 LEAST_TIME = 1e-7
 """Seconds that a layer takes at least: less cannot be told from nothing."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """A measured time.
-
-    Attributes:
-        seconds: Of one forward pass, the median of all turns.
-        spread: Half the range that the middle half of the turns is in, relative to it.
-    """
-
-    seconds: float
-    spread: float = 0.0
-
-    @classmethod
-    def of(cls, turns: Sequence[float]) -> Reading:
-        """Returns the reading of the medians of some turns."""
-        middle = statistics.median(turns)
-        if len(turns) < 2:  # noqa: PLR2004
-            return cls(middle)
-        low, _, high = statistics.quantiles(turns, n=4, method="inclusive")
-        return cls(middle, (high - low) / (2 * middle) if middle > 0 else 0.0)
 
 
 class Bench(ABC):
@@ -90,6 +52,9 @@ class Bench(ABC):
     @abstractmethod
     def dense(self) -> dict[str, Reading]:
         """Returns the time of the dense model in each memory format, measured in turns."""
+
+    def refer_to(self, dense: Mapping[str, Reading]) -> None:  # noqa: B027 (where nothing refers to them)
+        """Takes the dense times of the table as they are: others are measured as ratios to them."""
 
     @abstractmethod
     def unfused(self, memory_format: str) -> Reading:
@@ -137,6 +102,10 @@ class TorchBench(Bench):
                 found = in_turns(self.runners(), 8 * current_effort().timing_seconds)
             self._dense = {format: Reading.of(turns) for format, turns in zip(self.formats, found, strict=True)}
         return self._dense
+
+    def refer_to(self, dense: Mapping[str, Reading]) -> None:
+        """See `Bench`."""
+        self._dense = dict(dense)
 
     def runners(self) -> list[Callable[[], float]]:
         """Returns what runs the dense model once and returns its seconds, for each memory format."""
@@ -253,147 +222,3 @@ class TorchBench(Bench):
                 yield
         finally:
             torch.set_num_threads(threads)
-
-
-class DeviceBench(Bench):
-    """A device that times one module at a time: the layers on their own, with the inputs they have in the model.
-
-    Args:
-        model: Attention and recurrent layers unfused; it is copied.
-        layers: Those that can be factorised.
-        example_input: See `search_ranks`.
-        stopwatch: The device.
-        target: What the device is called with; batch and dtype of it count.
-    """
-
-    formats = (PRESERVED,)
-
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[Layer],
-        example_input: ExampleInput,
-        stopwatch: Stopwatch,
-        target: Target,
-    ) -> None:
-        self.layers = {layer.name: layer for layer in layers}
-        self._model, self._stopwatch = model, stopwatch
-        self._arguments = target_arguments(model, example_input, target)
-        self._example = positional(model, self._arguments)
-        name = getattr(stopwatch, "name", None) or type(stopwatch).__qualname__
-        self.identity = {**target.as_dict(), "backend": str(name), "torch": torch.__version__}
-        self._dtype = target.dtype
-        self._inputs: dict[str, tuple[Any, ...]] = {}
-
-    def dense(self) -> dict[str, Reading]:
-        """See `Bench`."""
-        return {PRESERVED: Reading(self._seconds(self._copy({}), self._example, "the dense model"))}
-
-    def unfused(self, memory_format: str) -> Reading:  # noqa: ARG002
-        """See `Bench`."""
-        return Reading(self._seconds(self._copy({}, fused=False), self._example, "the unfused model"))
-
-    def whole(self, forms: Forms, memory_format: str) -> Reading:  # noqa: ARG002
-        """See `Bench`."""
-        return Reading(self._seconds(self._copy(forms), self._example, "the compressed model"))
-
-    def parts(self, forms: Forms, memory_format: str) -> dict[str, list[float]]:  # noqa: ARG002
-        """See `Bench`."""
-        if not self._inputs:
-            names = {alias for name in self.layers for alias in self._modules_of(name)}
-            model = self._copy({}, fused=False)
-            self._inputs = layer_inputs(model, names, self._arguments)
-        found = {}
-        for name, form in forms.items():
-            what = f"layer {name!r} as {form.kind}" + (f" of ranks {form.ranks}" if form.ranks else "")
-            called = [alias for alias in self._modules_of(name) if alias in self._inputs]
-            times = [self._seconds(self._layer(alias, form), self._inputs[alias], what) for alias in called]
-            calls = len(self.layers[name].calls or ()) / max(1, len(called))
-            found[name] = [max(LEAST_TIME, calls * sum(times))]
-        return found
-
-    def _layer(self, alias: str, form: Form) -> nn.Module:
-        dense = detached_copy(self._model.get_submodule(alias)).eval().requires_grad_(requires_grad=False)
-        dense = dense if self._dtype is None else dense.to(getattr(torch, self._dtype))
-        if form.kind == DENSE:
-            return dense
-        return shell_of(dense, form, channels_last=is_channels_last(dense))
-
-    def _modules_of(self, name: str) -> list[str]:
-        return [name, *(aliases[0] for aliases, _ in self.layers[name].partners)]
-
-    def _copy(self, forms: Forms, *, fused: bool = True) -> nn.Module:
-        model = detached_copy(self._model).eval().requires_grad_(requires_grad=False)
-        if self._dtype is not None:
-            model = model.to(getattr(torch, self._dtype))
-        put_shells_(model, self.layers, forms, channels_last=is_channels_last(self._model))
-        if fused:
-            fuse_(model)
-        return model
-
-    def _seconds(self, module: nn.Module, example: tuple[Any, ...], what: str) -> float:
-        try:
-            with torch.no_grad():
-                seconds: Any = self._stopwatch.seconds(module, example)
-        except Exception as error:
-            msg = f"target={self._stopwatch!r} fails on {what}: {type(error).__name__}: {error}."
-            raise TargetError(msg) from error
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < float("inf"):
-            msg = (
-                f"target={self._stopwatch!r} returns {seconds!r} for {what}: expected the seconds of one call, a "
-                "finite number above 0."
-            )
-            raise TargetError(msg)
-        return float(seconds)
-
-
-@dataclass(frozen=True)
-class NoBench(Bench):
-    """In the place of a target that is not here: its times are in a table that was measured there."""
-
-    identity: Mapping[str, Any]
-    formats: tuple[str, ...]
-    layers: Mapping[str, Layer]
-
-    def dense(self) -> dict[str, Reading]:
-        """See `Bench`."""
-        raise NotImplementedError
-
-    def unfused(self, memory_format: str) -> Reading:
-        """See `Bench`."""
-        raise NotImplementedError
-
-    def whole(self, forms: Forms, memory_format: str) -> Reading:
-        """See `Bench`."""
-        raise NotImplementedError
-
-    def parts(self, forms: Forms, memory_format: str) -> dict[str, list[float]]:
-        """See `Bench`."""
-        raise NotImplementedError
-
-
-def in_turns(runs: Sequence[Callable[[], float]], seconds: float, least: int = TURNS) -> list[list[float]]:
-    """Returns the median seconds of each turn for each of some things that are run in turns.
-
-    A machine whose speed drifts slows all of them alike: use ratios within one turn.
-
-    Args:
-        runs: Each runs once and returns its seconds.
-        seconds: How long the turns of each take together at least.
-        least: Turns of each at least.
-    """
-    once = [run() for run in runs]
-    if max(once) < SLOW:
-        once = [min(run() for _ in range(WARM_UP - 1)) for run in runs]
-    elif least == LAYER_TURNS:
-        least -= 1
-    counts = [max(1, min(MOST_RUNS, round(TURN_SECONDS / max(t, 1e-9)))) for t in once]
-    rounds = max(least, round(seconds / max(t * n for t, n in zip(once, counts, strict=True))))
-    found: list[list[float]] = [[] for _ in runs]
-    deadline = time.perf_counter() + 4 * len(runs) * max(seconds, least * max(once))
-    for done in range(rounds):
-        if done >= least and time.perf_counter() > deadline:
-            break
-        for run, count, turns in zip(runs, counts, found, strict=True):
-            turns.append(statistics.median(run() for _ in range(count)))
-    return found

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from lightning_compress.analysis.latency.bench import TorchBench, in_turns
+from lightning_compress.analysis.latency.bench import TorchBench
+from lightning_compress.analysis.latency.turns import in_turns
 from lightning_compress.analysis.trace import ExampleInput, inference
 from lightning_compress.core.memory import freed_memory_kept
 from lightning_compress.core.target import MemoryFormat, Target

@@ -14,10 +14,12 @@ import numpy as np
 from torch import nn
 
 from lightning_compress.analysis.inventory import Layer
-from lightning_compress.analysis.latency.bench import PRESERVED, SLOW, Bench, DeviceBench, NoBench, Reading, TorchBench
+from lightning_compress.analysis.latency.bench import PRESERVED, Bench, TorchBench
+from lightning_compress.analysis.latency.devices import DeviceBench, NoBench
 from lightning_compress.analysis.latency.prediction import KindTimes, sizes_to_measure
 from lightning_compress.analysis.latency.shells import Form, Forms
 from lightning_compress.analysis.latency.table import LatencyTable
+from lightning_compress.analysis.latency.turns import SLOW, Reading
 from lightning_compress.analysis.trace import ExampleInput, shape_text
 from lightning_compress.core.effort import current_effort
 from lightning_compress.core.errors import CompressionWarning
@@ -102,28 +104,10 @@ def time_model(
         TargetError: If the target fails, returns no time, or its table lacks some.
         ExampleInputError: If the model cannot be called as the target wants it.
     """
-    chosen = target_of(target)
     digest = _architecture(model, example_input)
-    if isinstance(chosen, Path):
-        table = LatencyTable.load(chosen)
-        known = tuple(own for own in (PRESERVED, CHANNELS_LAST) if f"{digest} {own} dense" in table.entries)
-        bench: Bench = NoBench(table.identity, known or (PRESERVED,), {layer.name: layer for layer in layers})
-    else:
-        bench = bench_of(model, layers, example_input, chosen)
-        table = LatencyTable.of(bench.identity)
-    keys = [f"{digest} {memory_format} dense" for memory_format in bench.formats]
+    bench, table = _bench_and_table(model, layers, example_input, target, digest)
     progress("timing the dense model", 0.0)
-    readings: dict[str, Reading] = {}
-
-    def measure_dense() -> list[list[float]]:
-        readings.update(bench.dense())
-        return [[readings[memory_format].seconds] for memory_format in bench.formats]
-
-    found = table.times(keys, measure_dense)
-    dense = {
-        memory_format: Reading(times[0], readings[memory_format].spread if readings else 0.0)
-        for memory_format, times in zip(bench.formats, found, strict=True)
-    }
+    dense = _dense(bench, table, digest)
     sizes = _sizes(layers, max(reading.seconds for reading in dense.values()) * len(bench.formats))
     if sizes < LEAST_SIZES and table.measures:
         msg = (
@@ -133,29 +117,49 @@ def time_model(
         )
         warn(msg, CompressionWarning, stacklevel=3)
         return None
-    sizes = max(sizes, LEAST_SIZES)
-    unfused = {}
+    sizes, unfused = max(sizes, LEAST_SIZES), {}
+    seconds, kinds = {}, {}
     try:
-        for memory_format in bench.formats if any(layer.whole for layer in layers) else ():
-            key = f"{digest} {memory_format} unfused"
-            unfused[memory_format] = table.times([key], functools.partial(_unfused, bench, memory_format))[0][0]
-        timed = [_time_layers(bench, table, layers, memory_format, sizes, progress) for memory_format in bench.formats]
+        for memory_format in bench.formats:
+            if any(layer.whole for layer in layers):
+                measure = functools.partial(_unfused, bench, memory_format)
+                unfused[memory_format] = table.times([f"{digest} {memory_format} unfused"], measure)[0][0]
+            seconds[memory_format], timed = _time_layers(bench, table, layers, memory_format, sizes, progress)
+            kinds.update({(memory_format, *key): times for key, times in timed.items()})
     finally:
         table.keep()
     progress("timing layers", 1.0)
-    return ModelTimes(
-        bench,
-        table,
-        dense,
-        {memory_format: own for memory_format, (own, _) in zip(bench.formats, timed, strict=True)},
-        {
-            (memory_format, *key): times
-            for memory_format, (_, kinds) in zip(bench.formats, timed, strict=True)
-            for key, times in kinds.items()
-        },
-        digest,
-        unfused,
-    )
+    return ModelTimes(bench, table, dense, seconds, kinds, digest, unfused)
+
+
+def _bench_and_table(
+    model: nn.Module, layers: Sequence[Layer], example_input: ExampleInput, target: TargetLike, digest: str
+) -> tuple[Bench, LatencyTable]:
+    """Returns what measures a model on a target, and the table of what was measured there."""
+    chosen = target_of(target)
+    if isinstance(chosen, Path):
+        table = LatencyTable.load(chosen)
+        known = tuple(own for own in (PRESERVED, CHANNELS_LAST) if f"{digest} {own} dense" in table.entries)
+        return NoBench(table.identity, known or (PRESERVED,), {layer.name: layer for layer in layers}), table
+    bench = bench_of(model, layers, example_input, chosen)
+    return bench, LatencyTable.of(bench.identity)
+
+
+def _dense(bench: Bench, table: LatencyTable, digest: str) -> dict[str, Reading]:
+    """Returns the time of the dense model by memory format, measured or from the table; the bench refers to it."""
+    readings: dict[str, Reading] = {}
+
+    def measure() -> list[list[float]]:
+        readings.update(bench.dense())
+        return [[readings[memory_format].seconds] for memory_format in bench.formats]
+
+    found = table.times([f"{digest} {memory_format} dense" for memory_format in bench.formats], measure)
+    dense = {
+        memory_format: Reading(times[0], readings[memory_format].spread if readings else 0.0)
+        for memory_format, times in zip(bench.formats, found, strict=True)
+    }
+    bench.refer_to(dense)
+    return dense
 
 
 def bench_of(model: nn.Module, layers: Sequence[Layer], example_input: ExampleInput, target: Any) -> Bench:

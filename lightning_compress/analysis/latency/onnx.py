@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.analysis.latency.bench import MOST_RUNS, TURN_SECONDS, TURNS, WARM_UP
+from lightning_compress.analysis.latency.turns import MOST_RUNS, TURN_SECONDS, TURNS, WARM_UP
 from lightning_compress.core.effort import current_effort
 from lightning_compress.core.errors import TargetError
 

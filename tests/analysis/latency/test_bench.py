@@ -11,8 +11,9 @@ from torch import nn
 
 from lightning_compress import Budget, compress_, search_ranks
 from lightning_compress.analysis.inspection import inspect_model
-from lightning_compress.analysis.latency.bench import PRESERVED, DeviceBench, TorchBench
+from lightning_compress.analysis.latency.bench import PRESERVED, TorchBench
 from lightning_compress.analysis.latency.compare import measure_latency
+from lightning_compress.analysis.latency.devices import DeviceBench
 from lightning_compress.analysis.latency.shells import Form
 from lightning_compress.core.errors import CompressionWarning, ExampleInputError
 from lightning_compress.core.target import Target
