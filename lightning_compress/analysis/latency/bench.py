@@ -17,9 +17,10 @@ from lightning_compress.analysis.latency.arguments import target_arguments
 from lightning_compress.analysis.latency.clock import Clock, TimedModel, device_of
 from lightning_compress.analysis.latency.shells import Forms, put_shells_
 from lightning_compress.analysis.latency.turns import LAYER_TURNS, Reading, in_turns
-from lightning_compress.analysis.trace import ExampleInput, inference, output_tensors
+from lightning_compress.analysis.trace import ExampleInput, inference, output_tensors, run
 from lightning_compress.core.copies import detached_copy
 from lightning_compress.core.effort import current_effort
+from lightning_compress.core.errors import TargetError
 from lightning_compress.core.target import Target
 from lightning_compress.layers.memory_format import (
     CHANNELS_LAST,
@@ -93,6 +94,13 @@ class TorchBench(Bench):
         self.identity = {**target.as_dict(), "threads": self._threads, "gpu": gpu, "torch": torch.__version__}
         self._kept: dict[str, nn.Module] = {}
         self._dense: dict[str, Reading] = {}
+        with inference(model):
+            run(
+                self._copy({}, PRESERVED),
+                self._arguments,
+                f"the inputs of {target}",
+                " Its batch size or dtype is why.",
+            )
         self.formats = self._formats()
 
     def dense(self) -> dict[str, Reading]:
@@ -133,14 +141,14 @@ class TorchBench(Bench):
         timed = TimedModel(self._copy(forms, memory_format, fused=False), names, self._clock, self._arguments)
         found: dict[tuple[str, str], list[float]] = {}
 
-        def run() -> float:
+        def run_timed() -> float:
             total, parts = timed.run()
             for key, seconds in parts.items():
                 found.setdefault(key, []).append(seconds)
             return total
 
         with self.measuring():
-            runs = [self._runner(reference), run]
+            runs = [self._runner(reference), run_timed]
             dense, _ = in_turns(runs, current_effort().timing_seconds, LAYER_TURNS)
         drift = self.dense()[memory_format].seconds / statistics.median(dense)
         medians = {key: drift * statistics.median(times) for key, times in found.items()}
@@ -157,11 +165,17 @@ class TorchBench(Bench):
 
     def _formats(self) -> tuple[str, ...]:
         asked = self._target.memory_format
-        if asked != "auto":
-            return (CHANNELS_LAST,) if asked == CHANNELS_LAST and can_be_channels_last(self._model) else (PRESERVED,)
-        if not can_be_channels_last(self._model):
+        if asked == PRESERVED or not can_be_channels_last(self._model):
             return (PRESERVED,)
-        return (PRESERVED, CHANNELS_LAST) if self._works_in_channels_last() else (PRESERVED,)
+        if self._works_in_channels_last():
+            return (CHANNELS_LAST,) if asked == CHANNELS_LAST else (PRESERVED, CHANNELS_LAST)
+        if asked == CHANNELS_LAST:
+            msg = (
+                "target: memory_format='channels_last' changes what the model's code or those who use its outputs rely "
+                "on, the order of numbers in memory (as `view` does). Use 'auto', or reshape in the place of view."
+            )
+            raise TargetError(msg)
+        return (PRESERVED,)
 
     def _works_in_channels_last(self) -> bool:
         """Returns whether the model runs in the format and returns what others can go on with as before.
@@ -201,7 +215,7 @@ class TorchBench(Bench):
         args, kwargs = self._arguments
         clock = self._clock
 
-        def run() -> float:
+        def run_once() -> float:
             clock.wait()
             start = clock.now()
             model(*args, **kwargs)
@@ -209,7 +223,7 @@ class TorchBench(Bench):
             clock.wait()
             return clock.between(start, end)
 
-        return run
+        return run_once
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from lightning_compress.analysis.latency.bench import PRESERVED, TorchBench
 from lightning_compress.analysis.latency.compare import measure_latency
 from lightning_compress.analysis.latency.devices import DeviceBench
 from lightning_compress.analysis.latency.shells import Form
-from lightning_compress.core.errors import CompressionWarning, ExampleInputError
+from lightning_compress.core.errors import CompressionWarning, ExampleInputError, TargetError
 from lightning_compress.core.target import Target
 from lightning_compress.layers.memory_format import CHANNELS_LAST
 from lightning_compress.layers.unfused import unfused
@@ -54,6 +54,24 @@ def classifier():
 )
 def test_formats_are_those_the_model_works_in(model, formats):
     assert TorchBench(model, (), EXAMPLE, Target()).formats == formats
+
+
+def test_format_that_is_asked_for_and_does_not_work_is_an_error():
+    with pytest.raises(TargetError, match="memory_format='channels_last' changes what the model's code"):
+        TorchBench(Viewing(), (), EXAMPLE, Target(memory_format="channels_last"))
+
+
+def test_model_that_fails_at_the_batch_size_of_the_target_is_an_error():
+    with pytest.raises(ExampleInputError, match=r"the model fails on the inputs of Target\(.*batch=2.*one at a time"):
+        TorchBench(OneAtATime(3, 4, 3), (), EXAMPLE, Target(batch=2))
+
+
+class OneAtATime(nn.Conv2d):
+    def forward(self, images):
+        if len(images) > 1:
+            msg = "one at a time"
+            raise ValueError(msg)
+        return super().forward(images)
 
 
 def bench_of(model, example, **target):
