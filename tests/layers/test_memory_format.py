@@ -94,6 +94,7 @@ def test_format_is_saved_loaded_and_multiplied_out(tmp_path, images):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["channel_svd", "spatial_svd", "tucker2", "tt", "cp3"])
 def test_factorised_layers_compile_to_one_graph(kind, images):
+    torch.compiler.reset()  # the number of models that are compiled in one process is limited
     net = TinyNet().eval()
     apply_plan_(net, planned(net, kinds=["svd", kind]))
     compiled = torch.compile(net, fullgraph=True, backend="eager")

@@ -209,6 +209,8 @@ class TorchBench(Bench):
         return self._kept[memory_format]
 
     def _finished(self, model: nn.Module) -> nn.Module:
+        if self._target.compiled:
+            torch.compiler.reset()  # after some models of one class torch would run the next one uncompiled
         return cast(nn.Module, torch.compile(model)) if self._target.compiled else model
 
     def _runner(self, model: nn.Module) -> Callable[[], float]:
