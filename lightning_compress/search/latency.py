@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from warnings import warn
 
 import numpy as np
+import torch
 
 from lightning_compress.analysis.inspection import Inspection
 from lightning_compress.analysis.inventory import Layer
@@ -15,7 +17,7 @@ from lightning_compress.analysis.latency.model import ModelTimes, time_model
 from lightning_compress.analysis.latency.shells import Form
 from lightning_compress.analysis.latency.turns import NOISY, Reading
 from lightning_compress.analysis.trace import ExampleInput
-from lightning_compress.core.errors import TargetError
+from lightning_compress.core.errors import CompressionWarning, TargetError
 from lightning_compress.core.plan import DENSE
 from lightning_compress.core.progress import Progress
 from lightning_compress.core.settings import RESOURCES, Budget, SearchSettings
@@ -150,7 +152,12 @@ def timings_of(
     """
     if settings.target is None or example_input is None or not inspection.chosen:
         return ()
-    times = time_model(inspection.model, inspection.chosen, example_input, settings.target, progress)
+    try:
+        times = time_model(inspection.model, inspection.chosen, example_input, settings.target, progress)
+    except torch.OutOfMemoryError as error:
+        msg = f"time is left out of the search: the device has no room for copies of the model to be timed ({error})."
+        warn(msg, CompressionWarning, stacklevel=3)
+        return ()
     if times is None:
         return ()
     noise = max(reading.spread for reading in times.dense.values())

@@ -13,6 +13,7 @@ from lightning_compress import Budget, Compress, compress_, search_ranks
 from lightning_compress.analysis.latency.bench import PRESERVED
 from lightning_compress.core.errors import (
     BudgetError,
+    CompressionWarning,
     ConfigurationError,
     ExampleInputError,
     InfeasibleBudgetError,
@@ -114,6 +115,18 @@ def test_without_a_target_or_an_example_time_is_left_out(net, stand_in):
         assert plan.kept["latency"] is None
         assert "latency" not in plan.summary()
     assert stand_in.asked == []
+
+
+def test_device_without_room_for_copies_leaves_time_out(net, stand_in, monkeypatch):
+    def full(*_):
+        msg = "CUDA out of memory"
+        raise torch.OutOfMemoryError(msg)
+
+    monkeypatch.setattr("lightning_compress.search.latency.time_model", full)
+    with pytest.warns(CompressionWarning, match=r"no room for copies of the model to be timed \(CUDA out of memory\)"):
+        assert search_ranks(net, Budget(params=0.5), **SETTINGS).target is None
+    with pytest.warns(CompressionWarning), pytest.raises(TargetError, match="the latency could not be measured"):
+        search_ranks(net, Budget(latency=0.5), **SETTINGS)
 
 
 class Board:
