@@ -15,7 +15,7 @@ from lightning_compress.analysis.statistics import Statistics
 from lightning_compress.analysis.trace import ExampleInput
 from lightning_compress.analysis.usable import require_usable_weights
 from lightning_compress.core.effort import trying
-from lightning_compress.core.errors import ConfigurationError, ExampleInputError, TargetError
+from lightning_compress.core.errors import ConfigurationError, ExampleInputError
 from lightning_compress.core.memory import freed_memory_kept
 from lightning_compress.core.parallel import current_processes, from_first
 from lightning_compress.core.plan import Plan
@@ -26,12 +26,12 @@ from lightning_compress.layers.unfused import unfused
 from lightning_compress.search.candidates import Candidates
 from lightning_compress.search.choice import Choice, choose, never_behind_the_weights
 from lightning_compress.search.end_to_end import evaluator_of
-from lightning_compress.search.latency import Timing, timings_of
+from lightning_compress.search.latency import timings_of
 from lightning_compress.search.objective import statistics_for
 from lightning_compress.search.quality_target import within_error
 from lightning_compress.search.strategies import strategy_of
 from lightning_compress.search.tables import compared_resources, join_where_better, tabulate_units
-from lightning_compress.search.timed import settled, timed_problem
+from lightning_compress.search.timed import require_sizes_feasible, settled, timed_problem
 from lightning_compress.search.to_plan import to_plan, warn_of_layers_given_up
 from lightning_compress.search.units import SingleLayer, Unit, units_of
 
@@ -130,15 +130,7 @@ def _search_unfused(  # noqa: PLR0917
     tables = tabulate_units(units, compared, settings.rank_multiple, statistics, report)
     if current_processes().rank:  # the first process measures and chooses
         return cast(Plan, from_first("the search", None)), statistics
-    timings = timings_of(inspection, example_input, budget, settings, report)
-    if budget.bounds_latency and not timings:
-        msg = f"{budget}: the latency could not be measured, see the warning before."
-        raise TargetError(msg)
-    try:
-        found = _search(inspection, units, tables, budget, settings, statistics, objective, timings, report)
-    finally:
-        for timing in timings[:1]:
-            timing.times.table.keep()  # whole models were measured too
+    found = _search(inspection, units, tables, budget, settings, statistics, objective, example_input, report)
     parts = {**(statistics.seconds if statistics is not None else {}), "search": time.perf_counter() - searched}
     plan = to_plan(found, inspection, budget, settings, parts)
     plan = replace(plan, seconds=time.perf_counter() - start)
@@ -155,15 +147,18 @@ def _search(  # noqa: PLR0917
     settings: SearchSettings,
     statistics: Statistics | None,
     objective: str,
-    timings: tuple[Timing, ...],
+    example_input: ExampleInput | None,
     progress: Progress,
 ) -> Choice:
     strategy, units = strategy_of(settings), cast("tuple[Unit, ...]", single)
     if strategy.thorough:
-        compared = compared_resources(budget, timed=bool(timings))
+        timed = settings.target is not None and example_input is not None
+        compared = compared_resources(budget, timed=timed)
         units, tables = join_where_better(
             single, tables, inspection, budget, compared, settings.rank_multiple, statistics
         )
+    require_sizes_feasible(tables, inspection.costs, budget)  # before anything is measured
+    timings = timings_of(inspection, example_input, budget, settings, progress)
     outputs = evaluator_of(inspection, units, statistics) if statistics is not None else None
     if budget.max_error is not None:
         timing = timings[0] if timings else None
@@ -176,7 +171,11 @@ def _search(  # noqa: PLR0917
     found = Choice(problem, rows, units, reached, statistics, outputs)
     if settings.objective == "auto" and statistics is not None and statistics.data_free:
         found = never_behind_the_weights(found, plain, single, settings.rank_multiple)
-    return settled(found, budget)
+    try:
+        return settled(found, budget)
+    finally:
+        for timing in timings[:1]:
+            timing.times.table.keep()  # whole models were measured too
 
 
 def _require_measurable(budget: Budget, example_input: ExampleInput | None, settings: SearchSettings) -> None:

@@ -157,7 +157,10 @@ def timings_of(
     except torch.OutOfMemoryError as error:
         msg = f"time is left out of the search: the device has no room for copies of the model to be timed ({error})."
         warn(msg, CompressionWarning, stacklevel=3)
-        return ()
+        times = None
+    if times is None and budget.bounds_latency:
+        msg = f"{budget}: the latency could not be measured, see the warning before."
+        raise TargetError(msg)
     if times is None:
         return ()
     noise = max(reading.spread for reading in times.dense.values())

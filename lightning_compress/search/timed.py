@@ -29,6 +29,17 @@ NEAR_ENOUGH = 0.02
 """Relative difference of prediction and measurement that is not corrected."""
 
 
+def require_sizes_feasible(tables: tuple[Candidates, ...], dense: Costs, budget: Budget) -> None:
+    """Checks that a choice keeps what a budget bounds besides time.
+
+    Raises:
+        InfeasibleBudgetError: If none does.
+    """
+    if any(name != "latency" for name in budget.limits()):
+        own = replace(budget, latency=None, latency_ms=None)
+        require_feasible(problem_of(tables, dense, own), dense, own)
+
+
 def timed_problem(
     tables: tuple[Candidates, ...],
     units: tuple[Unit, ...],
