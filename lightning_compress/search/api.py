@@ -51,15 +51,14 @@ def search_ranks(
     """Chooses kind and ranks of every layer, without data.
 
     The plan keeps every budget, makes no layer larger than dense or, where they are known, take more MACs, and says how
-    far it is at most from the optimum (`plan.optimality_gap`). With an example input layers are timed on the target
-    (`SearchSettings.target`), and the whole model is no slower there than dense where the budget allows it.
-    The projections of attention and recurrent layers are layers of their own in it (see `layers.unfused`).
+    far it is at most from the optimum (`plan.optimality_gap`). With an example input layers are timed on the target,
+    and the model is no slower there than dense where the budget allows it. Projections of attention and recurrent
+    layers are layers of their own in it (see `layers.unfused`).
 
     Args:
         model: Any module; it is not changed.
         budget: Upper bounds, see `Budget`.
-        example_input: A tensor, a tuple or dict of a forward pass's arguments, or a shape with its batch dimension;
-            needed for a budget in MACs or latency.
+        example_input: Arguments of a forward pass or a shape, see `ExampleInput`; needed for MACs and latency.
         calibration: Batches of real inputs, in the place of synthetic ones; the plan then is not data-free.
         statistics: From `gather_statistics`; made with `example_input` if they are needed.
         progress: Called with what is being done and the fraction done.
@@ -72,8 +71,8 @@ def search_ranks(
         ConfigurationError: If an argument has a wrong type, name or value.
         BudgetError: If a budget is malformed; InfeasibleBudgetError, with the smallest one, if no plan keeps it.
         SelectionError: If a pattern matches no layer.
-        TargetError: If the target cannot be measured on.
         ModelError: If weights are lazy or not finite, the model fails on the example input, or there is nothing to do.
+        TargetError: If the target cannot be measured on.
     """
     own = SearchSettings.of(settings, owner="search_ranks", beside=_BESIDE)
     return search_with_statistics(

@@ -117,8 +117,7 @@ def time_model(
         )
         warn(msg, CompressionWarning, stacklevel=3)
         return None
-    sizes, unfused = max(sizes, LEAST_SIZES), {}
-    seconds, kinds = {}, {}
+    sizes, unfused, seconds, kinds = max(sizes, LEAST_SIZES), {}, {}, {}
     try:
         for memory_format in bench.formats:
             if any(layer.whole for layer in layers):
