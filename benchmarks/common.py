@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import lightning_compress
+from lightning_compress.analysis.latency.table import processor
 from lightning_compress.cli.demo.data import FashionMNISTDataModule
 from lightning_compress.cli.demo.models import VGG, ResNet20
 from lightning_compress.surgery.save import load_weights_
@@ -47,7 +48,7 @@ def machine() -> dict[str, Any]:
     """Returns what the figures were measured on."""
     packages = ("torch", "lightning", "scipy", "tensorly")
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -127,11 +128,3 @@ def save(name: str, title: str, rows: Collection[Mapping[str, Any]], **more: Any
     RESULTS.mkdir(exist_ok=True)
     content = {"title": title, "machine": machine(), "commit": COMMIT, **more, "rows": [dict(row) for row in rows]}
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

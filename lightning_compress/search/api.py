@@ -125,7 +125,7 @@ def _search_unfused(  # noqa: PLR0917
     searched = time.perf_counter()
     units = units_of(inspection.layers)
     timed = settings.target is not None and example_input is not None
-    compared = compared_resources(budget, timed=timed)
+    compared = compared_resources(budget.budgeted, timed=timed)
     tables = tabulate_units(units, compared, settings.rank_multiple, statistics, report)
     if current_processes().rank:  # the first process measures and chooses
         return cast(Plan, from_first("the search", None)), statistics
@@ -152,7 +152,7 @@ def _search(  # noqa: PLR0917
     strategy, units = strategy_of(settings), cast("tuple[Unit, ...]", single)
     if strategy.thorough:
         timed = settings.target is not None and example_input is not None
-        compared = compared_resources(budget, timed=timed)
+        compared = compared_resources(budget.budgeted, timed=timed)
         units, tables = join_where_better(
             single, tables, inspection, budget, compared, settings.rank_multiple, statistics
         )
@@ -164,17 +164,15 @@ def _search(  # noqa: PLR0917
         tables = timing.filled(units, tables) if timing is not None else tables
         problem, rows = within_error(units, tables, inspection.costs, budget, strategy, outputs, progress, timing)
         objective = "moments" if objective == "end_to_end" else objective
-        return Choice(problem, rows, units, objective, statistics, outputs)
+        reading = timing.whole(units, problem.layers, rows) if timing is not None else None
+        seconds = reading.seconds if reading is not None else None
+        return Choice(problem, rows, units, objective, statistics, outputs, seconds)
     plain = timed_problem(tables, units, inspection.costs, budget, timings, no_slower=strategy.thorough)
     problem, rows, reached = choose(plain, strategy, objective, outputs, progress)
     found = Choice(problem, rows, units, reached, statistics, outputs)
     if settings.objective == "auto" and statistics is not None and statistics.data_free:
         found = never_behind_the_weights(found, plain, single, settings.rank_multiple)
-    try:
-        return settled(found, budget)
-    finally:
-        for timing in timings[:1]:
-            timing.times.table.keep()  # whole models were measured too
+    return settled(found, budget)
 
 
 def _require_measurable(budget: Budget, example_input: ExampleInput | None, settings: SearchSettings) -> None:

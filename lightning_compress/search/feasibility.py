@@ -13,6 +13,11 @@ from lightning_compress.search.exact import smallest
 from lightning_compress.search.problem import Problem, cost_of_the_rest, cost_vector
 
 
+def is_feasible(problem: Problem) -> bool:
+    """Returns whether a choice keeps all that a problem bounds."""
+    return bool((problem.limits > 0).all() and problem.fits(smallest(problem)))
+
+
 def require_feasible(problem: Problem, dense: Costs, budget: Budget) -> None:
     """Checks that a choice keeps the budget.
 
@@ -30,8 +35,7 @@ def require_feasible(problem: Problem, dense: Costs, budget: Budget) -> None:
     whole = dense if timing is None else replace(dense, latency=timing.dense)
     totals = cost_vector(dense if timing is None else replace(dense, latency=timing.best))
     floor = (cheapest.sum(axis=0) + cost_of_the_rest(problem.layers, whole)[columns]) / totals[columns]
-    together = problem.fits(smallest(problem)) if (problem.limits > 0).all() else False
-    if together:
+    if is_feasible(problem):
         return
     floors = ", ".join(f"{name}={_round_up(value)}" for name, value in zip(problem.budgeted, floor, strict=True))
     if timing is not None and "latency" in problem.budgeted:

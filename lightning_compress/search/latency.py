@@ -47,7 +47,7 @@ class Timing:
         seen: Whole models that were measured: seconds of the layers by kind as predicted without corrections, what
             these took together, and the whole model.
         overhead: Seconds that the model takes longer once its attention and recurrent layers are unfused.
-        layers: That are projections of those, by name, each with its share of the overhead.
+        shares: Of the overhead, by name of a layer that is a projection of those; None without any.
     """
 
     times: ModelTimes

@@ -11,7 +11,7 @@ from lightning_compress.core.costs import Costs
 from lightning_compress.core.settings import RESOURCES, Budget
 from lightning_compress.kinds.base import Floats, Ints
 from lightning_compress.search.candidates import Candidates
-from lightning_compress.search.latency import LATENCY, Timing
+from lightning_compress.search.latency import LATENCY, Timing, latency_of
 from lightning_compress.search.units import Unit
 
 TIME_WEIGHT = 0.1
@@ -129,5 +129,5 @@ def costs_after(problem: Problem, choice: Ints, dense: Costs) -> Costs:
     """Returns what the whole model costs with a choice."""
     saved = np.sum([t.costs[-1] - t.costs[row] for t, row in zip(problem.layers, choice, strict=True)], axis=0)
     params, macs, size = (cost_vector(dense) - saved)[:3].round().astype(int).tolist()
-    latency = problem.timing.dense - float(saved[LATENCY]) if problem.timing is not None else None
+    latency = latency_of(problem.layers, choice, problem.timing) if problem.timing is not None else None
     return Costs(params, macs if dense.macs is not None else None, size, latency)

@@ -15,8 +15,8 @@ from lightning_compress.core.settings import Budget
 from lightning_compress.kinds.base import Ints
 from lightning_compress.search.candidates import Candidates
 from lightning_compress.search.end_to_end import OutputEvaluator, output_distance
-from lightning_compress.search.exact import smallest, solve
-from lightning_compress.search.feasibility import smallest_share
+from lightning_compress.search.exact import solve
+from lightning_compress.search.feasibility import is_feasible, smallest_share
 from lightning_compress.search.latency import Timing
 from lightning_compress.search.problem import Problem, problem_of
 from lightning_compress.search.sensitivity import weighted
@@ -49,7 +49,7 @@ def within_error(  # noqa: PLR0917
     def at(share: float) -> Problem:
         own = Budget(params=share)
         bound = problem_of(tables, dense, own, units, timing, no_slower=strategy.thorough)
-        return bound if bound.fits(smallest(bound)) else problem_of(tables, dense, own, units, timing)
+        return bound if is_feasible(bound) else problem_of(tables, dense, own, units, timing)
 
     full = at(1.0)
     floor = smallest_share(full, dense)

@@ -20,6 +20,7 @@ from lightning_compress.kinds.registry import DECOMPOSITIONS
 from lightning_compress.search.end_to_end import OutputEvaluator, output_distance
 from lightning_compress.search.exact import solve
 from lightning_compress.search.problem import Problem
+from lightning_compress.search.tables import compared_resources
 from lightning_compress.search.units import SingleLayer
 
 LEAST_GAIN = 1e-4
@@ -92,7 +93,7 @@ def weights_alone(
         settings: The problem of the layers on their own, for its budgets and limits.
     """
     plain = tuple(unit.with_kinds(_closed_form(unit.kinds)) for unit in units)
-    resources = tuple(dict.fromkeys("macs" if name == "latency" else name for name in (*problem.budgeted, "macs")))
+    resources = compared_resources(problem.budgeted, timed=problem.timing is not None)
     tables = tuple(in_threads(lambda unit: unit.tabulate(resources, rank_multiple, None), plain))
     if problem.timing is not None:
         tables = problem.timing.filled(plain, tables)

@@ -46,9 +46,9 @@ def tabulate_units(
     return tuple(tables)
 
 
-def compared_resources(budget: Budget, *, timed: bool) -> tuple[str, ...]:
+def compared_resources(budgeted: Sequence[str], *, timed: bool) -> tuple[str, ...]:
     """Returns the resources in which candidates are compared; before layers are timed MACs stand for time."""
-    resources = ["macs" if name == "latency" else name for name in budget.budgeted]
+    resources = ["macs" if name == "latency" else name for name in budgeted]
     return tuple(dict.fromkeys([*resources, "macs"] if timed else resources))
 
 

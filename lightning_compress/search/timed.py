@@ -15,7 +15,7 @@ from lightning_compress.kinds.base import Ints
 from lightning_compress.search.candidates import Candidates
 from lightning_compress.search.choice import Choice
 from lightning_compress.search.exact import smallest, solve
-from lightning_compress.search.feasibility import require_feasible
+from lightning_compress.search.feasibility import is_feasible, require_feasible
 from lightning_compress.search.latency import LATENCY, TOLERANCE, Timing, latency_of
 from lightning_compress.search.problem import TIME_WEIGHT, Problem, problem_of
 from lightning_compress.search.safeguards import spend_what_is_left
@@ -67,7 +67,7 @@ def timed_problem(
         require_feasible(plain, dense, budget)
         return plain
     found = [_in_format(tables, units, dense, budget, timing, no_slower=no_slower) for timing in timings]
-    feasible = [each for each in found if _is_feasible(each[1])]
+    feasible = [each for each in found if is_feasible(each[1])]
     _, best = min(feasible or found, key=lambda each: each[0])
     require_feasible(best, dense, budget)
     return best
@@ -86,9 +86,9 @@ def _in_format(
     for step in range(CORRECTIONS + 1):
         filled = timing.filled(units, tables)
         problem = problem_of(filled, dense, budget, units, timing, no_slower=no_slower)
-        if no_slower and not _is_feasible(problem):
+        if no_slower and not is_feasible(problem):
             problem = problem_of(filled, dense, budget, units, timing)  # it cannot but be slower
-        if not _is_feasible(problem):
+        if not is_feasible(problem):
             return np.inf, problem
         best = solve(problem).choice
         choice = smallest(problem) if best is None else best
@@ -99,10 +99,6 @@ def _in_format(
         timing = timing.corrected(filled, choice, reading.seconds)
     layers = sum(float(table.costs[row, LATENCY]) for table, row in zip(filled, choice, strict=True))
     return problem.loss_of(choice) + TIME_WEIGHT * (predicted - layers) / timing.best, problem
-
-
-def _is_feasible(problem: Problem) -> bool:
-    return bool(problem.limits.min() > 0 and problem.fits(smallest(problem)))
 
 
 def settled(found: Choice, budget: Budget) -> Choice:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.analysis.trace import Arguments, ExampleInput, as_arguments, inference, sample_counts
+from lightning_compress.analysis.trace import Arguments, ExampleInput, as_arguments, hooked, inference, sample_counts
 from lightning_compress.core.compat import tree_map
 from lightning_compress.core.errors import ExampleInputError
 from lightning_compress.core.target import Target
@@ -56,16 +56,12 @@ def layer_inputs(model: nn.Module, names: set[str], arguments: Arguments) -> dic
     def keep(name: str, args: tuple[Any, ...]) -> None:
         found.setdefault(name, tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, args))
 
-    handles = [
+    hooks = (
         model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: keep(name, args))
         for name in names
-    ]
-    try:
-        with inference(model):
-            model(*arguments[0], **arguments[1])
-    finally:
-        for handle in handles:
-            handle.remove()
+    )
+    with hooked(hooks), inference(model):
+        model(*arguments[0], **arguments[1])
     return found
 
 

@@ -40,6 +40,9 @@ LEAST_TIME = 1e-7
 class Bench(ABC):
     """A dense model on its target.
 
+    Args:
+        layers: Those that can be factorised.
+
     Attributes:
         identity: What tells the times of this target from those of others.
         formats: Memory formats to choose from.
@@ -48,7 +51,9 @@ class Bench(ABC):
 
     identity: Mapping[str, Any]
     formats: tuple[str, ...]
-    layers: Mapping[str, Layer]
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = {layer.name: layer for layer in layers}
 
     @abstractmethod
     def dense(self) -> dict[str, Reading]:
@@ -72,8 +77,53 @@ class Bench(ABC):
         They are those of its stages and what is left, or of the whole layer alone.
         """
 
+    def modules_of(self, name: str) -> list[str]:
+        """Returns the names of the modules that hold a layer's weight."""
+        layer = self.layers[name]
+        return [layer.name, *(aliases[0] for aliases, _ in layer.partners)]
 
-class TorchBench(Bench):
+
+class CopyingBench(Bench):
+    """One that runs copies of the model.
+
+    Args:
+        model: Attention and recurrent layers unfused; it is copied.
+        layers: Those that can be factorised.
+        target: Its dtype is that of the copies.
+        device: Of the copies, None for that of the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Layer], target: Target, device: torch.device | None = None
+    ) -> None:
+        super().__init__(layers)
+        self._model = model
+        self._dtype = getattr(torch, target.dtype) if target.dtype is not None else None
+        self._device = device
+
+    def alone(self, module: nn.Module) -> nn.Module:
+        """Returns a copy of a module in eval mode as it runs on the target, without gradients."""
+        copied = detached_copy(module).eval().requires_grad_(requires_grad=False)
+        return copied.to(device=self._device, dtype=self._dtype)
+
+    def copy(self, forms: Forms, memory_format: str, *, fused: bool = True) -> nn.Module:
+        """Returns a copy of the model with shells in it.
+
+        Args:
+            forms: Of the shells.
+            memory_format: Of the weights.
+            fused: Whether attention and recurrent layers of which nothing is factorised are torch's own again.
+        """
+        model = self.alone(self._model)
+        if memory_format == CHANNELS_LAST:
+            put_in_channels_last_(model.parameters())
+        put_shells_(model, self.layers, forms, channels_last=is_channels_last(model))
+        if fused:
+            fuse_(model)
+        return model
+
+
+class TorchBench(CopyingBench):
     """Torch in this process: layers are timed inside the model, so that caches and formats are those of its run.
 
     Args:
@@ -84,8 +134,8 @@ class TorchBench(Bench):
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], example_input: ExampleInput, target: Target) -> None:
-        self.layers = {layer.name: layer for layer in layers}
-        self._model, self._target = model, target
+        super().__init__(model, layers, target)
+        self._target = target
         self._arguments = target_arguments(model, example_input, target)
         self._threads = target.threads or torch.get_num_threads()
         device = device_of(model, self._arguments)
@@ -95,12 +145,8 @@ class TorchBench(Bench):
         self._kept: dict[str, nn.Module] = {}
         self._dense: dict[str, Reading] = {}
         with inference(model):
-            run(
-                self._copy({}, PRESERVED),
-                self._arguments,
-                f"the inputs of {target}",
-                " Its batch size or dtype is why.",
-            )
+            advice = " See its batch size and dtype."
+            run(self.copy({}, PRESERVED), self._arguments, f"the inputs of {target}", advice)
         self.formats = self._formats()
 
     def dense(self) -> dict[str, Reading]:
@@ -117,18 +163,18 @@ class TorchBench(Bench):
 
     def runners(self) -> list[Callable[[], float]]:
         """Returns what runs the dense model once and returns its seconds, for each memory format."""
-        return [self._runner(self._finished(self._copy({}, own))) for own in self.formats]
+        return [self._runner(self._finished(self._kept_dense(own))) for own in self.formats]
 
     def unfused(self, memory_format: str) -> Reading:
         """See `Bench`."""
-        return self._beside_dense(self._copy({}, memory_format, fused=False), memory_format)
+        return self._beside_dense(self.copy({}, memory_format, fused=False), memory_format)
 
     def whole(self, forms: Forms, memory_format: str) -> Reading:
         """See `Bench`."""
-        return self._beside_dense(self._copy(forms, memory_format), memory_format)
+        return self._beside_dense(self.copy(forms, memory_format), memory_format)
 
     def _beside_dense(self, model: nn.Module, memory_format: str) -> Reading:
-        models = [self._finished(each) for each in (self._copy({}, memory_format), model)]
+        models = [self._finished(each) for each in (self._kept_dense(memory_format), model)]
         with self.measuring():
             dense, own = in_turns([self._runner(each) for each in models], 8 * current_effort().timing_seconds)
         ratio = Reading.of([b / a for a, b in zip(dense, own, strict=True)])
@@ -137,8 +183,8 @@ class TorchBench(Bench):
     def parts(self, forms: Forms, memory_format: str) -> dict[str, list[float]]:
         """See `Bench`."""
         reference = self._kept_dense(memory_format)
-        names = {alias: name for name in forms for alias in self._modules_of(name)}
-        timed = TimedModel(self._copy(forms, memory_format, fused=False), names, self._clock, self._arguments)
+        names = {alias: name for name in forms for alias in self.modules_of(name)}
+        timed = TimedModel(self.copy(forms, memory_format, fused=False), names, self._clock, self._arguments)
         found: dict[tuple[str, str], list[float]] = {}
 
         def run_timed() -> float:
@@ -159,10 +205,6 @@ class TorchBench(Bench):
             summed[name] = [a + b for a, b in itertools.zip_longest(summed.get(name, []), own, fillvalue=0.0)]
         return summed
 
-    def _modules_of(self, name: str) -> list[str]:
-        layer = self.layers[name]
-        return [layer.name, *(aliases[0] for aliases, _ in layer.partners)]
-
     def _formats(self) -> tuple[str, ...]:
         asked = self._target.memory_format
         if asked == PRESERVED or not can_be_channels_last(self._model):
@@ -182,7 +224,7 @@ class TorchBench(Bench):
 
         Code that calls `view` on what a convolution returns fails on the format, inside the model or behind it.
         """
-        model = self._copy({}, CHANNELS_LAST)
+        model = self.copy({}, CHANNELS_LAST)
         try:
             with inference(model):
                 outputs = output_tensors(model(*self._arguments[0], **self._arguments[1]))
@@ -190,22 +232,9 @@ class TorchBench(Bench):
             return False
         return all(channels_last_format(output) is None for output in outputs)
 
-    def _copy(self, forms: Forms, memory_format: str, *, fused: bool = True) -> nn.Module:
-        """Returns a copy with shells in it."""
-        model = detached_copy(self._model).eval().requires_grad_(requires_grad=False)
-        if self._target.dtype is not None:
-            model = model.to(getattr(torch, self._target.dtype))
-        if memory_format == CHANNELS_LAST:
-            put_in_channels_last_(model.parameters())
-        channels_last = memory_format == CHANNELS_LAST or is_channels_last(self._model)
-        put_shells_(model, self.layers, forms, channels_last=channels_last)
-        if fused:
-            fuse_(model)
-        return model
-
     def _kept_dense(self, memory_format: str) -> nn.Module:
         if memory_format not in self._kept:
-            self._kept[memory_format] = self._copy({}, memory_format)
+            self._kept[memory_format] = self.copy({}, memory_format)
         return self._kept[memory_format]
 
     def _finished(self, model: nn.Module) -> nn.Module:
@@ -215,17 +244,7 @@ class TorchBench(Bench):
 
     def _runner(self, model: nn.Module) -> Callable[[], float]:
         args, kwargs = self._arguments
-        clock = self._clock
-
-        def run_once() -> float:
-            clock.wait()
-            start = clock.now()
-            model(*args, **kwargs)
-            end = clock.now()
-            clock.wait()
-            return clock.between(start, end)
-
-        return run_once
+        return lambda: self._clock.seconds(lambda: model(*args, **kwargs))
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:

@@ -28,11 +28,19 @@ class Clock:
         return event
 
     def between(self, start: Any, end: Any) -> float:
-        """Returns the seconds between two points; on a GPU after `wait`."""
+        """Returns the seconds between two points; on a GPU when both are past."""
         return 1e-3 * float(start.elapsed_time(end)) if self._cuda else float(end - start)
 
-    def wait(self) -> None:
-        """Waits until the GPU has done what it was given."""
+    def seconds(self, call: Callable[[], Any]) -> float:
+        """Returns the seconds of a call; what the GPU was given before and in it is done by then."""
+        self._wait()
+        start = self.now()
+        call()
+        end = self.now()
+        self._wait()
+        return self.between(start, end)
+
+    def _wait(self) -> None:
         if self._cuda:
             torch.cuda.synchronize()
 
@@ -60,14 +68,10 @@ class TimedModel:
         """Returns the seconds of one forward pass, and of each layer ("name", "") and child ("name", "child") in it."""
         for spans in self._spans.values():
             spans.clear()
-        clock = self._clock
-        clock.wait()
-        start = clock.now()
-        self._model(*self._arguments[0], **self._arguments[1])
-        end = clock.now()
-        clock.wait()
-        parts = {key: sum(clock.between(*span) for span in spans) for key, spans in self._spans.items()}
-        return clock.between(start, end), parts
+        args, kwargs = self._arguments
+        total = self._clock.seconds(lambda: self._model(*args, **kwargs))
+        between = self._clock.between
+        return total, {key: sum(between(*span) for span in spans) for key, spans in self._spans.items()}
 
     def _timed(self, forward: Callable[..., Any], spans: list[tuple[Any, Any]]) -> Callable[..., Any]:
         now = self._clock.now

@@ -27,7 +27,7 @@ from lightning_compress.core.plan import DENSE
 from lightning_compress.core.progress import Progress
 from lightning_compress.core.target import Target, TargetLike, target_of
 from lightning_compress.kinds.base import Floats, Ints
-from lightning_compress.layers.memory_format import CHANNELS_LAST
+from lightning_compress.layers.memory_format import CHANNELS_LAST, is_channels_last
 
 LEAST_SIZES = 3
 RUNS_PER_SIZE = {True: 5, False: 9}
@@ -81,7 +81,11 @@ class ModelTimes:
             reading = self.bench.whole(chosen, memory_format)
             return [[reading.seconds]]
 
-        return Reading(self.table.times([key], measure)[0][0])
+        known = key in self.table.entries
+        seconds = self.table.times([key], measure)[0][0]
+        if not known:
+            self.table.keep()
+        return Reading(seconds)
 
 
 def time_model(
@@ -117,13 +121,15 @@ def time_model(
         )
         warn(msg, CompressionWarning, stacklevel=3)
         return None
-    sizes, unfused, seconds, kinds = max(sizes, LEAST_SIZES), {}, {}, {}
+    unfused, seconds, kinds = {}, {}, {}
     try:
         for memory_format in bench.formats:
             if any(layer.whole for layer in layers):
                 measure = functools.partial(_unfused, bench, memory_format)
                 unfused[memory_format] = table.times([f"{digest} {memory_format} unfused"], measure)[0][0]
-            seconds[memory_format], timed = _time_layers(bench, table, layers, memory_format, sizes, progress)
+            seconds[memory_format], timed = _time_layers(
+                bench, table, layers, memory_format, max(sizes, LEAST_SIZES), progress
+            )
             kinds.update({(memory_format, *key): times for key, times in timed.items()})
     finally:
         table.keep()
@@ -139,7 +145,7 @@ def _bench_and_table(
     if isinstance(chosen, Path):
         table = LatencyTable.load(chosen)
         known = tuple(own for own in (PRESERVED, CHANNELS_LAST) if f"{digest} {own} dense" in table.entries)
-        return NoBench(table.identity, known or (PRESERVED,), {layer.name: layer for layer in layers}), table
+        return NoBench(layers, table.identity, known or (PRESERVED,)), table
     bench = bench_of(model, layers, example_input, chosen)
     return bench, LatencyTable.of(bench.identity)
 
@@ -210,7 +216,11 @@ def _time_layers(  # noqa: PLR0917
                 }
             )
     seconds: dict[tuple[str, Form], list[float]] = {}
-    described = {layer.name: f"{layer.module} {_calls_of(layer)}" for layer in layers}
+    laid = any(is_channels_last(layer.module) for layer in layers)  # what the model is in, whatever becomes of it
+    described = {
+        layer.name: f"{layer.module} {layer.weight.dtype} {CHANNELS_LAST if laid else ''} {_calls_of(layer)}"
+        for layer in layers
+    }
     for done, forms in enumerate(rounds):
         progress("timing layers", done / len(rounds))
         seconds.update(_timed(bench, table, forms, memory_format, described))
@@ -252,7 +262,8 @@ def _calls_of(layer: Layer) -> str:
 
 def _architecture(model: nn.Module, example_input: ExampleInput) -> str:
     tensors = [(name, tuple(t.shape), str(t.dtype)) for name, t in model.state_dict(keep_vars=True).items()]
-    return "model " + _digest(f"{type(model).__qualname__} {tensors} {model} {shape_text(example_input)}")
+    parts = (type(model).__qualname__, tensors, is_channels_last(model), model, shape_text(example_input))
+    return "model " + _digest(" ".join(map(str, parts)))
 
 
 def _digest(text: str) -> str:

@@ -6,14 +6,14 @@ import contextlib
 import io
 import logging
 import statistics
-import time
 import warnings
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.analysis.latency.turns import MOST_RUNS, TURN_SECONDS, TURNS, WARM_UP
+from lightning_compress.analysis.latency.clock import Clock
+from lightning_compress.analysis.latency.turns import in_turns
 from lightning_compress.core.effort import current_effort
 from lightning_compress.core.errors import TargetError
 
@@ -47,10 +47,9 @@ class OnnxRuntime:
         session = self._runtime.InferenceSession(exported(module, example), options, ["CPUExecutionProvider"])
         tensors = [value for value in example if isinstance(value, Tensor)]
         feeds = {own.name: t.numpy() for own, t in zip(session.get_inputs(), tensors, strict=True)}
-        once = min(_timed(session, feeds) for _ in range(WARM_UP))
-        count = max(1, min(MOST_RUNS, round(TURN_SECONDS / max(once, 1e-9))))
-        turns = max(TURNS, round(current_effort().timing_seconds / max(once * count, 1e-9)))
-        return statistics.median(statistics.median(_timed(session, feeds) for _ in range(count)) for _ in range(turns))
+        clock = Clock(torch.device("cpu"))
+        (turns,) = in_turns([lambda: clock.seconds(lambda: session.run(None, feeds))], current_effort().timing_seconds)
+        return statistics.median(turns)
 
 
 def exported(module: nn.Module, example: tuple[Any, ...]) -> bytes:
@@ -78,9 +77,3 @@ def _quiet(name: str) -> Any:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _timed(session: Any, feeds: dict[str, Any]) -> float:
-    start = time.perf_counter()
-    session.run(None, feeds)
-    return time.perf_counter() - start

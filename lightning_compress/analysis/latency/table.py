@@ -49,10 +49,11 @@ class LatencyTable:
         """Returns the table of a target from the cache; an empty one if there is none, or it is damaged or foreign."""
         named = {"processor": processor(), "system": platform.system(), **identity}
         name = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
-        table = cls(named, path=cache_folder() / f"latency-{name}.json")
-        if table.path is not None and table.path.exists():
+        path = cache_folder() / f"latency-{name}.json"
+        table = cls(named, path=path)
+        if path.exists():
             try:
-                stored = cls.load(table.path)
+                stored = cls.load(path)
             except TargetError as error:
                 warn(f"{error} It is measured again.", CompressionWarning, stacklevel=2)
                 return table

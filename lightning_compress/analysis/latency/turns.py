@@ -15,7 +15,6 @@ TURN_SECONDS = 0.02
 """About how long one model runs before another one has its turn."""
 MOST_RUNS = 20
 """In one turn."""
-WARM_UP = 2
 SLOW = 0.05
 """Seconds of a forward pass above which one run warms up and two turns are enough: it is short ones that are noisy."""
 NOISY = 0.15
@@ -54,9 +53,9 @@ def in_turns(runs: Sequence[Callable[[], float]], seconds: float, least: int = T
         seconds: How long the turns of each take together at least.
         least: Turns of each at least.
     """
-    once = [run() for run in runs]
+    once = [run() for run in runs]  # warms up
     if max(once) < SLOW:
-        once = [min(run() for _ in range(WARM_UP - 1)) for run in runs]
+        once = [run() for run in runs]
     elif least == LAYER_TURNS:
         least -= 1
     counts = [max(1, min(MOST_RUNS, round(TURN_SECONDS / max(t, 1e-9)))) for t in once]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from lightning_compress import Budget, LatencyTable, search_ranks
 from lightning_compress.analysis.latency.table import STEP, cache_folder
@@ -76,6 +77,14 @@ def test_second_search_measures_nothing_and_finds_the_same_plan(net, stand_in):
     assert stand_in.asked == []
     assert second.layers == first.layers
     assert second.target == first.target
+
+
+@pytest.mark.parametrize("held", [{"dtype": torch.float64}, {"memory_format": torch.channels_last}], ids=str)
+def test_the_same_model_held_otherwise_is_measured_for_itself(net, stand_in, held):
+    search_ranks(net, Budget(latency=0.6), **SETTINGS)
+    stand_in.asked.clear()
+    search_ranks(net.to(**held), Budget(latency=0.6), **SETTINGS)
+    assert {"dense", "parts", "whole"} <= set(stand_in.asked)
 
 
 def test_table_of_a_plan_gives_the_same_plan_where_the_target_is_not(net, stand_in, monkeypatch, tmp_path):
