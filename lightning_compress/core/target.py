@@ -29,6 +29,8 @@ class Target:
             of the plan. Of torch alone.
         compiled: Whether the model will run under `torch.compile`: whole models are measured compiled, layers are
             not, and their times are scaled to it. Of torch alone.
+        merge: Whether layers whose factors would take longer than the dense layer may run multiplied out in eval mode
+            (`LayerPlan.merged`). Of torch alone, uncompiled.
 
     Raises:
         ConfigurationError: If a name is unknown, a count is none, or a setting of torch is given for another backend.
@@ -40,6 +42,7 @@ class Target:
     dtype: Dtype | None = None
     memory_format: MemoryFormat = "auto"
     compiled: bool = False
+    merge: bool = True
 
     def __post_init__(self) -> None:
         known = {"backend": Backend, "dtype": Dtype, "memory_format": MemoryFormat}
@@ -51,11 +54,17 @@ class Target:
         require_count(f"Target(batch={self.batch!r})", self.batch, 1)
         if self.threads is not None:
             require_count(f"Target(threads={self.threads!r})", self.threads, 1)
-        require_type("Target", "compiled", self.compiled, bool, "true or false")
+        for name in ("compiled", "merge"):
+            require_type("Target", name, getattr(self, name), bool, "true or false")
         if self.backend != "torch" and (self.compiled or self.memory_format == "channels_last"):
             setting = "compiled=True" if self.compiled else "memory_format='channels_last'"
             msg = f"Target(backend={self.backend!r}, {setting}): that is a setting of backend='torch'."
             raise ConfigurationError(msg)
+
+    @property
+    def can_merge(self) -> bool:
+        """Whether layers may run multiplied out: by torch's own operators, uncompiled."""
+        return self.merge and self.backend == "torch" and not self.compiled
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the fields."""

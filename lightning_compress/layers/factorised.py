@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
-from typing_extensions import override
+from torch.utils._python_dispatch import _disable_current_modes
+from typing_extensions import Self, override
 
 from lightning_compress.core.errors import UnsupportedError
 from lightning_compress.kinds.base import Decomposition
@@ -38,8 +39,36 @@ _SHAPE_ATTRIBUTES = (
 )
 
 
+class _Product(NamedTuple):
+    """Factors multiplied out.
+
+    Attributes:
+        run: The dense layer's forward.
+        factors: Of each child: its parameters, its factor, and where that lay and how often it had been written.
+    """
+
+    run: Callable[[Tensor], Tensor]
+    factors: Sequence[tuple[Mapping[str, Tensor | None], Tensor, int, int]]
+
+    def is_current(self) -> bool:
+        """Returns whether no factor has changed; on the way of every forward pass."""
+        for own, factor, place, version in self.factors:
+            if own["weight"] is not factor or factor._version != version or factor.data_ptr() != place:
+                return False
+        return True
+
+
+def _is_recorded() -> bool:
+    """Returns whether torch compiles, exports or traces what is run."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
 class FactorisedLayer(nn.Sequential):
     """A dense layer's replacement: its factors as plain torch layers, applied in order.
+
+    A `merged` layer runs as the dense one in eval mode and without gradients: the factors are multiplied out once and
+    the product is kept until one of them changes. In training, with gradients, compiled, traced or exported it runs by
+    its factors like any other, and it is saved as such. Only what writes through `.data` in eval mode goes unnoticed.
 
     `weight` is read-only and multiplies the factors out, for code that reads the weight of a
     layer (the eval fast path of nn.TransformerEncoderLayer does); `bias` is the dense layer's
@@ -51,6 +80,7 @@ class FactorisedLayer(nn.Sequential):
         weight_shape: Shape of the dense weight.
         dense_type: Class of the dense layer, such as "Conv2d".
         error: Predicted relative error of the plan it was made from, None if unknown.
+        merged: Whether it runs as the dense layer in eval mode.
     """
 
     def __init__(
@@ -70,11 +100,41 @@ class FactorisedLayer(nn.Sequential):
         self.weight_shape = tuple(cast(Tensor, dense.weight).shape)
         self.dense_type = type(dense).__name__
         self.error: float | None = None
+        self.merged = False
+        self._product: _Product | None = None
         self.operator = operator_of(dense)
         self._template = (template_of(dense),)  # in a tuple: no child
         for name in _SHAPE_ATTRIBUTES:
             if hasattr(dense, name):
                 setattr(self, name, getattr(dense, name))
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns the output."""
+        if self.merged and not self.training and not torch.is_grad_enabled() and not _is_recorded():
+            return self._multiplied_out()(input)
+        return self._by_factors(input)
+
+    def _by_factors(self, input: Tensor) -> Tensor:
+        output = input
+        for module in self:
+            output = module(output)
+        return output
+
+    @override
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode, and forgets the product of the factors."""
+        self._product = None
+        return super().train(mode)
+
+    @override
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._product = None
+        return cast(Self, super()._apply(*args, **kwargs))  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what is copied and pickled: all but the product of the factors."""
+        return {**self.__dict__, "_product": None}
 
     @property
     def template(self) -> nn.Module:
@@ -124,6 +184,20 @@ class FactorisedLayer(nn.Sequential):
             dense._parameters["bias"] = self.bias
         return dense.train(self.training)
 
+    def _multiplied_out(self) -> Callable[[Tensor], Tensor]:
+        """Returns what runs the dense layer of the factors as they are now, kept until they change."""
+        product = self._product
+        if product is None or not product.is_current():
+            factors = [(child._parameters, cast(Tensor, child.weight)) for child in self.children()]
+            if any(factor.is_inference() for _, factor in factors):  # these do not count how often they are written
+                return self._by_factors
+            states = [(own, factor, factor.data_ptr(), factor._version) for own, factor in factors]
+            with _disable_current_modes():  # whoever counts or watches a forward pass: this is none
+                dense = self.to_dense()
+                cast(Tensor, dense.weight).requires_grad_(requires_grad=False)  # the bias is the layer's own
+            product = self._product = _Product(dense.forward, states)
+        return product.run
+
     @property
     def weight(self) -> Tensor:
         """The equivalent dense weight."""
@@ -156,10 +230,7 @@ class FactorisedTransposed(FactorisedLayer):
                 "with exclude, or pass an example_input to the search, which then keeps it."
             )
             raise UnsupportedError(msg)
-        output = input
-        for module in self:
-            output = module(output)
-        return output
+        return super().forward(input)
 
 
 class FactorisedBag(FactorisedLayer):

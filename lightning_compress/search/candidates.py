@@ -35,6 +35,7 @@ class Candidates:
         energy: ‖G^½ W S^½‖²_F, what the errors are relative to; ‖W‖²_F without a metric.
         costs: Absolute costs in the order of `RESOURCES`, shape (n, 4); MACs and seconds are 0 where unknown.
         unseen: How the errors grow on other inputs, None if unknown.
+        merged: Whether the layer runs multiplied out, shape (n,); None if no row does.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Candidates:
     energy: float
     costs: Floats
     unseen: UnseenErrors | None = None
+    merged: Mask | None = None
 
     @classmethod
     def of_dense(cls, name: str) -> Candidates:
@@ -62,6 +64,10 @@ class Candidates:
 
     def __len__(self) -> int:
         return len(self.kinds)
+
+    def is_merged(self, row: int) -> bool:
+        """Returns whether the layer runs multiplied out with a row."""
+        return self.merged is not None and bool(self.merged[row])
 
     def rows_of(self, kind: str) -> Ints:
         """Returns the rows of one kind."""

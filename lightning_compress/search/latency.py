@@ -18,20 +18,22 @@ from lightning_compress.analysis.latency.shells import Form
 from lightning_compress.analysis.latency.turns import NOISY, Reading
 from lightning_compress.analysis.trace import ExampleInput
 from lightning_compress.core.errors import CompressionWarning, TargetError
-from lightning_compress.core.plan import DENSE
+from lightning_compress.core.plan import DENSE, SLOWER
 from lightning_compress.core.progress import Progress
 from lightning_compress.core.settings import RESOURCES, Budget, SearchSettings
 from lightning_compress.kinds.base import Floats, Ints
 from lightning_compress.search.candidates import Candidates
 from lightning_compress.search.units import Unit
 
-LATENCY = RESOURCES.index("latency")
+LATENCY, MACS = RESOURCES.index("latency"), RESOURCES.index("macs")
 CORRECTION = (0.5, 2.0)
 """Bounds of the factors by which the predicted times of factorised layers are corrected."""
 STIFFNESS = 0.01
 """Squared relative error of a whole model that is accepted to keep a factor at 1 instead of 2."""
 TOLERANCE = 0.03
 """By which a measured time may exceed its bound: what it differs by from one day to the next."""
+MERGED = "merged"
+"""In the place of the kind, for corrections of layers that run multiplied out."""
 LEAST = 1e-9
 """Seconds that every row costs at least once a layer's costs are shifted."""
 
@@ -48,6 +50,7 @@ class Timing:
             these took together, and the whole model.
         overhead: Seconds that the model takes longer once its attention and recurrent layers are unfused.
         shares: Of the overhead, by name of a layer that is a projection of those; None without any.
+        merges: Whether layers whose factors would be slower may run multiplied out.
     """
 
     times: ModelTimes
@@ -56,6 +59,7 @@ class Timing:
     seen: tuple[tuple[Mapping[str, float], float, float], ...] = ()
     overhead: float = 0.0
     shares: Mapping[str, float] | None = None
+    merges: bool = False
 
     @property
     def dense(self) -> float:
@@ -86,7 +90,7 @@ class Timing:
     def whole(self, units: Sequence[Unit], tables: Sequence[Candidates], choice: Ints) -> Reading | None:
         """Returns the measured time of a choice; None where the target cannot be measured on here."""
         forms = {
-            layer.name: Form(table.kinds[row], table.ranks[row])
+            layer.name: Form(table.kinds[row], table.ranks[row], table.is_merged(int(row)))
             for unit, table, row in zip(units, tables, choice, strict=True)
             for layer in unit.layers
         }
@@ -105,7 +109,8 @@ class Timing:
         predicted = latency_of(tables, choice, self)
         own: dict[str, float] = {}
         for table, row in zip(tables, choice, strict=True):
-            if (kind := table.kinds[row]) != DENSE:
+            kind = MERGED if table.is_merged(int(row)) else table.kinds[row]
+            if kind != DENSE:
                 own[kind] = own.get(kind, 0.0) + float(table.costs[row, LATENCY]) / self.corrections.get(kind, 1.0)
         took = measured - predicted + sum(self.corrections.get(kind, 1.0) * seconds for kind, seconds in own.items())
         seen = (*self.seen, (own, took, measured))
@@ -135,7 +140,14 @@ class Timing:
         seconds += max(0.0, LEAST - float(seconds.min()))  # unfusing costs: to stay dense may cost less than nothing
         costs = table.costs.copy()
         costs[:, LATENCY] = seconds
-        return replace(table, costs=costs)
+        merged = None
+        if self.merges and _is_mergeable(unit):
+            merged = seconds > (1 + SLOWER) * seconds[-1]
+            costs[merged, MACS], costs[merged, LATENCY] = (
+                costs[-1, MACS],
+                self.corrections.get(MERGED, 1.0) * seconds[-1],
+            )
+        return replace(table, costs=costs, merged=merged)
 
 
 def timings_of(
@@ -171,7 +183,15 @@ def timings_of(
             "(target={'threads': 1}), or bound macs instead."
         )
         raise TargetError(msg)
-    return tuple(_timing(times, memory_format, inspection) for memory_format in times.dense)
+    merges = times.bench.merges and "macs" not in budget.limits()
+    found = (_timing(times, memory_format, inspection) for memory_format in times.dense)
+    return tuple(replace(timing, merges=merges) for timing in found)
+
+
+def _is_mergeable(unit: Unit) -> bool:
+    """Returns whether a unit can run multiplied out: one layer of torch's own that is no table and shares nothing."""
+    layer = unit.layers[0]
+    return len(unit.layers) == 1 and not (unit.is_tied or layer.operator.lookup or layer.whole)
 
 
 def _timing(times: ModelTimes, memory_format: str, inspection: Inspection) -> Timing:

@@ -75,6 +75,7 @@ class Problem:
                 ranks=tuple(c.ranks[r] for r in kept),
                 errors=c.errors[kept],
                 costs=c.costs[kept],
+                merged=c.merged[kept] if c.merged is not None else None,
             )
             for c, kept in zip(self.layers, rows, strict=True)
         )

@@ -85,7 +85,8 @@ def _timed(plan: LayerPlan, unit: Unit, found: Choice) -> LayerPlan:
     layer = next((layer for layer in unit.layers if layer.name == plan.name), None)
     if timing is None or layer is None:
         return plan
-    before, after = (timing.layer_seconds(layer, *form) for form in ((DENSE, ()), (plan.kind, plan.ranks)))
+    form = (DENSE, ()) if plan.merged else (plan.kind, plan.ranks)
+    before, after = timing.layer_seconds(layer, DENSE, ()), timing.layer_seconds(layer, *form)
     return replace(plan, latency_before=before, latency_after=after)
 
 

@@ -332,6 +332,7 @@ def planned_layer(
         source=source or ("weight" if factorisable else None),
         samples=statistics.samples_of(layer.name) if statistics is not None and factorisable else None,
         error_spread=table.unseen.spread_at(float(table.errors[row])) if table.unseen is not None else None,
+        merged=table.is_merged(row),
     )
 
 

@@ -52,7 +52,7 @@ def build_layer(
         table = isinstance(child, (nn.Embedding, nn.EmbeddingBag))
         if decompose and table and padding is not None and not bool(weight[padding].any()):  # to the last bit
             child.weight.detach()[padding] = 0
-    return _finished(children, dense, decomposition, planned.ranks, planned.error)
+    return _finished(children, dense, decomposition, planned)
 
 
 def build_joint_layers(
@@ -76,7 +76,7 @@ def build_joint_layers(
         children["reduce"].register_parameter("weight", first)
         own = nn.Parameter(_like(values, layer.weight), requires_grad=layer.weight.requires_grad)
         children["expand"].register_parameter("weight", own)
-        built.append(_finished(children, layer.module, decomposition, planned.ranks, planned.error))
+        built.append(_finished(children, layer.module, decomposition, planned))
     return built
 
 
@@ -94,22 +94,21 @@ def build_tied_layer(dense: nn.Module, other: FactorisedLayer) -> FactorisedLaye
         if flipped and isinstance(children[name], nn.Linear) and isinstance(other.get_submodule(twin), nn.Linear):
             children[name] = TransposedLinear(*weight.shape)
         children[name].register_parameter("weight", cast(nn.Parameter, weight))
-    return _finished(children, dense, decomposition, other.ranks, other.error)
+    return _finished(children, dense, decomposition, other)
 
 
 def _finished(
     children: dict[str, nn.Module],
     dense: nn.Module,
     decomposition: Decomposition,
-    ranks: tuple[int, ...],
-    error: float | None,
+    like: LayerPlan | FactorisedLayer,
 ) -> FactorisedLayer:
-    """Returns the layer of some children, with bias, hooks and mode of the dense one."""
+    """Returns the layer of some children, with bias, hooks and mode of the dense one, and ranks as planned."""
     if "bias" in dense._parameters:
         last = children[list(children)[-1]]
         last.register_parameter("bias", cast("nn.Parameter | None", dense.bias))
-    new = factorised_type(dense, decomposition)(children, dense=dense, decomposition=decomposition, ranks=ranks)
-    new.error = error
+    new = factorised_type(dense, decomposition)(children, dense=dense, decomposition=decomposition, ranks=like.ranks)
+    new.error, new.merged = like.error, like.merged
     share_hooks(dense, new)
     return new.train(dense.training)
 

@@ -88,6 +88,7 @@ def _as_planned(
         macs_before=macs[0],
         macs_after=macs[1],
         joint_with=joint_with,
+        merged=module.merged,
     )
 
 
@@ -117,14 +118,16 @@ def owners_of(layers: Sequence[Layer]) -> dict[str, str]:
 
 
 def _macs_of(layers: Sequence[Layer], traced: Trace | None) -> tuple[int | None, int | None]:
-    """Returns the MACs of some layers when dense and of their factors, over all traced calls."""
+    """Returns the MACs of some layers when dense and as they run, over all traced calls."""
     if traced is None:
         return None, None
     before = after = 0
     for layer in layers:
         module, calls = cast(FactorisedLayer, layer.module), traced.calls[layer.name]
         operator, ranks = module.operator, np.array([module.ranks])
-        before += torch.Size(module.weight_shape).numel() * sum(call.positions for call in calls)
-        macs = DECOMPOSITIONS[module.kind].macs
-        after += operator.groups * sum(int(macs(operator.shape, ranks, call)[0]) for call in calls)
+        own = torch.Size(module.weight_shape).numel() * sum(call.positions for call in calls)
+        operator, ranks, macs = module.operator, np.array([module.ranks]), DECOMPOSITIONS[module.kind].macs
+        by_factors = operator.groups * sum(int(macs(operator.shape, ranks, call)[0]) for call in calls)
+        before += own
+        after += own if module.merged else by_factors
     return before, after

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress import Budget, Compress, compress_, search_ranks
+from lightning_compress import Budget, Compress, Plan, apply_plan_, compress_, search_ranks
 from lightning_compress.analysis.latency.bench import PRESERVED
 from lightning_compress.core.errors import (
     BudgetError,
@@ -21,6 +21,7 @@ from lightning_compress.core.errors import (
 )
 from lightning_compress.core.target import Target
 from lightning_compress.layers.memory_format import CHANNELS_LAST, is_channels_last
+from lightning_compress.surgery.embodied import embodied_plan
 from tests.support.nets import TinyNet
 from tests.support.unchanged import Unchanged
 
@@ -52,7 +53,7 @@ def test_kind_that_is_slower_on_the_target_is_not_taken_where_another_loses_litt
     free = search_ranks(net, Budget(params=0.5), kinds=kinds, **SETTINGS)
     used = max({layer.kind for layer in free.factorised if layer.kind != "svd"})
     stand_in.kinds = {used: 20.0}
-    plan = search_ranks(net, Budget(params=0.5), kinds=kinds, target=Target(threads=3), **SETTINGS)  # another table
+    plan = search_ranks(net, Budget(params=0.5), kinds=kinds, target=Target(merge=False), **SETTINGS)  # another table
     assert used not in {layer.kind for layer in plan.factorised}
     assert plan.kept["latency"] <= 1.03
     assert plan.kept["params"] <= 0.5
@@ -60,7 +61,7 @@ def test_kind_that_is_slower_on_the_target_is_not_taken_where_another_loses_litt
 
 def test_budget_that_cannot_be_kept_without_a_slower_network_holds_and_the_plan_says_how_much_slower(net, stand_in):
     stand_in.kinds = dict.fromkeys(("svd", "channel_svd", "spatial_svd", "tucker2", "tt", "cp3", "interpolative"), 50.0)
-    plan = search_ranks(net, Budget(params=0.3), **SETTINGS)
+    plan = search_ranks(net, Budget(params=0.3), target=Target(merge=False), **SETTINGS)
     assert plan.kept["params"] <= 0.3
     assert plan.kept["latency"] > 1.5
     assert plan.slower
@@ -208,3 +209,48 @@ def test_faster_memory_format_is_chosen_and_the_model_put_in_it(stand_in, faster
 
 def ranks_of(plan):
     return [(layer.name, layer.kind, layer.ranks) for layer in plan.layers]
+
+
+MERGEABLE = ("svd", "channel_svd", "spatial_svd", "tucker2", "tt", "cp3", "interpolative")
+
+
+def test_layers_whose_factors_would_take_longer_run_merged(net, stand_in):
+    stand_in.kinds = dict.fromkeys(MERGEABLE, 50.0)
+    plan = search_ranks(net, Budget(params=0.3), **SETTINGS)
+    assert plan.kept["params"] <= 0.3
+    assert plan.kept["latency"] <= 1.03
+    assert not plan.slower
+    merged = [layer for layer in plan.layers if layer.merged]
+    assert merged == list(plan.factorised)
+    assert all(
+        layer.latency_after == layer.latency_before and layer.macs_after == layer.macs_before for layer in merged
+    )
+    assert plan.kept["macs"] == 1
+    assert f"merged: {len(merged)} layers run as dense ones in eval" in str(plan)
+    assert Plan.from_json(plan.to_json()) == plan
+    apply_plan_(net, plan)
+    assert [layer.merged for layer in embodied_plan(net, EXAMPLE).factorised] == [True] * len(merged)
+    assert embodied_plan(net, EXAMPLE).compressed.macs == plan.compressed.macs
+
+
+@pytest.mark.parametrize("how", [{"budget": Budget(params=0.3, macs=0.9)}, {"target": Target(merge=False)}])
+def test_nothing_is_merged_where_macs_are_bounded_or_the_target_forbids_it(net, stand_in, how):
+    stand_in.kinds = dict.fromkeys(MERGEABLE, 50.0)
+    plan = search_ranks(net, **{"budget": Budget(params=0.3), **SETTINGS, **how})
+    assert not any(layer.merged for layer in plan.layers)
+    assert plan.slower
+
+
+def test_embeddings_and_projections_of_attention_are_not_merged(stand_in):
+    model = nn.Sequential(nn.Embedding(64, 32), nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)).eval()
+    stand_in.kinds = dict.fromkeys((*MERGEABLE, "tt_embedding"), 50.0)
+    plan = search_ranks(
+        model, Budget(params=0.3), example_input=torch.zeros(1, 6, dtype=torch.int64), objective="weight"
+    )
+    assert {layer.name for layer in plan.layers if layer.merged} == {"1.linear1", "1.linear2"}
+
+
+def test_merged_layers_that_take_longer_than_dense_ones_are_corrected(net, stand_in):
+    stand_in.kinds, stand_in.merged_factor = dict.fromkeys(MERGEABLE, 50.0), 1.4
+    plan = search_ranks(net, Budget(params=0.3), **SETTINGS)
+    assert plan.predicted_latency == pytest.approx(plan.compressed.latency, rel=0.05)

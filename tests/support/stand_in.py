@@ -36,7 +36,7 @@ class StandIn:
     def reset(self):
         self.formats = {PRESERVED: 1.0}
         self.kinds = {}
-        self.whole_factor = 1.0
+        self.whole_factor = self.merged_factor = 1.0
         self.spread = 0.0
         self.asked = []
 
@@ -63,6 +63,8 @@ class StandIn:
         dense = self._parts(
             bench, {name: form._replace(kind=DENSE, ranks=()) for name, form in forms.items()}, memory_format
         )
-        own = self._parts(bench, forms, memory_format)
+        run = {name: form._replace(kind=DENSE, ranks=()) if form.merged else form for name, form in forms.items()}
+        own = self._parts(bench, run, memory_format)
+        own.update({name: [self.merged_factor * sum(own[name])] for name, form in forms.items() if form.merged})
         saved = sum(sum(dense[name]) - self.whole_factor * sum(own[name]) for name in forms)
         return Reading(self._dense(bench)[memory_format].seconds - saved, self.spread)

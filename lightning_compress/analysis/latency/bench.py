@@ -47,10 +47,12 @@ class Bench(ABC):
         identity: What tells the times of this target from those of others.
         formats: Memory formats to choose from.
         layers: Those that can be factorised, by name.
+        merges: Whether layers may run multiplied out there.
     """
 
     identity: Mapping[str, Any]
     formats: tuple[str, ...]
+    merges: bool = False
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = {layer.name: layer for layer in layers}
@@ -135,7 +137,7 @@ class TorchBench(CopyingBench):
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], example_input: ExampleInput, target: Target) -> None:
         super().__init__(model, layers, target)
-        self._target = target
+        self._target, self.merges = target, target.can_merge
         self._arguments = target_arguments(model, example_input, target)
         self._threads = target.threads or torch.get_num_threads()
         device = device_of(model, self._arguments)

@@ -112,6 +112,7 @@ class NoBench(Bench):
     def __init__(self, layers: Sequence[Layer], identity: Mapping[str, Any], formats: tuple[str, ...]) -> None:
         super().__init__(layers)
         self.identity, self.formats = identity, formats
+        self.merges = bool(identity.get("merge")) and not identity.get("compiled") and identity["backend"] == "torch"
 
     def dense(self) -> dict[str, Reading]:
         """See `Bench`."""

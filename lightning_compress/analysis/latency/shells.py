@@ -26,10 +26,12 @@ class Form(NamedTuple):
     Attributes:
         kind: Of decomposition, or "dense".
         ranks: Of the kind.
+        merged: Whether it runs as the dense layer.
     """
 
     kind: str
     ranks: tuple[int, ...] = ()
+    merged: bool = False
 
 
 Forms = Mapping[str, Form]
@@ -50,7 +52,9 @@ def shell_of(dense: nn.Module, form: Form, *, channels_last: bool) -> Factorised
         last = children[list(children)[-1]]
         last.register_parameter("bias", cast("nn.Parameter | None", dense.bias))
     layer = factorised_type(dense, decomposition)
-    return layer(children, dense=dense, decomposition=decomposition, ranks=form.ranks).eval()
+    shell = layer(children, dense=dense, decomposition=decomposition, ranks=form.ranks).eval()
+    shell.merged = form.merged
+    return shell
 
 
 def put_shells_(model: nn.Module, layers: Mapping[str, Layer], forms: Forms, *, channels_last: bool) -> None:
