@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -63,8 +63,11 @@ def _is_recorded() -> bool:
     return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
-class FactorisedLayer(nn.Sequential):
+class FactorisedLayer(nn.Module):
     """A dense layer's replacement: its factors as plain torch layers, applied in order.
+
+    It is iterated and indexed as an nn.Sequential is, and is none: code that takes an nn.Sequential for a list of
+    layers would call the factors one by one.
 
     A `merged` layer runs as the dense one in eval mode and without gradients: the factors are multiplied out once and
     the product is kept until one of them changes. In training, with gradients, compiled, traced or exported it runs by
@@ -114,6 +117,15 @@ class FactorisedLayer(nn.Sequential):
         if self.merged and not self.training and not torch.is_grad_enabled() and not _is_recorded():
             return self._multiplied_out()(input)
         return self._by_factors(input)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(cast("dict[str, nn.Module]", self._modules).values())
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return list(self)[index]
 
     def _by_factors(self, input: Tensor) -> Tensor:
         output = input

@@ -255,3 +255,13 @@ def test_factorised_layer_shows_what_it_is(kind, layer, names):
     assert all(getattr(new, name) == getattr(layer, name) for name in attributes)
     with pytest.raises(AttributeError):
         new.weight = new.weight.detach()
+
+
+def test_it_is_a_list_of_its_factors_and_no_sequential():
+    layer = fitted("Conv2d", "tucker2")
+    assert not isinstance(layer, nn.Sequential)
+    assert list(layer) == list(layer.children())
+    assert len(layer) == len(layer.factors())
+    assert (layer[0], layer[-1]) == (next(iter(layer)), list(layer)[-1])
+    with pytest.raises(IndexError):
+        _ = layer[len(layer)]
