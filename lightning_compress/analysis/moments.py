@@ -24,11 +24,15 @@ from lightning_compress.analysis.trace import (
 )
 from lightning_compress.core.errors import ExampleInputError
 from lightning_compress.kinds.metric import Metric
-from lightning_compress.kinds.shrinkage import Folds, SampleSums, shrunk
+from lightning_compress.kinds.shrinkage import Folds, SampleSums, few_outputs, shrunk
 from lightning_compress.layers.families import canonical, family_of, operator_of
 
 POSITIONS = 2**14
 """Rows of an unfolded input that are taken at most per layer and batch, evenly spread."""
+
+
+LARGEST = 6144
+"""Rows of the largest second moment that is kept (300 MB): of layers with longer inputs it is that of their channels."""
 
 
 OTHER_KIND = 0.2
@@ -56,6 +60,7 @@ class Moments:
         shrinkage: Share of the covariance that was put in the place of what so few samples do not show, see
             `shrinkage`; the largest of the groups.
         folds: What says how the error of every rank grows on unseen inputs; None if unknown.
+        channels: S of the input channels alone, (in, in), where S would be larger than `LARGEST`; see `Metric`.
     """
 
     second: Tensor | None
@@ -65,11 +70,12 @@ class Moments:
     samples: int | None = None
     shrinkage: float = 0.0
     folds: Folds | None = field(default=None, repr=False)
+    channels: Tensor | None = None
 
     @functools.cached_property
     def metric(self) -> Metric:
         """The metric in which the layer's errors are measured."""
-        return Metric(self.second, self.outputs, self.folds)
+        return Metric(self.second, self.outputs, self.folds, self.channels)
 
 
 @contextlib.contextmanager
@@ -134,16 +140,18 @@ def input_moments(
             inputs_seen += gatherer.running
             for output in output_tensors(run(model, arguments, f"{source} inputs")):
                 finite = finite and bool(torch.isfinite(output).all())
-    estimates = {name: found.estimate() for name, found in gatherer.sums.items()}
+    large = {name for name in gatherer.sums if _inputs_of(gatherer.layers[name]) > LARGEST}
+    estimates = {name: gatherer.sums.pop(name).estimate() for name in list(gatherer.sums)}  # one at a time
     _require_finite({name: estimate.second for name, estimate in estimates.items()}, source, outputs=finite)
-    return {name: Moments(None, None, source=source) for name in gatherer.lookups} | {
+    return {name: Moments(None, None, source=source) for name in gatherer.unknown} | {
         name: Moments(
-            _joined(estimate.second),
-            _joined(estimate.mean),
+            _joined(estimate.second) if name not in large else None,
+            _joined(estimate.mean) if name not in large else None,
             source=source,
             samples=min(estimate.samples, inputs_seen),  # a layer may be called more than once
             shrinkage=estimate.shrinkage,
             folds=estimate.folds,
+            channels=estimate.second[0] if name in large else None,
         )
         for name, estimate in estimates.items()
     }
@@ -156,13 +164,13 @@ class _InputSums:
         layers: By name.
         running: Independent inputs in the batch that is running.
         sums: By name, of the layers that were called.
-        lookups: Names of layers that are called with indices.
+        unknown: Names of layers of whose inputs there is nothing to know: indices, or more inputs than `LARGEST`.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         self.layers, self.running = layers, 1
         self.sums: dict[str, SampleSums] = {}
-        self.lookups: set[str] = set()
+        self.unknown: set[str] = set()
 
     def hooks(self) -> Iterator[RemovableHandle]:
         for name, layer in self.layers.items():
@@ -172,14 +180,30 @@ class _InputSums:
             )
 
     def gather(self, name: str, layer: nn.Module, inputs: Tensor) -> None:
-        rows = family_of(layer).rows(layer, inputs)
+        small = _inputs_of(layer) <= LARGEST
+        rows = family_of(layer).rows(layer, inputs, POSITIONS) if small else _channel_rows(layer, inputs)
         if rows is None:
-            self.lookups.add(name)
+            self.unknown.add(name)
             return
         samples = _by_sample(rows, self.running, POSITIONS)
         if name not in self.sums:
-            self.sums[name] = SampleSums(samples, _grouped_weight(layer))
+            self.sums[name] = SampleSums(samples, _grouped_weight(layer) if small else None)
         self.sums[name].add(samples)
+
+
+def _inputs_of(layer: nn.Module) -> int:
+    """Returns how many inputs an output of the layer is worked out from, D."""
+    return torch.Size(operator_of(layer).shape[1:]).numel()
+
+
+def _channel_rows(layer: nn.Module, inputs: Tensor) -> Tensor | None:
+    """Returns the input channels of a convolution at every position, (1, n, in); None for other layers, and groups."""
+    operator = operator_of(layer)
+    dims = len(operator.kernel)
+    if not dims or operator.groups > 1 or operator.shape[1] > LARGEST:
+        return None
+    inputs = inputs if inputs.ndim == dims + 2 else inputs[None]
+    return inputs.movedim(1, -1).reshape(1, -1, inputs.shape[1])
 
 
 def _require_finite(moments: Mapping[str, Tensor], source: str, *, outputs: bool) -> None:
@@ -205,7 +229,7 @@ def _grouped_weight(layer: nn.Module) -> Tensor:
     """Returns the weight of a layer that can be factorised as (groups, out, D)."""
     operator = operator_of(layer)
     weight = canonical(layer, cast(Tensor, layer.weight)).detach()
-    return weight.reshape(operator.groups, operator.shape[0], -1)
+    return few_outputs(weight.reshape(operator.groups, operator.shape[0], -1))
 
 
 def _by_sample(rows: Tensor, samples: int, most: int) -> Tensor:

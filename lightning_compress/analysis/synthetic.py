@@ -49,6 +49,10 @@ CONFIDENCE = 0.02
 VARIETY = 0.1
 """Weight of the entropy of the mean prediction, which is to be large."""
 LEAST_COUNT = 16
+LEAST_UNMATCHED = 8
+"""Likewise of inputs that are not optimised."""
+PASSES = 6
+"""Forward passes that the moments of an input cost as much as: one for the inputs, two gradients for the outputs."""
 LEAST_STEPS = 10
 LEAST_SIDE = 96
 """Images whose sides would get shorter than this are not halved to afford more of them."""
@@ -103,11 +107,11 @@ def synthesise(
     effort, generator = current_effort(), torch.Generator().manual_seed(seed)
     example = as_arguments(model, example_input)
     count, steps = (effort.inputs if count is None else count), (effort.input_steps if steps is None else steps)
-    norms, macs, scarce = running_norms(model), 0, False
+    norms, macs, scarce = running_norms(model), trace(model, example_input).macs, False
     if norms:
-        macs = trace(model, example_input).macs
         example, macs, scarce = _affordable_example(model, example, macs, count, steps)
         count, steps = affordable(macs, count, steps)
+    count = min(count, max(LEAST_UNMATCHED, effort.work // (PASSES * max(1, macs))))
     made = [_draw(model, example, min(BATCH, count - at), generator) for at in range(0, count, BATCH)]
     batches, tokens = [arguments for arguments, _ in made], made[-1][1]
     optimised = bool(norms) and not tokens

@@ -214,6 +214,13 @@ class Decomposition(ABC):
         """
         return self.factorise(weight, ranks, metric)
 
+    def refit(
+        self, weight: Tensor, factors: Mapping[str, Tensor], ranks: tuple[int, ...], metric: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Returns factors as `factorise` does, of a weight and metric near those that some factors were fitted to."""
+        del factors
+        return self.factorise(weight, ranks, metric)
+
     def gated(self, factors: Mapping[str, Tensor], gates: Callable[[int, int], Tensor]) -> dict[str, Tensor]:
         """Returns the factors with each ordered component times its gate.
 

@@ -21,7 +21,7 @@ from lightning_compress.kinds.base import (
     equalise_norms,
     pointwise,
 )
-from lightning_compress.kinds.cp_fit import TINY, Components, Problem, Slices, drafted, fitted, sweep_work
+from lightning_compress.kinds.cp_fit import TINY, Components, Problem, Slices, drafted, fitted, refitted, sweep_work
 from lightning_compress.kinds.svd import axes_of, needs_spatial_kernel
 
 PROFILE_LIMIT = 1e10
@@ -97,6 +97,14 @@ class _Canonical(Decomposition):
     @override
     def draft(self, weight: Tensor, ranks: tuple[int, ...], metric: Tensor | None = None) -> dict[str, Tensor]:
         return self._factors(weight, ranks[0], metric, drafted)
+
+    @override
+    def refit(
+        self, weight: Tensor, factors: Mapping[str, Tensor], ranks: tuple[int, ...], metric: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        rank, names = ranks[0], self._names(tuple(weight.shape[2:]))
+        start = [factors["reduce"].reshape(rank, -1).T, *(factors[name].reshape(rank, -1).T for name in names)]
+        return self._factors(weight, rank, metric, lambda problem, _: refitted(problem, start))
 
     def _factors(
         self, weight: Tensor, rank: int, metric: Tensor | None, fit: Callable[[Problem, int], Components]

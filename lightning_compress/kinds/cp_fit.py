@@ -37,6 +37,8 @@ SLACK = 0.01
 """The correction of the norms may raise the squared error by this fraction of it, or of what is explained if less."""
 CORRECTIONS, CORRECTION_SWEEPS = 4, (2, 6)
 """Bisections of the penalty, and fewest and most sweeps of each; between them all take half of those of the fit."""
+REFIT_RIDGE = 1e-5
+"""Penalty of the norms in a refit, so that components that nearly cancel do not grow."""
 LARGEST = 10.0
 """Root of the sum of the squared norms of all components, at most, relative to the norm of the weight."""
 CG_STEPS = 2
@@ -122,6 +124,12 @@ class Problem:
             return expand, filters
         pairs = zip(self._roots, filters, strict=True)
         return expand, [torch.linalg.solve_triangular(root.T, f, upper=True) for root, f in pairs]
+
+    def whitened(self, filters: Sequence[Tensor]) -> list[Tensor]:
+        """Returns filters for the weight as it came in the coordinates of the problem, columns of norm 1."""
+        if self.metric is None:
+            return [_unit(f) for f in filters]
+        return [_unit(root.T @ f) for root, f in zip(self._roots, filters, strict=True)]
 
     def solve(self, filters: list[Tensor], ridge: float = 0.0) -> Components:
         """Returns the components with the exact output factor of given filters."""
@@ -279,6 +287,17 @@ def fitted(problem: Problem, rank: int) -> Components:
     work = (2 + (len(dims) - 1) * CG_STEPS) * rank * problem.metric.numel()
     sweeps = _sweeps(WORK, work, METRIC_SWEEPS)
     return _bounded(problem, problem.run(best.filters, sweeps, ridge), ridge)[0]
+
+
+def refitted(problem: Problem, filters: Sequence[Tensor]) -> Components:
+    """Returns the components that some sweeps lead to from those of a problem nearby, with bounded norms."""
+    start = problem.whitened(filters)
+    rank = start[0].shape[1]
+    work = sweep_work(tuple(problem.weight.shape), rank)
+    if problem.metric is not None:
+        work = (2 + (problem.weight.ndim - 1) * CG_STEPS) * rank * problem.metric.numel()
+    found = problem.run(start, _sweeps(WORK, work, METRIC_SWEEPS), REFIT_RIDGE)
+    return _bounded(problem, found, REFIT_RIDGE)[0]
 
 
 def _error(found: Components) -> float:

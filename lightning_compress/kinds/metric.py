@@ -11,7 +11,7 @@ All of it is float64.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,6 +35,11 @@ class Metric:
         inputs: S, (D, D); None for the identity.
         outputs: G, (out, out); None for the identity. Only its shape matters, not its scale.
         folds: What says how errors grow on inputs that S was not made from; None for not at all.
+        channels: S of the input channels alone, (in, in), in the place of `inputs` where that would be too large: as if
+            what enters at one place of the kernel said nothing of the others. A change of the basis of the inputs, as
+            the first factor of every kind takes all of them. Of one group.
+        fits: Factors of iterative fits in this metric, see `fit_factors`: what the search has fitted is what the swap
+            installs.
 
     Those of several groups have a leading dimension of that size, see `group`.
     """
@@ -42,6 +47,8 @@ class Metric:
     inputs: Tensor | None
     outputs: Tensor | None = None
     folds: Folds | None = None
+    channels: Tensor | None = None
+    fits: dict[tuple[object, ...], dict[str, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     @functools.cached_property
     def _groups(self) -> tuple[Metric, ...]:
@@ -74,6 +81,15 @@ class Metric:
         root = values.clamp_min(OUTPUT_FLOOR / 2).sqrt()
         return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
 
+    @functools.cached_property
+    def _channel_roots(self) -> tuple[Tensor, Tensor] | None:
+        """L and L⁻¹ of S = L Lᵀ of the channels, None for the identity."""
+        if self.channels is None:
+            return None
+        root = torch.linalg.cholesky(regularised(self.channels))
+        eye = torch.eye(len(root), dtype=root.dtype)
+        return root, torch.linalg.solve_triangular(root, eye, upper=False)
+
     def unseen(self, groups: int = 1) -> UnseenErrors | None:
         """Returns how errors grow on inputs that S was not made from, None if unknown.
 
@@ -88,12 +104,23 @@ class Metric:
         )
 
     def weigh(self, weight: Tensor) -> Tensor:
-        """Returns G^½ W, in the shape of the weight (out, …)."""
-        return weight if self._roots is None else (self._roots[0] @ weight.flatten(1)).reshape(weight.shape)
+        """Returns G^½ W, in the shape of the weight (out, …), with the inputs in the basis of their channels."""
+        weighed = weight if self._roots is None else (self._roots[0] @ weight.flatten(1)).reshape(weight.shape)
+        return weighed if self._channel_roots is None else _on_inputs(weighed, self._channel_roots[0])
 
     def unweigh(self, weight: Tensor) -> Tensor:
         """Returns G^-½ W, in the shape of the weight (out, …)."""
         return weight if self._roots is None else (self._roots[1] @ weight.flatten(1)).reshape(weight.shape)
+
+    def unweigh_inputs(self, factor: Tensor) -> Tensor:
+        """Returns the first factor, (r, in, …), for the inputs as they are."""
+        return factor if self._channel_roots is None else _on_inputs(factor, self._channel_roots[1])
+
+
+def _on_inputs(weight: Tensor, matrix: Tensor) -> Tensor:
+    """Returns a weight (n, in, …) times a matrix (in, in) on its inputs."""
+    product: Tensor = torch.tensordot(weight, matrix, dims=([1], [0])).movedim(-1, 1)
+    return product.contiguous()
 
 
 def regularised(metric: Tensor, ridge: float = RIDGE) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, cast
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.core.checks import did_you_mean
+from lightning_compress.core.effort import current_effort
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.plan import DENSE
 from lightning_compress.kinds.base import Decomposition, LayerCall, Operator, RankProfile
@@ -170,6 +172,7 @@ def fit_factors(
     groups: int = 1,
     *,
     draft: bool = False,
+    start: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Returns the canonical weights of the child layers, fitted in the metric; see `rank_errors`.
 
@@ -183,23 +186,60 @@ def fit_factors(
         metric: See `rank_errors`.
         groups: See `rank_errors`.
         draft: Whether a quick fit will do, see `Decomposition.draft`.
+        start: Factors that were fitted to a weight and in a metric near these, see `Decomposition.refit`.
+
+    Iterative fits are kept in the metric, and found there again for the same weight and `Effort`.
     """
     decomposition = decomposition_of(kind)
     if groups > 1:
+        starts = {name: factor.chunk(groups) for name, factor in (start or {}).items()}
         parts = [
-            fit_factors(kind, block, ranks, metric.group(index) if metric is not None else None, draft=draft)
+            fit_factors(
+                kind,
+                block,
+                ranks,
+                metric.group(index) if metric is not None else None,
+                draft=draft,
+                start={name: own[index] for name, own in starts.items()} or None,
+            )
             for index, block in enumerate(weight.chunk(groups))
         ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     metric = _usable(decomposition, metric)
+    if start is not None and metric is not None and decomposition.fits_roughly:
+
+        def again(weighed: Tensor, ranks: tuple[int, ...], inputs: Tensor | None) -> dict[str, Tensor]:
+            return decomposition.refit(weighed, start, ranks, inputs)
+
+        return _fitted(weight, ranks, metric, again)
     fit = decomposition.draft if draft else decomposition.factorise
+    key = (decomposition.kind, ranks, draft, current_effort().fits, _digest(weight))
+    if metric is not None and decomposition.fits_roughly and key in metric.fits:
+        return {name: factor.clone() for name, factor in metric.fits[key].items()}
+    factors = _fitted(weight, ranks, metric, fit)
+    factors = factors if draft else decomposition.finished(factors)  # gates need components in their order
+    if metric is not None and decomposition.fits_roughly:
+        metric.fits[key] = {name: factor.clone() for name, factor in factors.items()}
+    return factors
+
+
+def _fitted(
+    weight: Tensor,
+    ranks: tuple[int, ...],
+    metric: Metric | None,
+    fit: Callable[..., dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """Returns factors of a weight in a metric, by what fits those of the weighed one."""
     if metric is None:
-        factors = fit(weight, ranks)
-    else:
-        factors = fit(metric.weigh(weight), ranks, metric.inputs)
-        last = list(factors)[-1]
-        factors = {**factors, last: metric.unweigh(factors[last])}
-    return factors if draft else decomposition.finished(factors)  # gates need components in their order
+        return fit(weight, ranks)
+    factors = fit(metric.weigh(weight), ranks, metric.inputs)
+    first, *_, last = factors
+    factors = {**factors, first: metric.unweigh_inputs(factors[first])}
+    return {**factors, last: metric.unweigh(factors[last])}
+
+
+def _digest(weight: Tensor) -> bytes:
+    return hashlib.blake2b(weight.contiguous().numpy().data, digest_size=16).digest()
 
 
 def gated_weight(

@@ -24,6 +24,8 @@ from lightning_compress.kinds.base import Floats
 
 FOLDS = 4
 """Parts of the samples, each of which judges what is fitted to the others."""
+MOST_OUTPUTS = 1024
+"""Outputs of a layer that folds keep; of more they keep so many random combinations."""
 DOUBLE = 256
 """Below this many inputs moments are worked out in double precision: it costs little there."""
 
@@ -84,6 +86,9 @@ class UnseenErrors:
 class Folds:
     """Second moments of a layer's outputs without its bias, over parts of the samples.
 
+    Of layers with many outputs they are of random combinations of these (see `MOST_OUTPUTS`), and errors are then
+    those without the root G^½.
+
     Attributes:
         products: E[y yᵀ] of each part, (parts, groups, out, out) float64.
         means: E[y], (parts, groups, out).
@@ -130,7 +135,7 @@ class Folds:
         outer, alpha = mean[:, None] * mean, self.shrinkage[part, 0]
         product = torch.einsum("f,foi->oi", share, self.products[:, 0])
         fitted, held_out = (1 - alpha) * (product - outer) + alpha * self.identity[0] + outer, self.products[part, 0]
-        if root is not None:
+        if root is not None and len(root) == len(fitted):
             fitted, held_out = root @ fitted @ root, root @ held_out @ root
         values, basis = torch.linalg.eigh((fitted + fitted.T) / 2)
         energies = ((held_out @ basis) * basis).sum(dim=0)
@@ -228,6 +233,17 @@ class SampleSums:
         identity = scale[:, None, None] * (weight @ weight.mT)
         parts = torch.stack(products), means + about, counts / counts.sum(), identity, alphas
         return Folds(*(part.cpu() for part in parts))
+
+
+def few_outputs(weight: Tensor) -> Tensor:
+    """Returns a weight (groups, out, D) with its outputs in at most `MOST_OUTPUTS` random orthogonal combinations."""
+    groups, outputs, _ = weight.shape
+    if outputs <= MOST_OUTPUTS:
+        return weight
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(outputs, MOST_OUTPUTS, generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(drawn)[0].mT.to(weight.device)
+    return torch.stack([basis @ weight[group].double() for group in range(groups)])
 
 
 def shrunk(covariance: Tensor, share: Tensor | float) -> Tensor:

@@ -74,8 +74,14 @@ class LayerType(ABC):
         """Returns the sizes of one call."""
 
     @abstractmethod
-    def rows(self, layer: nn.Module, inputs: Tensor) -> Tensor | None:
-        """Returns what the weight of each group is applied to, (groups, n, D), None for indices."""
+    def rows(self, layer: nn.Module, inputs: Tensor, most: int | None = None) -> Tensor | None:
+        """Returns what the weight of each group is applied to, (groups, n, D), None for indices.
+
+        Args:
+            layer: The layer.
+            inputs: What enters it.
+            most: Rows that are made at most, about, of evenly spread positions; None for all.
+        """
 
     @abstractmethod
     def output_rows(self, layer: nn.Module, output: Tensor) -> Tensor:
@@ -96,7 +102,7 @@ class _LinearType(LayerType):
         return LayerCall((), (), rows=output.shape[:-1].numel())
 
     @override
-    def rows(self, layer: nn.Module, inputs: Tensor) -> Tensor:
+    def rows(self, layer: nn.Module, inputs: Tensor, most: int | None = None) -> Tensor:
         return inputs.reshape(1, -1, inputs.shape[-1])
 
     @override
@@ -138,7 +144,7 @@ class _ConvType(LayerType):
         )
 
     @override
-    def rows(self, layer: nn.Module, inputs: Tensor) -> Tensor:
+    def rows(self, layer: nn.Module, inputs: Tensor, most: int | None = None) -> Tensor:
         """Returns the patches; those of a transposed convolution are taken between the stuffed zeros."""
         conv = cast(_ConvNd, layer)
         dims = len(conv.kernel_size)
@@ -152,7 +158,9 @@ class _ConvType(LayerType):
         patches = all_patches(inputs, conv.kernel_size, stride, conv.dilation)  # (B, *outputs, C, *kernel)
         if isinstance(conv, _TRANSPOSED):
             patches = patches.flip(tuple(range(-dims, 0)))
-        rows = patches.reshape(patches.shape[: dims + 1].numel(), conv.groups, -1)
+        if most is not None:
+            patches = _some_patches(patches, dims, most)
+        rows = patches.reshape(patches.shape[:-dims].numel() // patches.shape[-dims - 1], conv.groups, -1)
         return rows.transpose(0, 1)
 
     @override
@@ -215,7 +223,7 @@ class _EmbeddingType(LayerType):
         return LayerCall((), (), rows=output.shape[:-1].numel(), lookup=True)
 
     @override
-    def rows(self, layer: nn.Module, inputs: Tensor) -> None:
+    def rows(self, layer: nn.Module, inputs: Tensor, most: int | None = None) -> None:
         return None
 
     @override
@@ -343,6 +351,14 @@ def children_of(decomposition: Decomposition, layer: nn.Module, ranks: tuple[int
         else:
             children[stage.name] = family.child(layer, one, first=index == 0)
     return children
+
+
+def _some_patches(patches: Tensor, dims: int, most: int) -> Tensor:
+    """Returns the patches (B, *outputs, C, *kernel) of evenly spread positions, about so many in all, (B, n, C, …)."""
+    sizes = patches.shape[1 : dims + 1]
+    every = max(1, len(patches) * sizes.numel() // most)
+    flat = torch.arange(0, sizes.numel(), every, device=patches.device)
+    return patches[(slice(None), *torch.unravel_index(flat, sizes))]
 
 
 def template_of(layer: nn.Module) -> nn.Module:

@@ -18,12 +18,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.analysis.moments import LARGEST, POSITIONS
 from lightning_compress.analysis.trace import Arguments, hooked, inference, input_of
 from lightning_compress.kinds.base import threads_for
 from lightning_compress.kinds.metric import Metric
 from lightning_compress.kinds.registry import fit_factors
 from lightning_compress.layers.factorised import FactorisedLayer
-from lightning_compress.layers.families import canonical, family_of
+from lightning_compress.layers.families import canonical, canonical_factors, family_of
 from lightning_compress.surgery.swap import Replacement
 
 RIDGE = 1e-3
@@ -43,7 +44,7 @@ def refit_(
     """Refits one layer to its dense one's outputs over its `calls` calls per batch."""
     layer, new = dense.get_submodule(replacement.aliases[0]), replacement.factorised
     operator = new.operator
-    if operator.lookup:  # its inputs are the same in both models
+    if operator.lookup or torch.Size(operator.shape[1:]).numel() > LARGEST:  # inputs are the same in both, or too many
         return
     weight = canonical(layer, cast(Tensor, layer.weight)).detach().double().cpu()
     weight = weight.reshape(operator.groups, -1, weight[0].numel())  # (groups, out, D)
@@ -63,7 +64,11 @@ def refit_(
         outputs = metric.outputs if metric is not None else None
         here = Metric(*((gram + ridge, outputs) if operator.groups > 1 else ((gram + ridge)[0], outputs)))
         whole = target.reshape(-1, *operator.shape[1:])
-        new.load_factors(fit_factors(new.kind, whole, new.ranks, here, operator.groups))
+        start = {
+            name: factor.detach().double().cpu()
+            for name, factor in canonical_factors(dict(new.named_children())).items()
+        }
+        new.load_factors(fit_factors(new.kind, whole, new.ranks, here, operator.groups, start=start))
     if new.bias is not None and layer.bias is not None:
         fitted = new.canonical_weight().double().cpu().reshape(weight.shape)
         shift = (weight @ moments.mean_dense[:, :, None] - fitted @ moments.mean_new[:, :, None]).flatten()
@@ -93,7 +98,7 @@ def _joint_moments(
     batches: Sequence[Arguments],
     calls: int,
 ) -> _Moments | None:
-    """Returns the moments of what enters a layer of either model, None where it is not called on some batch."""
+    """Returns the moments of what enters a layer of either model, None where the two do not call it alike."""
     (_, layer), (_, new) = dense, compressed
     family, operator = family_of(layer), new.operator
     size = math.prod(operator.shape[1:])
@@ -104,8 +109,11 @@ def _joint_moments(
         if not inputs[0] or len(inputs[0]) != len(inputs[1]):
             return None
         rows_dense, rows_new = (
-            torch.cat([cast(Tensor, family.rows(layer, value)) for value in values], dim=1).float() for values in inputs
+            torch.cat([cast(Tensor, family.rows(layer, value, POSITIONS)) for value in values], dim=1).float()
+            for values in inputs
         )
+        if rows_dense.shape != rows_new.shape:  # values decide what enters it
+            return None
         gram += (rows_new.mT @ rows_new).double().cpu()
         cross += (rows_new.mT @ rows_dense).double().cpu()
         mean_new += rows_new.sum(1).double().cpu()
