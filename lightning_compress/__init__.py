@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_compress.core.settings import Budget, Override
     from lightning_compress.core.target import Target
     from lightning_compress.layers.factorised import FactorisedLayer
+    from lightning_compress.on_disk.api import compress_checkpoint
     from lightning_compress.search.api import search_ranks
     from lightning_compress.surgery.merge import merge_
     from lightning_compress.surgery.save import load_compressed, save_compressed
@@ -48,6 +49,7 @@ _HOMES = {
     "Target": "core.target",
     "apply_plan_": "surgery.swap",
     "compress_": "compress",
+    "compress_checkpoint": "on_disk.api",
     "load_compressed": "surgery.save",
     "load_compressed_checkpoint": "training.checkpoint",
     "merge_": "surgery.merge",
@@ -72,6 +74,7 @@ __all__ = [
     "Target",
     "apply_plan_",
     "compress_",
+    "compress_checkpoint",
     "load_compressed",
     "load_compressed_checkpoint",
     "merge_",

@@ -255,8 +255,8 @@ def test_importing_the_package_is_cheap(code, absent):
 
 PUBLIC = """
 Budget Compress CompressedCheckpointMixin Distill FactorisedLayer LatencyTable LayerPlan LightningCompressError
-Override Phase Plan Plateau Schedule Target apply_plan_ compress_ load_compressed load_compressed_checkpoint merge_
-save_compressed search_ranks
+Override Phase Plan Plateau Schedule Target apply_plan_ compress_ compress_checkpoint load_compressed
+load_compressed_checkpoint merge_ save_compressed search_ranks
 """
 
 

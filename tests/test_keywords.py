@@ -9,10 +9,19 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_model
 from torch import nn
 
 import lightning_compress
-from lightning_compress import apply_plan_, compress_, load_compressed, merge_, save_compressed, search_ranks
+from lightning_compress import (
+    apply_plan_,
+    compress_,
+    compress_checkpoint,
+    load_compressed,
+    merge_,
+    save_compressed,
+    search_ranks,
+)
 from lightning_compress.analysis.costs import measure_costs
 from lightning_compress.analysis.statistics import gather_statistics
 from lightning_compress.analysis.trace import trace
@@ -55,6 +64,13 @@ def saved(folder):
     return folder
 
 
+def checkpoint(folder):
+    beside = folder.with_name(f"{folder.name} dense")
+    beside.mkdir(exist_ok=True)
+    save_model(dense(), str(beside / "model.safetensors"))
+    return beside
+
+
 ARGUMENTS = {
     apply_plan_: lambda _: {"model": dense(), "plan": plan(), "statistics": statistics()},
     compress_: lambda _: {
@@ -64,6 +80,13 @@ ARGUMENTS = {
         "calibration": batches(),
         "heal": False,
         **SEARCH,
+    },
+    compress_checkpoint: lambda folder: {
+        "folder_in": checkpoint(folder),
+        "folder_out": folder,
+        "budget": Budget(params=0.7),
+        "model": dense,
+        "kinds": "svd",
     },
     gather_statistics: lambda _: {"model": dense(), "example_input": SHAPE, "calibration": batches(), "seed": 1},
     heal_: lambda _: {

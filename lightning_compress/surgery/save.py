@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
 
 from lightning_compress.core.errors import OutputFolderError, PlanFormatError, WeightsError
 from lightning_compress.core.plan import Plan
 from lightning_compress.surgery.embodied import embodied_plan
+from lightning_compress.surgery.shards import WEIGHTS_FILE, weight_files
 from lightning_compress.surgery.swap import apply_shells_, uninstall
 
-WEIGHTS_FILE = "model.safetensors"
 PLAN_FILE = "plan.json"
 
 
@@ -46,11 +46,12 @@ def save_compressed(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_compressed(model: nn.Module, folder: str | Path) -> Plan:
-    """Turns a dense model into the compressed one that `save_compressed` wrote, in place.
+    """Turns a dense model into the compressed one that `save_compressed` or `compress_checkpoint` wrote, in place.
 
     Args:
         model: A model of the architecture before compression; its weights do not matter.
-        folder: The folder `save_compressed` wrote.
+        folder: The folder they wrote: `plan.json`, and `model.safetensors` or shards with
+            `model.safetensors.index.json`.
 
     Returns:
         The plan.
@@ -62,11 +63,15 @@ def load_compressed(model: nn.Module, folder: str | Path) -> Plan:
     """
     folder = Path(folder)
     plan = read_plan(folder / PLAN_FILE)
-    shapes = _stored_shapes(folder / WEIGHTS_FILE, "a folder that save_compressed wrote")
+    files = weight_files(folder)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        shapes |= _stored_shapes(file, "a folder that save_compressed wrote")
     replacements = apply_shells_(model, plan)
     try:
-        _require_fitting(model, shapes, folder / WEIGHTS_FILE)
-        load_model(model, str(folder / WEIGHTS_FILE))
+        require_fitting(model, shapes, files[0] if len(files) == 1 else folder)
+        for file in files:  # what one of them lacks is in the others
+            model.load_state_dict(load_file(str(file)), strict=False)
     except BaseException:
         uninstall(model, replacements)
         raise
@@ -87,7 +92,7 @@ def load_weights_(model: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        _require_fitting(model, _stored_shapes(path, "a state dict (.safetensors or torch.save)"), path)
+        require_fitting(model, _stored_shapes(path, "a state dict (.safetensors or torch.save)"), path)
         load_model(model, str(path))
         return
     try:
@@ -102,7 +107,7 @@ def load_weights_(model: nn.Module, path: str | Path) -> None:
         msg = f"{str(path)!r} holds no tensors by name: expected a state dict, or a checkpoint with a 'state_dict'."
         raise WeightsError(msg)
     state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    _require_fitting(model, {name: tuple(value.shape) for name, value in state.items()}, path)
+    require_fitting(model, {name: tuple(value.shape) for name, value in state.items()}, path)
     model.load_state_dict(state, strict=False)  # of tied tensors one is enough
 
 
@@ -134,7 +139,12 @@ def _stored_shapes(path: Path, expected: str) -> dict[str, tuple[int, ...]]:
         raise WeightsError(msg) from error
 
 
-def _require_fitting(model: nn.Module, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
+def require_fitting(model: nn.Module, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
+    """Checks that names and shapes are those of the model's state dict; of tied tensors one name is enough.
+
+    Raises:
+        WeightsError: If they are not.
+    """
     own = model.state_dict(keep_vars=True)
     stored = {id(own[name]) for name in shapes if name in own}  # of tied tensors only one is stored
     missing = [name for name, tensor in own.items() if name not in shapes and id(tensor) not in stored]
