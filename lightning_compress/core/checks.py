@@ -7,13 +7,30 @@ import difflib
 import functools
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from lightning_compress.core.errors import ConfigurationError
 
+LARGEST = 2**63 - 1
+"""The largest whole number that torch, numpy and file formats take."""
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+
+
+def shown(value: object) -> str:
+    """Returns a value as an error message shows it; of one that cannot be written out, its class."""
+    try:
+        text = repr(value)
+    except Exception:  # whole numbers of thousands of digits, lists in lists in lists, a foreign __repr__
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]} …"
+
+
+_MOST_SHOWN = 200
 
 
 def did_you_mean(word: object, known: Iterable[str], *, most: int = 20) -> str:
@@ -26,8 +43,13 @@ def did_you_mean(word: object, known: Iterable[str], *, most: int = 20) -> str:
 
 
 def is_number(value: object) -> bool:
-    """Returns whether a value is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Returns whether a value is a finite number, no larger than a float can be."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # 10**400
+        return False
 
 
 def require_count(what: str, value: object, least: int) -> None:
@@ -39,11 +61,56 @@ def require_count(what: str, value: object, least: int) -> None:
         least: The smallest allowed.
 
     Raises:
-        ConfigurationError: If it is none, or too small.
+        ConfigurationError: If it is none, too small, or larger than `LARGEST`.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not is_count(value, least):
         msg = f"{what}: expected a whole number of at least {least}."
         raise ConfigurationError(msg)
+
+
+def is_count(value: object, least: int = 0) -> bool:
+    """Returns whether a value is a whole number from `least` to `LARGEST`."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST
+
+
+def require_flag(name: str, value: object) -> None:
+    """Checks an argument that is true or false.
+
+    Raises:
+        ConfigurationError: If it is neither: a word such as "no" would mean true.
+    """
+    if not isinstance(value, bool):
+        msg = f"{name}={shown(value)}: expected true or false."
+        raise ConfigurationError(msg)
+
+
+def path_of(name: str, value: object) -> Path:
+    """Returns an argument that is a path, as one.
+
+    Raises:
+        ConfigurationError: If it is none, or one that no file can have.
+    """
+    try:
+        text = os.fspath(value)  # type: ignore[call-overload]
+        usable = isinstance(text, str) and text != "" and b"\0" not in os.fsencode(text)
+    except (TypeError, UnicodeError):
+        usable = False
+    if not usable:
+        msg = f"{name}={shown(value)}: expected a path, as a string or a pathlib.Path."
+        raise ConfigurationError(msg)
+    return Path(text)
+
+
+def readable(path: Path) -> Path:
+    """Returns a path that can be read to its end.
+
+    Raises:
+        OSError: If something else than a file is there: reading from a pipe waits, from a device it may never end.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        msg = "it is no file"
+        raise OSError(msg)
+    return path
 
 
 def require_type(owner: str, name: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:

@@ -3,43 +3,65 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, load_model, save_model
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_compress.analysis.usable import require_module
+from lightning_compress.core.checks import path_of, readable
 from lightning_compress.core.errors import OutputFolderError, PlanFormatError, WeightsError
 from lightning_compress.core.plan import Plan
 from lightning_compress.surgery.embodied import embodied_plan
 from lightning_compress.surgery.shards import WEIGHTS_FILE, weight_files
+from lightning_compress.surgery.stored import (
+    CHECKSUM,
+    PLAN,
+    checksum_of,
+    copy_into_,
+    read_metadata,
+    read_tensors,
+    tensors_of,
+    write_together,
+)
 from lightning_compress.surgery.swap import apply_shells_, uninstall
 
 PLAN_FILE = "plan.json"
+_STATE_DICT = "a state dict (.safetensors or torch.save)"
 
 
 def save_compressed(model: nn.Module, folder: str | Path) -> None:
     """Writes `model.safetensors` and `plan.json` into a folder, which is made if needed.
+
+    The weights' file holds the plan too, and a checksum of both, so that it is a whole save of its own: a process that
+    is killed on the way leaves the old save or the new one. `plan.json` is for people and other programs.
 
     Args:
         model: A model after `apply_plan_`, `compress_` or a fit with `Compress`.
         folder: Where to write; existing files of these two names are replaced.
 
     Raises:
+        ConfigurationError: If `model` is no module or `folder` no path.
         OutputFolderError: If the folder cannot be made or written.
         WeightsError: If the state dict holds something else than tensors.
     """
-    folder = Path(folder)
-    plan = embodied_plan(model)
-    others = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
-    if others:
-        msg = f"the state dict holds {others[0]!r}, no tensor (get_extra_state?): safetensors holds tensors only."
-        raise WeightsError(msg)
+    require_module(model)
+    folder = path_of("folder", folder)
+    text = embodied_plan(model).to_json()
+    tensors, same = tensors_of(model)
+    metadata = {"format": "pt", **same, PLAN: text, CHECKSUM: checksum_of(tensors, text)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(model, str(folder / WEIGHTS_FILE))
-        (folder / PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")
+        write_together(
+            folder,
+            {
+                WEIGHTS_FILE: lambda part: save_file(tensors, part, metadata),
+                PLAN_FILE: lambda part: part.write_text(text, encoding="utf-8"),
+            },
+        )
     except (OSError, SafetensorError) as error:
         msg = f"cannot write the compressed model to {str(folder)!r}: {error}. Choose a folder you can write."
         raise OutputFolderError(msg) from error
@@ -47,6 +69,9 @@ def save_compressed(model: nn.Module, folder: str | Path) -> None:
 
 def load_compressed(model: nn.Module, folder: str | Path) -> Plan:
     """Turns a dense model into the compressed one that `save_compressed` or `compress_checkpoint` wrote, in place.
+
+    Everything is read and checked before the model is touched: names, shapes, dtypes, values that are not finite, and
+    the checksum where the file has one. `plan.json` is read where the weights' file holds no plan itself.
 
     Args:
         model: A model of the architecture before compression; its weights do not matter.
@@ -57,21 +82,24 @@ def load_compressed(model: nn.Module, folder: str | Path) -> Plan:
         The plan.
 
     Raises:
-        WeightsError: If a file is missing or unreadable, or its tensors do not fit the model.
+        ConfigurationError: If `model` is no module or `folder` no path.
+        WeightsError: If a file is missing, unreadable or damaged, or its tensors do not fit the model.
         PlanFormatError: If the plan is damaged, foreign or newer; PlanMismatchError if it does
             not fit the model. In every case the model is left as it was.
     """
-    folder = Path(folder)
-    plan = read_plan(folder / PLAN_FILE)
+    require_module(model)
+    folder = path_of("folder", folder)
     files = weight_files(folder)
-    shapes: dict[str, tuple[int, ...]] = {}
+    own = read_metadata(files[0]).get(PLAN)
+    plan = read_plan(folder / PLAN_FILE) if own is None else _plan_of(own, files[0])
+    tensors: dict[str, Tensor] = {}
     for file in files:
-        shapes |= _stored_shapes(file, "a folder that save_compressed wrote")
+        tensors |= read_tensors(file, "a folder that save_compressed wrote").tensors
+    where = files[0] if len(files) == 1 else folder
     replacements = apply_shells_(model, plan)
     try:
-        require_fitting(model, shapes, files[0] if len(files) == 1 else folder)
-        for file in files:  # what one of them lacks is in the others
-            model.load_state_dict(load_file(str(file)), strict=False)
+        require_fitting(model, _shapes_of(tensors), where)
+        copy_into_(model, tensors, where)
     except BaseException:
         uninstall(model, replacements)
         raise
@@ -87,42 +115,52 @@ def load_weights_(model: nn.Module, path: str | Path) -> None:
             checkpoint with one under "state_dict". Loaded without running any pickled code.
 
     Raises:
-        WeightsError: If the file is missing or unreadable, or its tensors do not fit; the
-            model is then as it was.
+        ConfigurationError: If `model` is no module or `path` no path.
+        WeightsError: If the file is missing, unreadable or damaged, or its tensors do not fit, by names, shapes,
+            dtypes or values that are not finite; the model is then as it was.
     """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        require_fitting(model, _stored_shapes(path, "a state dict (.safetensors or torch.save)"), path)
-        load_model(model, str(path))
-        return
+    require_module(model)
+    path = path_of("path", path)
+    pickled = path.suffix != ".safetensors"
+    state = _unpickled(path) if pickled else read_tensors(path, _STATE_DICT).tensors
+    require_fitting(model, _shapes_of(state), path)
+    copy_into_(model, state, path)
+
+
+def _unpickled(path: Path) -> Mapping[str, Tensor]:
+    """Returns the tensors in a file of `torch.save` by name, without running any pickled code."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(readable(path), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in any of a dozen ways
         pickled = isinstance(error, pickle.UnpicklingError)
         why = "it is damaged, or holds pickled objects, which are not loaded" if pickled else str(error)
-        msg = f"cannot read the weights {str(path)!r}: {why}. Expected a state dict (.safetensors or torch.save)."
+        msg = f"cannot read the weights {str(path)!r}: {why}. Expected {_STATE_DICT}."
         raise WeightsError(msg) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
         msg = f"{str(path)!r} holds no tensors by name: expected a state dict, or a checkpoint with a 'state_dict'."
         raise WeightsError(msg)
-    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    require_fitting(model, {name: tuple(value.shape) for name, value in state.items()}, path)
-    model.load_state_dict(state, strict=False)  # of tied tensors one is enough
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def read_plan(path: str | Path) -> Plan:
     """Returns the plan in a file.
 
     Raises:
+        ConfigurationError: If `path` is no path.
         WeightsError: If the file is missing or unreadable.
         PlanFormatError: If it holds no plan this version can read.
     """
+    path = path_of("path", path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = readable(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         msg = f"cannot read the plan {str(path)!r}: {error}. Expected a folder that save_compressed wrote."
         raise WeightsError(msg) from error
+    return _plan_of(text, path)
+
+
+def _plan_of(text: str, path: Path) -> Plan:
     try:
         return Plan.from_json(text)
     except PlanFormatError as error:
@@ -130,16 +168,11 @@ def read_plan(path: str | Path) -> Plan:
         raise PlanFormatError(msg) from error
 
 
-def _stored_shapes(path: Path, expected: str) -> dict[str, tuple[int, ...]]:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        msg = f"cannot read the weights {str(path)!r}: {error}. Expected {expected}."
-        raise WeightsError(msg) from error
+def _shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in tensors.items()}
 
 
-def require_fitting(model: nn.Module, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
+def require_fitting(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
     """Checks that names and shapes are those of the model's state dict; of tied tensors one name is enough.
 
     Raises:

@@ -9,6 +9,7 @@ import zipfile
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file, save_model
 
 from lightning_compress import Budget, FactorisedLayer, Plan, compress_, load_compressed, save_compressed
@@ -90,6 +91,8 @@ def test_folder_holds_tensors_and_json_and_no_pickle(folder, compressed):
         assert not zipfile.is_zipfile(path)
         assert path.read_bytes()[:1] != b"\x80"  # how pickles start
     assert load_file(folder / WEIGHTS_FILE).keys() == compressed.state_dict().keys()
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        assert file.metadata()["format"] == "pt"  # what Hugging Face's libraries ask for
     stored = sum(t.numel() * t.element_size() for t in load_file(folder / WEIGHTS_FILE).values())
     assert stored == embodied_plan(compressed).compressed.bytes
 
@@ -159,22 +162,39 @@ def test_read_only_folder_is_an_error(compressed, tmp_path):
         save_compressed(compressed, tmp_path / "locked")
 
 
+def of_another_writer(folder):
+    """Takes what the weights' file says of itself away: the plan is then in plan.json alone."""
+    path = folder / WEIGHTS_FILE
+    tensors = {name: value.clone() for name, value in load_file(path).items()}  # not of the file that is replaced
+    save_file(tensors, path)
+
+
+def lose_plan(folder):
+    of_another_writer(folder)
+    (folder / PLAN_FILE).unlink()
+
+
+def spoil_plan(folder, change):
+    of_another_writer(folder)
+    spoil(folder / PLAN_FILE, change)
+
+
 @pytest.mark.parametrize("fresh", [TinyNet, Tied])
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
         (lambda f: [p.unlink() for p in f.iterdir()] and f.rmdir(), WeightsError, r"cannot read the plan '.*plan\.json'.*Expected a folder that save_compressed wrote"),  # noqa: E501
-        (lambda f: (f / PLAN_FILE).unlink(), WeightsError, r"cannot read the plan '.*plan\.json': .*No such file"),
+        (lose_plan, WeightsError, r"cannot read the plan '.*plan\.json': .*No such file"),
         (lambda f: (f / WEIGHTS_FILE).unlink(), WeightsError, r"cannot read the weights '.*model\.safetensors'.*Expected a folder"),  # noqa: E501
         (lambda f: spoil(f / WEIGHTS_FILE, lambda b: b[:-1]), WeightsError, r"cannot read the weights '.*model\.saf"),
         (lambda f: spoil(f / WEIGHTS_FILE, lambda b: b[: len(b) // 2]), WeightsError, r"cannot read the weights"),
         (lambda f: spoil(f / WEIGHTS_FILE, lambda b: b[:4]), WeightsError, r"cannot read the weights"),
         (lambda f: spoil(f / WEIGHTS_FILE, lambda b: b""), WeightsError, r"cannot read the weights"),
         (lambda f: spoil(f / WEIGHTS_FILE, lambda b: b"\xff" * 64), WeightsError, r"cannot read the weights"),
-        (lambda f: spoil(f / PLAN_FILE, lambda b: b[:50]), PlanFormatError, r"plan\.json': the plan is damaged"),
-        (lambda f: spoil(f / PLAN_FILE, lambda b: b"{}"), PlanFormatError, r"plan\.json': this is no plan"),
-        (lambda f: spoil(f / PLAN_FILE, lambda b: b.replace(b'"schema": 1', b'"schema": 9')), PlanFormatError, r"plan\.json': the plan has schema 9"),  # noqa: E501
-        (lambda f: spoil(f / PLAN_FILE, lambda b: b"\xff\xfe\xff"), WeightsError, r"cannot read the plan '.*plan\.js"),
+        (lambda f: spoil_plan(f, lambda b: b[:50]), PlanFormatError, r"plan\.json': the plan is damaged"),
+        (lambda f: spoil_plan(f, lambda b: b"{}"), PlanFormatError, r"plan\.json': this is no plan"),
+        (lambda f: spoil_plan(f, lambda b: b.replace(b'"schema": 1', b'"schema": 9')), PlanFormatError, r"plan\.json': the plan has schema 9"),  # noqa: E501
+        (lambda f: spoil_plan(f, lambda b: b"\xff\xfe\xff"), WeightsError, r"cannot read the plan '.*plan\.js"),
     ],
     ids=["no folder", "no plan", "no weights", "cut by one", "cut in half", "four bytes", "empty", "noise", "plan cut", "foreign plan", "newer plan", "binary plan"],  # noqa: E501
 )  # fmt: skip
@@ -197,6 +217,7 @@ def test_plan_of_another_model_is_an_error(folder, unchanged):
 
 
 def of_other_ranks(folder):
+    of_another_writer(folder)
     data = json.loads((folder / PLAN_FILE).read_text())
     layer = next(entry for entry in data["layers"] if entry["ranks"])
     layer["ranks"][0] = 1 if layer["ranks"][0] > 1 else 2
