@@ -11,6 +11,7 @@ on fused kernels (`torch._VF`, `_flat_weights`), which `layers/unfused/` alone k
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
@@ -21,6 +22,7 @@ __all__ = [
     "forget_parameter_count_",
     "has_gradient_hooks",
     "is_compiled",
+    "is_recorded",
     "tree_flatten",  # torch has no public name for containers nested as the user likes
     "tree_leaves",
     "tree_map",
@@ -39,6 +41,13 @@ def has_gradient_hooks(parameter: Tensor) -> bool:
 def is_compiled(module: nn.Module) -> bool:
     """Returns whether a module itself is run through `torch.compile`, as a wrapper of it or in place."""
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def is_recorded() -> bool:
+    """Returns whether what is run is compiled, exported, traced, or transformed by `torch.func`."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def caches_parameter_count(optimizer: Optimizer) -> bool:

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.amp import is_autocast_available
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils._python_dispatch import _disable_current_modes
 from typing_extensions import Self, override
 
+from lightning_compress.core.compat import is_recorded
 from lightning_compress.core.errors import UnsupportedError
 from lightning_compress.kinds.base import Decomposition
 from lightning_compress.kinds.registry import multiplied_out
 from lightning_compress.kinds.tensorised import TtEmbedding
-from lightning_compress.layers.families import canonical_factors, operator_of, own_layout, stored_factor, template_of
+from lightning_compress.layers.families import (
+    canonical_factors,
+    operator_of,
+    own_layout,
+    stored_factor,
+    template_of,
+)
 from lightning_compress.layers.memory_format import channels_last_format, in_channels_last
+from lightning_compress.layers.refit import refit_
+from lightning_compress.layers.weight import weight_of
 
 _SHAPE_ATTRIBUTES = (
     "in_features",
@@ -38,29 +49,30 @@ _SHAPE_ATTRIBUTES = (
     "nx",
 )
 
+ASSIGNED = "an assignment"
+MATRIX = 2
+"""Dimensions of a weight that has no memory format."""
+
 
 class _Product(NamedTuple):
     """Factors multiplied out.
 
     Attributes:
         run: The dense layer's forward.
+        weight: Its weight.
         factors: Of each child: its parameters, its factor, and where that lay and how often it had been written.
     """
 
     run: Callable[[Tensor], Tensor]
+    weight: Tensor
     factors: Sequence[tuple[Mapping[str, Tensor | None], Tensor, int, int]]
 
     def is_current(self) -> bool:
         """Returns whether no factor has changed; on the way of every forward pass."""
         for own, factor, place, version in self.factors:
-            if own["weight"] is not factor or factor._version != version or factor.data_ptr() != place:
+            if own.get("weight") is not factor or factor._version != version or factor.data_ptr() != place:
                 return False
         return True
-
-
-def _is_recorded() -> bool:
-    """Returns whether torch compiles, exports or traces what is run."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
 class FactorisedLayer(nn.Module):
@@ -73,9 +85,9 @@ class FactorisedLayer(nn.Module):
     the product is kept until one of them changes. In training, with gradients, compiled, traced or exported it runs by
     its factors like any other, and it is saved as such. Only what writes through `.data` in eval mode goes unnoticed.
 
-    `weight` is read-only and multiplies the factors out, for code that reads the weight of a
-    layer (the eval fast path of nn.TransformerEncoderLayer does); `bias` is the dense layer's
-    own Parameter.
+    `weight` is read-only: it answers shape, dtype and device at once and multiplies the factors out where its numbers
+    are used, for code that reads the weight of a layer; writing to it is an error, and `set_weight_` fits the factors
+    to another weight. `bias` is the dense layer's own Parameter.
 
     Attributes:
         kind: Kind of decomposition, a key of `DECOMPOSITIONS`.
@@ -84,6 +96,7 @@ class FactorisedLayer(nn.Module):
         dense_type: Class of the dense layer, such as "Conv2d".
         error: Predicted relative error of the plan it was made from, None if unknown.
         merged: Whether it runs as the dense layer in eval mode.
+        shares_first: Whether its first factor is that of other layers, of other weights, too.
     """
 
     def __init__(
@@ -104,6 +117,7 @@ class FactorisedLayer(nn.Module):
         self.dense_type = type(dense).__name__
         self.error: float | None = None
         self.merged = False
+        self.shares_first = False
         self._product: _Product | None = None
         self.operator = operator_of(dense)
         self._template = (template_of(dense),)  # in a tuple: no child
@@ -114,8 +128,9 @@ class FactorisedLayer(nn.Module):
     @override
     def forward(self, input: Tensor) -> Tensor:
         """Returns the output."""
-        if self.merged and not self.training and not torch.is_grad_enabled() and not _is_recorded():
-            return self._multiplied_out()(input)
+        if self.merged and not self.training and not torch.is_grad_enabled() and not is_recorded():
+            product = self._kept_product()
+            return product.run(input) if product is not None else self._by_factors(input)
         return self._by_factors(input)
 
     def __iter__(self) -> Iterator[nn.Module]:
@@ -196,24 +211,97 @@ class FactorisedLayer(nn.Module):
             dense._parameters["bias"] = self.bias
         return dense.train(self.training)
 
-    def _multiplied_out(self) -> Callable[[Tensor], Tensor]:
-        """Returns what runs the dense layer of the factors as they are now, kept until they change."""
+    def _kept_product(self) -> _Product | None:
+        """Returns the factors as they are now multiplied out, kept until they change; None if nobody would notice."""
         product = self._product
         if product is None or not product.is_current():
             factors = [(child._parameters, cast(Tensor, child.weight)) for child in self.children()]
             if any(factor.is_inference() for _, factor in factors):  # these do not count how often they are written
-                return self._by_factors
+                return None
             states = [(own, factor, factor.data_ptr(), factor._version) for own, factor in factors]
-            with _disable_current_modes():  # whoever counts or watches a forward pass: this is none
+            # whoever counts or watches a forward pass: this is none; and it outlives autocast and inference mode
+            with _disable_current_modes(), torch.inference_mode(mode=False), torch.no_grad(), self._own_precision():
                 dense = self.to_dense()
-                cast(Tensor, dense.weight).requires_grad_(requires_grad=False)  # the bias is the layer's own
-            product = self._product = _Product(dense.forward, states)
-        return product.run
+                cast(nn.Parameter, dense.weight).requires_grad_(False)  # the bias is the layer's own
+                weight = cast(Tensor, dense.weight).detach()
+            product = self._product = _Product(dense.forward, weight, states)
+        return product
+
+    def _own_precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Computes in the dtype of the factors, autocast or not: a weight is in that dtype too."""
+        device = next(self.parameters()).device.type
+        return torch.autocast(device, enabled=False) if is_autocast_available(device) else contextlib.nullcontext()
+
+    def read_weight(self) -> Tensor:
+        """Returns the equivalent dense weight as a plain tensor, laid as `memory_format` says.
+
+        In eval mode without gradients it is multiplied out once and kept until a factor changes. It must not be
+        written to.
+        """
+        product = None
+        if not self.training and not torch.is_grad_enabled() and not is_recorded():
+            product = self._kept_product()
+        if product is not None:
+            return product.weight
+        with self._own_precision():
+            weight = self.dense_weight()
+        return weight.contiguous() if self.memory_format == torch.contiguous_format else in_channels_last(weight)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """That of the weight: channels-last if a factor is in it."""
+        found = (channels_last_format(factor) for factor in self.factors().values() if factor.ndim > MATRIX)
+        last = next((form for form in found if form is not None), None)
+        return last if last is not None and len(self.weight_shape) > MATRIX else torch.contiguous_format
 
     @property
     def weight(self) -> Tensor:
-        """The equivalent dense weight."""
-        return self.dense_weight()
+        """The equivalent dense weight: multiplied out when its numbers are used, see `read_weight`."""
+        plain = all(type(child.weight) in {Tensor, nn.Parameter} for child in self)
+        return weight_of(self) if plain and not is_recorded() else self.dense_weight()
+
+    def set_weight_(self, weight: Tensor) -> None:
+        """Fits the factors to a dense weight, in place, in the layer's kind and ranks.
+
+        What the factors cannot hold of it is lost; `weight` then is what they hold. Layers with the same factors (an
+        embedding and an output layer of one weight) change with it; a first factor that serves other weights stays.
+
+        Args:
+            weight: Of shape `weight_shape`, any floating-point dtype, any device.
+
+        Raises:
+            ConfigurationError: If it is no such tensor.
+            NonFiniteWeightError: If it holds NaN or infinite values.
+        """
+        refit_(self, weight)
+
+    def refused(self, what: str) -> UnsupportedError:
+        """Returns the error of something that would change the weight, which is none of the layer's own."""
+        return UnsupportedError(
+            f"{what} on the weight of a factorised {self.dense_type} ({self.kind}, ranks {self.ranks}, weight "
+            f"{self.weight_shape}): the layer holds factors, the weight is their product, and what is done to it would "
+            "be lost. Keep the layer dense with exclude, write by layer.set_weight_(weight), which refits the factors, "
+            "or work on a copy, layer.weight.clone()."
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise self.refused(ASSIGNED)
+        if name == "bias":
+            setattr(self[-1], name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @override
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Registers a parameter that is not the weight.
+
+        Raises:
+            UnsupportedError: If it is.
+        """
+        if name == "weight":
+            raise self.refused(ASSIGNED)
+        super().register_parameter(name, param)
 
     @property
     def bias(self) -> nn.Parameter | None:

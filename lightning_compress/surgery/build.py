@@ -76,7 +76,9 @@ def build_joint_layers(
         children["reduce"].register_parameter("weight", first)
         own = nn.Parameter(_like(values, layer.weight), requires_grad=layer.weight.requires_grad)
         children["expand"].register_parameter("weight", own)
-        built.append(_finished(children, layer.module, decomposition, planned))
+        new = _finished(children, layer.module, decomposition, planned)
+        new.shares_first = len(group) > 1
+        built.append(new)
     return built
 
 

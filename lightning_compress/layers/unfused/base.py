@@ -36,6 +36,13 @@ class UnfusedModule(nn.Module):
         place = places[name]
         return getattr(self._modules[place[0]], place[1]) if place is not None else None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        place = self.__dict__.get("_places", {}).get(name)
+        if place is None:
+            super().__setattr__(name, value)
+        else:  # the projection's own; a factorised one says that it has no weight to set
+            setattr(self._modules[place[0]], place[1], value)
+
     def _keep(self, fused: nn.Module, name: str) -> None:
         """Keeps a Parameter that is no projection's."""
         self._parameters[name] = fused._parameters[name]
