@@ -29,10 +29,12 @@ from lightning_compress.layers.families import canonical, family_of, operator_of
 
 POSITIONS = 2**14
 """Rows of an unfolded input that are taken at most per layer and batch, evenly spread."""
+LEAST_POSITIONS, NUMBERS = 2**10, 2**22
+"""Fewer, down to the first, where they are so long that all together would hold more than the second."""
 
 
 LARGEST = 6144
-"""Rows of the largest second moment that is kept (300 MB): of layers with longer inputs it is that of their channels."""
+"""Rows of the largest second moment that is kept: of layers with longer inputs it is that of their channels."""
 
 
 OTHER_KIND = 0.2
@@ -92,24 +94,25 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
             norm.running_mean, norm.running_var = mean, variance
 
 
-def of_both_kinds(normed: Mapping[str, Moments], plain: Mapping[str, Moments]) -> dict[str, Moments]:
+def of_both_kinds(normed: dict[str, Moments], plain: dict[str, Moments]) -> dict[str, Moments]:
     """Returns the mean of each layer's moments over drawn inputs in two ways, shrunk further by `OTHER_KIND`.
 
     What both have in common is likelier to be true of real inputs as well.
 
     Args:
-        normed: Where norms take the batch's statistics; what says how errors grow is of these.
-        plain: Where they take their own.
+        normed: Where norms take the batch's statistics; what says how errors grow is of these. It is used up.
+        plain: Where they take their own; likewise.
     """
     pooled = {**plain, **normed}  # a layer that one of the two never reaches has the other's
     for name in plain.keys() & normed.keys():
-        first, other = normed[name], plain[name]
+        first, other = normed.pop(name), plain.pop(name)  # so that they do not add up
         if first.second is None or first.mean is None or other.second is None or other.mean is None:
             continue
-        second, mean = (first.second + other.second) / 2, (first.mean + other.mean) / 2
+        second, mean = (first.second + other.second).div_(2), (first.mean + other.mean) / 2
         outer = mean[..., :, None] * mean[..., None, :]
         kept = (1 - OTHER_KIND) * (1 - (first.shrinkage + other.shrinkage) / 2)
-        pooled[name] = replace(first, second=shrunk(second - outer, OTHER_KIND) + outer, mean=mean, shrinkage=1 - kept)
+        second = shrunk(second.sub_(outer), OTHER_KIND).add_(outer)
+        pooled[name] = replace(first, second=second, mean=mean, shrinkage=1 - kept)
     return pooled
 
 
@@ -120,7 +123,7 @@ def _joined(values: Tensor) -> Tensor:
 
 def input_moments(
     model: nn.Module, batches: Iterable[Arguments], names: Iterable[str], *, source: str = "real"
-) -> Mapping[str, Moments]:
+) -> dict[str, Moments]:
     """Returns the moments of what enters the named layers over some batches.
 
     Args:
@@ -180,15 +183,21 @@ class _InputSums:
             )
 
     def gather(self, name: str, layer: nn.Module, inputs: Tensor) -> None:
-        small = _inputs_of(layer) <= LARGEST
-        rows = family_of(layer).rows(layer, inputs, POSITIONS) if small else _channel_rows(layer, inputs)
+        size = _inputs_of(layer)
+        small, most = size <= LARGEST, positions_of(size)
+        rows = family_of(layer).rows(layer, inputs, most) if small else _channel_rows(layer, inputs)
         if rows is None:
             self.unknown.add(name)
             return
-        samples = _by_sample(rows, self.running, POSITIONS)
+        samples = _by_sample(rows, self.running, most)
         if name not in self.sums:
             self.sums[name] = SampleSums(samples, _grouped_weight(layer) if small else None)
         self.sums[name].add(samples)
+
+
+def positions_of(size: int) -> int:
+    """Returns how many rows of so many numbers are taken at most per batch."""
+    return min(POSITIONS, max(LEAST_POSITIONS, NUMBERS // size))
 
 
 def _inputs_of(layer: nn.Module) -> int:

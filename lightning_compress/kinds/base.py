@@ -135,12 +135,14 @@ class Decomposition(ABC):
             of the outputs is then left out, as no one factor could undo it.
         refines: Whether `factorise` betters the factors that `profile` measures, whose errors are then bounds.
         fits_roughly: Whether the errors of `profile` are those of a quick fit, which `factorise` betters.
+        leaves: Share of the errors of `profile` that `factorise` typically leaves.
     """
 
     kind: str
     splits_outputs: bool = False
     refines: bool = False
     fits_roughly: bool = False
+    leaves: float = 1.0
 
     @abstractmethod
     def unsupported(self, operator: Operator) -> str | None:

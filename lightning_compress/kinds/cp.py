@@ -26,8 +26,8 @@ from lightning_compress.kinds.svd import axes_of, needs_spatial_kernel
 
 PROFILE_LIMIT = 1e10
 """A profile does not fit ranks at which a sweep takes more: they keep the fraction of the next smaller one."""
-PROFILE_STEP = 2.0
-"""Between the ranks that a profile fits."""
+PROFILE_SHARES = (1 / 32, 1 / 8, 1 / 2)
+"""Ranks that a profile fits, of the largest that saves parameters."""
 SAVING = 0.9
 """Parameters of a component of `cp` relative to one of `cp3` up to which "auto" tries both."""
 
@@ -36,6 +36,7 @@ class _Canonical(Decomposition):
     """W ≈ Σ_r a_r ∘ b_r ∘ c_r ∘ …: 1x1 into R channels, filters on each of them alone, 1x1 out."""
 
     fits_roughly = True
+    leaves = 0.65
 
     @abstractmethod
     def _parts(self, kernel: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
@@ -79,8 +80,8 @@ class _Canonical(Decomposition):
         problem = Problem.of(weight.reshape(dims), metric)
         slices = Slices(problem.weight)
         start = np.maximum(slices.errors[:limit], TINY)
-        grid = np.unique(np.round(limit / PROFILE_STEP ** np.arange(math.log(limit, PROFILE_STEP) + 1)).astype(int))
-        grid = np.array([rank for rank in grid.tolist() if rank == 1 or sweep_work(dims, rank) < PROFILE_LIMIT])
+        grid = np.unique([max(1, round(share * limit)) for share in PROFILE_SHARES])
+        grid = np.array([rank for rank in grid.tolist() if rank == grid[0] or sweep_work(dims, rank) < PROFILE_LIMIT])
         kept = [drafted(problem, rank, slices).error / start[rank - 1] for rank in grid.tolist()]
         predicted = start * np.interp(ranks, grid, kept)
         errors: Floats = np.minimum.accumulate(np.clip(predicted, 0.0, 1.0))

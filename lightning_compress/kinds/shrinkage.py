@@ -26,6 +26,8 @@ FOLDS = 4
 """Parts of the samples, each of which judges what is fitted to the others."""
 MOST_OUTPUTS = 1024
 """Outputs of a layer that folds keep; of more they keep so many random combinations."""
+LARGE = 1024
+"""From this many inputs on sums are kept in single precision too: half of the memory."""
 DOUBLE = 256
 """Below this many inputs moments are worked out in double precision: it costs little there."""
 
@@ -170,6 +172,8 @@ class SampleSums:
         self._centred = centred
         self._shift = first.mean(dim=(1, 2)).double() if centred else zeros(groups, size)
         self._second, self._squares = zeros(groups, size, size), zeros(groups)
+        if size >= LARGE and first.dtype == torch.float32:
+            self._second = self._second.float()
         self._sums = [zeros(groups, size) for _ in range(FOLDS)]
         self._counts = [0] * FOLDS
         self._weight = weight.to(first.device, torch.float64) if weight is not None else None
@@ -188,7 +192,7 @@ class SampleSums:
             if part.shape[1] == 0:
                 continue
             flat = part.flatten(1, 2)  # (groups, n, D)
-            own = (flat.mT @ flat).double() / positions
+            own = (flat.mT @ flat).div_(positions)
             self._second += own
             self._sums[fold] += flat.sum(dim=1).double() / positions
             self._counts[fold] += part.shape[1]
@@ -199,17 +203,18 @@ class SampleSums:
     def estimate(self) -> Estimate:
         """Returns the second moment with its covariance shrunk, and what judges the error of every rank."""
         samples = sum(self._counts)
-        second = self._second / samples
+        second = self._second.double().div_(samples)
         offset = torch.stack(self._sums).sum(dim=0) / samples if self._centred else torch.zeros_like(self._shift)
-        covariance = second - offset[:, :, None] * offset[:, None, :]
+        squares = second.square().sum(dim=(1, 2))
+        covariance = second.sub_(offset[:, :, None] * offset[:, None, :])
         scale = covariance.diagonal(dim1=1, dim2=2).mean(dim=1)
         size = covariance.shape[-1]
-        spread = (self._squares / samples - second.square().sum(dim=(1, 2))).clamp_min(0)  # of one sample
+        spread = (self._squares / samples - squares).clamp_min(0)  # of one sample
         known = covariance.square().sum(dim=(1, 2)) - size * scale.square()  # ‖C − m I‖²
         alpha = _shrinkage(spread, known, samples, samples)
         estimate, mean = shrunk(covariance, alpha[:, None, None]), self._shift + offset
         if self._centred:
-            estimate = estimate + mean[:, :, None] * mean[:, None, :]
+            estimate += mean[:, :, None] * mean[:, None, :]
         alphas = [_shrinkage(spread, known, samples, samples - count) for count in self._counts]
         folds = self._folds(scale, torch.stack(alphas))
         return Estimate(estimate.cpu(), mean.cpu(), samples, float(alpha.max()), folds)
@@ -248,15 +253,16 @@ def few_outputs(weight: Tensor) -> Tensor:
 
 def shrunk(covariance: Tensor, share: Tensor | float) -> Tensor:
     """Returns (1 − α) C + α m I with m the mean variance, of covariances C (…, D, D) and shares α."""
-    variances = covariance.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
-    eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-    return (1 - share) * covariance + share * variances * eye
+    variances = covariance.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None]
+    found = (1 - share) * covariance
+    found.diagonal(dim1=-2, dim2=-1).add_((share[..., 0] if isinstance(share, Tensor) else share) * variances)
+    return found
 
 
 def _product(weight: Tensor, flat: Tensor, second: Tensor, positions: int) -> Tensor:
     """Returns W (Σ x xᵀ / P) Wᵀ, (groups, out, out), by the shorter way."""
     if flat.shape[1] >= flat.shape[2]:
-        return weight @ second @ weight.mT
+        return (weight.to(second) @ second @ weight.to(second).mT).double()
     outputs = flat @ weight.to(flat).mT  # fewer rows than inputs
     return (outputs.mT @ outputs).double() / positions
 

@@ -356,9 +356,12 @@ def children_of(decomposition: Decomposition, layer: nn.Module, ranks: tuple[int
 def _some_patches(patches: Tensor, dims: int, most: int) -> Tensor:
     """Returns the patches (B, *outputs, C, *kernel) of evenly spread positions, about so many in all, (B, n, C, …)."""
     sizes = patches.shape[1 : dims + 1]
-    every = max(1, len(patches) * sizes.numel() // most)
+    every = len(patches) * sizes.numel() // most
+    if every < 2:  # noqa: PLR2004
+        return patches
     flat = torch.arange(0, sizes.numel(), every, device=patches.device)
-    return patches[(slice(None), *torch.unravel_index(flat, sizes))]
+    index: Any = (slice(None), *torch.unravel_index(flat, sizes))
+    return patches[index]
 
 
 def template_of(layer: nn.Module) -> nn.Module:

@@ -27,7 +27,7 @@ from lightning_compress.search.candidates import Candidates
 from lightning_compress.search.end_to_end import LEAST_INPUTS, OutputEvaluator, output_distance
 from lightning_compress.search.exact import solve
 from lightning_compress.search.problem import Problem
-from lightning_compress.search.refine import refined
+from lightning_compress.search.refine import Ratios, refined
 
 LEAST_LOSS = 1e-6
 """Smaller losses and distances count as this much: a layer is never free."""
@@ -35,13 +35,17 @@ RANGE = 100.0
 """Weights lie within this factor of their median, either way."""
 
 
-def nearer(problem: Problem, outputs: OutputEvaluator, progress: Progress) -> Problem:
+def nearer(
+    problem: Problem, predicted: Problem, ratios: Ratios, outputs: OutputEvaluator, progress: Progress
+) -> Problem:
     """Returns the problem with measured weights if its optimum leaves the outputs nearer, else as it is.
 
     Where most of a network is given up single layers say little of all together, and the plain sum can be better.
 
     Args:
         problem: The separable problem, without weights, corrected by `refined`.
+        predicted: The same before it was corrected.
+        ratios: With which it was.
         outputs: Of the model.
         progress: Called with what is being done and the fraction done.
     """
@@ -49,7 +53,8 @@ def nearer(problem: Problem, outputs: OutputEvaluator, progress: Progress) -> Pr
     measured = weighted(problem, before, outputs, lambda done: progress("measuring layers", done))
     if before is None or measured is problem:
         return problem
-    measured = refined(measured, outputs, lambda done: progress("fitting layers", done))
+    measured = replace(predicted, weights=measured.weights)
+    measured = refined(measured, outputs, lambda done: progress("fitting layers", done), ratios)
     after = solve(measured).choice
     if after is None:
         return problem

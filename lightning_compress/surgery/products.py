@@ -11,7 +11,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ def faster_multiplied_out(
     calls: dict[int, list[LayerCall]] = {}
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        layer = module.template  # type: ignore[union-attr]
+        layer = cast(FactorisedLayer, module).template
         calls.setdefault(id(module), []).append(family_of(layer).call(layer, input_of(args, kwargs), output))
 
     candidates = [layer for layer in layers if not layer.operator.lookup]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from sklearn.covariance import ledoit_wolf
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_compress import Budget, apply_plan_, search_ranks
+from lightning_compress.analysis import moments
 from lightning_compress.analysis.moments import OTHER_KIND, PROBES, batch_statistics, input_moments, output_moments
+from lightning_compress.analysis.statistics import gather_statistics
 from lightning_compress.analysis.synthetic import LEAST_SIDE, synthesise
+from lightning_compress.core.effort import Effort, trying
+from lightning_compress.kinds import shrinkage
 from lightning_compress.layers.families import family_of
 from tests.support.nets import IMAGE, pooled
 from tests.support.unchanged import Unchanged
@@ -91,3 +97,63 @@ def test_moments_of_drawn_inputs_are_the_mean_of_two_kinds_shrunk(scarce):
         off = ~torch.eye(len(own), dtype=torch.bool)
         torch.testing.assert_close(covariance[off], (1 - OTHER_KIND) * own[off])
         assert found.shrinkage >= OTHER_KIND
+
+
+def test_of_a_layer_with_very_many_inputs_the_moment_of_its_channels_is_kept(monkeypatch, net, images):
+    whole = input_moments(net.eval(), [((images,), {})], ["conv1", "conv2"])
+    size = net.conv2.weight[0].numel()
+    monkeypatch.setattr(moments, "LARGEST", size - 1)
+    found = input_moments(net, [((images,), {})], ["conv1", "conv2"])
+    assert torch.equal(found["conv1"].second, whole["conv1"].second)
+    assert found["conv2"].second is None
+    channels = net.conv2.in_channels
+    assert found["conv2"].channels.shape == (channels, channels)
+    with torch.no_grad():
+        entering = F.relu(net.norm(net.conv1(images))).double().movedim(1, -1).reshape(-1, channels)
+    mean, alpha = entering.mean(dim=0), found["conv2"].shrinkage
+    covariance = (entering - mean).T @ (entering - mean) / len(entering)
+    shrunk = (1 - alpha) * covariance + alpha * covariance.trace() / channels * torch.eye(channels)
+    torch.testing.assert_close(found["conv2"].channels, shrunk + mean[:, None] * mean, rtol=1e-5, atol=1e-6)
+    plan = search_ranks(net, Budget(params=0.5), example_input=IMAGE, objective="moments")
+    apply_plan_(net, plan, statistics=gather_statistics(net, IMAGE))
+    assert "conv2" in {layer.name for layer in plan.factorised}
+
+
+def test_linear_layers_with_very_many_inputs_have_the_metric_of_their_outputs_alone(monkeypatch):
+    model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 4))
+    monkeypatch.setattr(moments, "LARGEST", 35)
+    found = gather_statistics(model, (1, 40))
+    assert found.metric("0").inputs is None
+    assert found.metric("0").outputs.shape == (30, 30)
+    assert found.metric("2").inputs.shape == (30, 30)
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_rows_of_some_positions_are_those_of_all_at_even_steps(dims):
+    layer = (nn.Conv1d, nn.Conv2d)[dims - 1](3, 4, 3, padding=1)
+    inputs = torch.randn(2, 3, *([8] * dims))
+    whole = family_of(layer).rows(layer, inputs)[0].reshape(2, 8**dims, -1)
+    some = family_of(layer).rows(layer, inputs, 2 * 8**dims // 4)[0].reshape(2, -1, whole.shape[2])
+    assert torch.equal(some, whole[:, ::4])
+
+
+def test_folds_of_many_outputs_are_of_random_combinations_and_say_the_same(monkeypatch):
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 96, bias=False)
+    samples = torch.randn(60, 24) * torch.linspace(0.1, 2, 24)
+    unseen = {}
+    for most in (1024, 48):
+        monkeypatch.setattr(shrinkage, "MOST_OUTPUTS", most)
+        found = input_moments(nn.Sequential(layer), [((samples,), {})], ["0"])["0"]
+        assert found.folds.products.shape[-1] == min(96, most)
+        unseen[most] = found.metric.unseen().at(np.array([0.02, 0.1, 0.3]))
+    assert unseen[48] == pytest.approx(unseen[1024], rel=0.15)
+
+
+def test_inputs_that_are_not_matched_to_norms_are_as_many_as_their_moments_can_afford():
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 8))
+    macs = 64 * 64 + 64 * 8
+    with trying(Effort(work=6 * macs * 40)):
+        assert len(synthesise(model, (1, 64)).batches[0][0][0]) == 40
+    with trying(Effort(work=1)):
+        assert len(synthesise(model, (1, 64)).batches[0][0][0]) == 8

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_compress import Budget, search_ranks
 from lightning_compress.kinds.metric import Metric
-from lightning_compress.kinds.registry import DECOMPOSITIONS, fit_factors
+from lightning_compress.kinds.registry import DECOMPOSITIONS, fit_factors, rank_errors
 from tests.support.errors import error_in
 from tests.support.zoo import normal, random_metric
 
@@ -47,3 +47,57 @@ def test_plan_does_not_change_when_a_batch_norm_takes_over_the_scale_of_a_convol
         norm.eps *= 256
     again = search_ranks(net, Budget(params=0.5), **settings)
     assert [(p.kind, p.ranks) for p in again.layers] == [(p.kind, p.ranks) for p in first.layers]
+
+
+KINDS_OF_CONVOLUTIONS = ["channel_svd", "spatial_svd", "tucker2", "tt", "cp3", "svd", "interpolative"]
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_CONVOLUTIONS)
+def test_metric_of_the_channels_alone_is_that_of_its_kronecker_product(kind):
+    shape = (6, 5, 1, 1) if kind in {"svd", "interpolative"} else (6, 5, 3, 3)
+    decomposition, weight, channels = DECOMPOSITIONS[kind], normal(*shape), random_metric(5, seed=1)
+    outputs = random_metric(6, seed=2)
+    ranks = tuple(max(1, r // 2) for r in decomposition.max_ranks(shape))
+    whole = Metric(torch.kron(channels, torch.eye(weight[0, 0].numel(), dtype=channels.dtype)), outputs)
+    small = Metric(None, outputs, channels=channels)
+    errors = [rank_errors(kind, weight, metric).errors for metric in (small, whole)]
+    tolerance = 0.05 if decomposition.fits_roughly or decomposition.refines else 1e-4
+    assert errors[0] == pytest.approx(errors[1], rel=tolerance, abs=1e-6)
+    fits = [decomposition.dense_weight(fit_factors(kind, weight, ranks, each), shape) for each in (small, whole)]
+    lost = [error_in(whole, weight, fit) for fit in fits]
+    assert lost[0] == pytest.approx(lost[1], rel=tolerance, abs=1e-6)
+
+
+def test_iterative_fits_are_kept_in_the_metric_for_the_same_weight(monkeypatch):
+    weight, metric, fits = normal(6, 5, 3, 3), Metric(random_metric(45, seed=1)), []
+    fit = type(DECOMPOSITIONS["cp3"]).factorise
+    monkeypatch.setattr(
+        type(DECOMPOSITIONS["cp3"]), "factorise", lambda self, *args: fits.append(args) or fit(self, *args)
+    )
+    first = fit_factors("cp3", weight, (4,), metric)
+    again = fit_factors("cp3", weight.clone(), (4,), metric)
+    assert len(fits) == 1
+    assert all(torch.equal(first[name], again[name]) and first[name] is not again[name] for name in first)
+    fit_factors("cp3", weight + 1, (4,), metric)
+    fit_factors("cp3", weight, (3,), metric)
+    fit_factors("cp3", weight, (4,), Metric(metric.inputs))
+    assert len(fits) == 4
+
+
+@pytest.mark.parametrize("kind", ["cp3", "cp"])
+def test_refit_from_factors_nearby_is_as_good_as_a_fit_from_nothing(kind):
+    weight, metric = normal(12, 10, 3, 3), Metric(random_metric(90, seed=1), random_metric(12, seed=2))
+    moved = Metric(metric.inputs + 0.1 * random_metric(90, seed=3), metric.outputs)
+    start = fit_factors(kind, weight, (12,), metric)
+    other = weight + 0.05 * normal(12, 10, 3, 3, seed=5)
+    decomposition = DECOMPOSITIONS[kind]
+    errors = [
+        error_in(moved, other, decomposition.dense_weight(factors, tuple(weight.shape)))
+        for factors in (
+            start,
+            fit_factors(kind, other, (12,), moved, start=start),
+            fit_factors(kind, other, (12,), moved),
+        )
+    ]
+    assert errors[1] < errors[0]
+    assert errors[1] < 1.05 * errors[2]
