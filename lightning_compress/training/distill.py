@@ -188,6 +188,10 @@ class Distillation:
 
         self.step = wrapped
 
+    def __reduce__(self) -> tuple[type[Distillation], tuple[()]]:
+        """Leaves nothing of it in copies and pickles of the module, which hold its hooks."""
+        return _Over, ()
+
     def attach(self) -> None:
         """Puts the hooks on the student, anew after its layers were exchanged."""
         self.detach()
@@ -288,6 +292,15 @@ class Distillation:
         return distance
 
 
+class _Over(Distillation):
+    """What is left of a distillation in a copy of the module: hooks that record nothing."""
+
+    _recording = False
+
+    def __init__(self) -> None:
+        pass
+
+
 def inner_distance(student: Mapping[str, Sequence[Tensor]], teacher: Mapping[str, Sequence[Tensor]]) -> Tensor:
     """Returns the mean of ‖y − ŷ‖² / ‖y − mean y‖² over all outputs of all layers.
 
@@ -310,15 +323,30 @@ def inner_distance(student: Mapping[str, Sequence[Tensor]], teacher: Mapping[str
     return torch.stack(distances).mean()
 
 
-def _watch(module: nn.Module, name: str, current: Callable[[], Call | None]) -> RemovableHandle:
-    def keep(_module: nn.Module, _args: Any, output: Any) -> Any:
-        call = current()
+class _Watch:
+    """Notes the outputs of a submodule; in copies and pickles of the module it notes nothing."""
+
+    def __init__(self, name: str, current: Callable[[], Call | None]) -> None:
+        self._name, self._current = name, current
+
+    def __reduce__(self) -> tuple[type[_Watch], tuple[Any, ...]]:
+        return _Watch, (self._name, _no_call)
+
+    def keep(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        """The hook."""
+        call = self._current()
         if call is None:
             return None
-        call.inner.setdefault(name, []).extend(output_tensors(output))
+        call.inner.setdefault(self._name, []).extend(output_tensors(output))
         return output.clone() if isinstance(output, Tensor) else None  # what follows may change it in place
 
-    return module.register_forward_hook(keep)
+
+def _no_call() -> Call | None:
+    return None
+
+
+def _watch(module: nn.Module, name: str, current: Callable[[], Call | None]) -> RemovableHandle:
+    return module.register_forward_hook(_Watch(name, current).keep)
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.core.errors import OrphanParameterError
 from lightning_compress.surgery.swap import Replacement
+
+
+def _note(calls: list[str], name: str, *_: Any) -> None:
+    calls.append(name)
 
 
 class FirstBatchCheck:
@@ -31,11 +36,7 @@ class FirstBatchCheck:
         self._some = not factors
         self._over = False
         for replacement in replacements:
-            name = replacement.aliases[0]
-
-            def note(*_: Any, name: str = name) -> None:
-                self._dense_calls.append(name)
-
+            note = functools.partial(_note, self._dense_calls, replacement.aliases[0])  # pickled with the module
             # The dense module's hook dicts moved to the new one: it gets its own again.
             for hooks in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
                 replacement.dense.__dict__[hooks] = type(replacement.dense.__dict__[hooks])()
