@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
-from lightning_compress.core.compat import tree_leaves, tree_map
+from lightning_compress.core.compat import activations_kept, tree_leaves, tree_map, uncompiled
 from lightning_compress.core.errors import ExampleInputError
 from lightning_compress.kinds.registry import LayerCall
 from lightning_compress.layers.factorised import FactorisedLayer
@@ -69,7 +69,7 @@ def _trace(model: nn.Module, example_input: ExampleInput) -> Trace:
     args, kwargs = as_arguments(model, example_input)
     named = model.named_modules()
     layers = {name: m for name, m in named if layer_type(m) is not None or isinstance(m, FactorisedLayer)}
-    uses = _WeightUses(layers)
+    uses = WeightUses({name: [layer._parameters.get("weight")] for name, layer in layers.items()})
     calls: dict[str, list[LayerCall]] = {name: [] for name in layers}
     read: dict[str, list[Tensor]] = {name: [] for name in layers}
     refused: dict[str, str] = {}
@@ -192,12 +192,16 @@ def whole_arguments(model: nn.Module, example_input: ExampleInput) -> Arguments:
 
 @contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; restores every module's mode and the global random state."""
+    """Eval mode without gradients; restores every module's mode and the global random state.
+
+    Compiled modules run uncompiled, so that hooks see them, and checkpointed activations are kept, so that whoever
+    asks for gradients in it gets those of this one forward pass.
+    """
     modes = [(module, module.training) for module in model.modules()]
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
         model.eval()
-        with torch.random.fork_rng(devices=cuda), torch.no_grad():
+        with torch.random.fork_rng(devices=cuda), torch.no_grad(), uncompiled(model), activations_kept():
             yield
     finally:
         for module, mode in modes:
@@ -216,6 +220,7 @@ def is_shape(value: object) -> bool:
     """Returns whether an example input is a shape: a sequence of whole numbers above 0."""
     return (
         isinstance(value, Sequence)
+        and not isinstance(value, (bytes, bytearray))
         and len(value) > 0
         and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in value)
     )
@@ -272,28 +277,38 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
-class _WeightUses(TorchFunctionMode):
-    """Notices torch functions that take a layer's weight while another code than its forward runs."""
+class WeightUses(TorchFunctionMode):
+    """Notices torch functions that take a layer's weights while another code than its forward runs.
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    Args:
+        weights: Of each layer, by its name; of a factorised one its factors, and itself for the weight it answers with.
+
+    Attributes:
+        read_elsewhere: Names of the layers of which that was noticed.
+    """
+
+    def __init__(self, weights: Mapping[str, Iterable[object]]) -> None:
         super().__init__()
         self.read_elsewhere: set[str] = set()
         self._owners: dict[int, set[str]] = {}
-        for name, layer in layers.items():
-            self._owners.setdefault(id(layer._parameters.get("weight")), set()).add(name)
+        for name, own in weights.items():
+            for weight in own:
+                self._owners.setdefault(id(weight), set()).add(name)
         self._running: list[str] = []
 
     def enter(self, name: str) -> None:
+        """Says that a layer begins its forward pass."""
         self._running.append(name)
 
     def leave(self, name: str) -> None:
+        """Says that it ends it."""
         self._running.remove(name)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # shape, dtype and the like do no harm
             for leaf in tree_leaves((args, kwargs)):
-                owners = self._owners.get(id(leaf)) if isinstance(leaf, nn.Parameter) else None
+                owners = self._owners.get(id(getattr(leaf, "layer", leaf))) if isinstance(leaf, Tensor) else None
                 if owners is not None and not owners.intersection(self._running):
                     self.read_elsewhere |= owners
         return result

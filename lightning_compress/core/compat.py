@@ -11,13 +11,21 @@ on fused kernels (`torch._VF`, `_flat_weights`), which `layers/unfused/` alone k
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import checkpoint
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 __all__ = [
     "TRAINER_ATTRIBUTE",
+    "activations_kept",
     "caches_parameter_count",
     "forget_parameter_count_",
     "has_gradient_hooks",
@@ -27,6 +35,7 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "tree_unflatten",
+    "uncompiled",
 ]
 
 TRAINER_ATTRIBUTE = "_trainer"
@@ -41,6 +50,69 @@ def has_gradient_hooks(parameter: Tensor) -> bool:
 def is_compiled(module: nn.Module) -> bool:
     """Returns whether a module itself is run through `torch.compile`, as a wrapper of it or in place."""
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Runs the compiled parts of a model as they were written: compiled code does not look for hooks that came later.
+
+    `torch.compile(module)` is a wrapper whose `forward` is the compiled call of `_orig_mod`, `module.compile()` keeps
+    it in `_compiled_call_impl`. Torch 2.5 to 2.14.
+    """
+    before: list[tuple[nn.Module, str, Any]] = []
+    for module in model.modules():
+        name = "forward" if "_orig_mod" in module._modules else "_compiled_call_impl"
+        if name == "forward" or module._compiled_call_impl is not None:
+            before.append((module, name, module.__dict__.get(name)))
+    try:
+        for module, name, _ in before:
+            module.__dict__[name] = module._modules["_orig_mod"] if name == "forward" else None
+        yield
+    finally:
+        for module, name, value in before:
+            module.__dict__[name] = value
+
+
+_KEEPING: ContextVar[bool] = ContextVar("keeping", default=False)
+_LOCK = threading.Lock()
+_torch_own: dict[str, Any] = {}
+_users = 0
+
+
+@contextlib.contextmanager
+def activations_kept() -> Iterator[None]:
+    """Lets `torch.utils.checkpoint` keep activations in the place of computing them again during the backward pass.
+
+    By then our hooks, the mode and the weights are no longer those of the forward pass, so that the second one would
+    differ from the first. Other threads go on as they were. Names of torch 2.5 to 2.14.
+    """
+    global _users  # noqa: PLW0603
+    with _LOCK:
+        _users += 1
+        if _users == 1:
+            _torch_own.update(hook=checkpoint._checkpoint_hook, function=checkpoint.CheckpointFunction)
+            checkpoint._checkpoint_hook = _hook  # type: ignore[assignment, misc]
+            checkpoint.CheckpointFunction = _Function  # type: ignore[assignment, misc]
+    token = _KEEPING.set(True)
+    try:
+        yield
+    finally:
+        _KEEPING.reset(token)
+        with _LOCK:
+            _users -= 1
+            if not _users:
+                checkpoint._checkpoint_hook = _torch_own["hook"]  # type: ignore[misc]
+                checkpoint.CheckpointFunction = _torch_own["function"]  # type: ignore[misc]
+
+
+def _hook(frame: Any) -> Any:
+    return contextlib.nullcontext() if _KEEPING.get() else _torch_own["hook"](frame)
+
+
+class _Function:
+    @staticmethod
+    def apply(run: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return run(*args) if _KEEPING.get() else _torch_own["function"].apply(run, preserve, *args)
 
 
 def is_recorded() -> bool:

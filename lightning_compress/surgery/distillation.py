@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from lightning_compress.analysis.trace import (
     sample_counts,
 )
 from lightning_compress.core.effort import current_effort
+from lightning_compress.core.errors import CompressionWarning
 from lightning_compress.surgery.state import NORMS, BestState
 from lightning_compress.surgery.swap import Replacement
 
@@ -52,11 +54,10 @@ def affordable_steps(
     trained = _trained(model, replacements)
     if any(parameter.dtype not in (torch.float32, torch.float64) for parameter in trained):
         return 0, "the parameters are in half precision"
-    args, kwargs = batches[0]
     with flop_counter() as flops, inference(dense):
-        outputs = output_tensors(dense(*args, **kwargs))
-    if not outputs:
-        return 0, "the model returns no floating-point tensor"
+        outputs, inner = _run_with_outputs(dense, _dense_layers(dense, replacements), batches[0])
+    if not outputs or not any(inner):
+        return 0, _unseen(outputs)
     try:
         _gradients(dense, model, replacements, trained, batches[0])
     except RuntimeError as error:
@@ -66,6 +67,15 @@ def affordable_steps(
     if steps < FEWEST_STEPS:
         return 0, f"{FEWEST_STEPS} steps would cost more than {work:.0e} MACs"
     return steps, None
+
+
+def _unseen(outputs: Sequence[Tensor]) -> str:
+    """Returns what of a model cannot be compared, with a warning where the layers run unseen."""
+    if not outputs:
+        return "the model returns no floating-point tensor"
+    said = "no hook sees the factorised layers run, as in code that is compiled, or calls layers by their forward()"
+    warn(f"the factors are not distilled: {said}.", CompressionWarning, stacklevel=7)
+    return said
 
 
 def descend(distil: Callable[[float], Iterator[int]], states: BestState, look: Callable[[int], float]) -> None:
@@ -134,27 +144,42 @@ def _gradients(
 def _loss(dense: nn.Module, model: nn.Module, replacements: Sequence[Replacement], arguments: Arguments) -> Tensor:
     """Returns the normalised distance of the outputs plus the mean one of the factorised layers' outputs."""
     with inference(dense):
-        targets, inner_targets = _run_with_outputs(
-            dense, [dense.get_submodule(r.aliases[0]) for r in replacements], arguments
-        )
+        targets, inner_targets = _run_with_outputs(dense, _dense_layers(dense, replacements), arguments)
     with inference(model), torch.enable_grad():
         outputs, inner = _run_with_outputs(model, [r.factorised for r in replacements], arguments)
         loss = torch.stack([relative_error(o, t) for o, t in zip(outputs, targets, strict=True)]).sum()
-        hints = [relative_error(o, t) for o, t in zip(inner, inner_targets, strict=True)]
+        hints = [
+            relative_error(output, target)
+            for own, others in zip(inner, inner_targets, strict=True)
+            for output, target in _comparable(own, others)
+        ]
         return loss + torch.stack(hints).mean() if hints else loss
+
+
+def _comparable(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Returns the outputs of a layer in both models; none where values decide what it is called with."""
+    same = [output.shape for output in outputs] == [target.shape for target in targets]
+    return [(o, t) for o, t in zip(outputs, targets, strict=True) if len(o)] if same else []
+
+
+def _dense_layers(dense: nn.Module, replacements: Sequence[Replacement]) -> list[nn.Module]:
+    return [dense.get_submodule(replacement.aliases[0]) for replacement in replacements]
 
 
 def _run_with_outputs(
     model: nn.Module, layers: Sequence[nn.Module], arguments: Arguments
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns the model's outputs and those of some layers, call by call."""
-    inner: list[Tensor] = []
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Returns the model's outputs and those of each of some layers, call by call."""
+    inner: list[list[Tensor]] = [[] for _ in layers]
 
-    def keep(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        inner.append(output)
+    def keep(own: list[Tensor], output: Tensor) -> Tensor:
+        own.append(output)
         return output.clone()  # what follows may change it in place
 
-    with hooked(layer.register_forward_hook(keep) for layer in layers):
+    with hooked(
+        layer.register_forward_hook(lambda _module, _args, output, own=own: keep(own, output))
+        for layer, own in zip(layers, inner, strict=True)
+    ):
         return output_tensors(model(*arguments[0], **arguments[1])), inner
 
 

@@ -18,6 +18,7 @@ from lightning_compress.analysis.latency.clock import Clock, TimedModel, device_
 from lightning_compress.analysis.latency.shells import Forms, put_shells_
 from lightning_compress.analysis.latency.turns import LAYER_TURNS, Reading, in_turns
 from lightning_compress.analysis.trace import ExampleInput, inference, output_tensors, run
+from lightning_compress.core.compat import is_compiled, uncompiled
 from lightning_compress.core.copies import detached_copy
 from lightning_compress.core.effort import current_effort
 from lightning_compress.core.errors import TargetError
@@ -186,7 +187,8 @@ class TorchBench(CopyingBench):
         """See `Bench`."""
         reference = self._kept_dense(memory_format)
         names = {alias: name for name in forms for alias in self.modules_of(name)}
-        timed = TimedModel(self.copy(forms, memory_format, fused=False), names, self._clock, self._arguments)
+        model = self.copy(forms, memory_format, fused=False)
+        timed = TimedModel(model, names, self._clock, self._arguments)
         found: dict[tuple[str, str], list[float]] = {}
 
         def run_timed() -> float:
@@ -195,7 +197,7 @@ class TorchBench(CopyingBench):
                 found.setdefault(key, []).append(seconds)
             return total
 
-        with self.measuring():
+        with self.measuring(), uncompiled(model):  # a clock inside of compiled code would measure nothing
             runs = [self._runner(reference), run_timed]
             dense, _ = in_turns(runs, current_effort().timing_seconds, LAYER_TURNS)
         drift = self.dense()[memory_format].seconds / statistics.median(dense)
@@ -240,7 +242,7 @@ class TorchBench(CopyingBench):
         return self._kept[memory_format]
 
     def _finished(self, model: nn.Module) -> nn.Module:
-        if self._target.compiled:
+        if self._target.compiled or any(map(is_compiled, model.modules())):
             torch.compiler.reset()  # after some models of one class torch would run the next one uncompiled
         return cast(nn.Module, torch.compile(model)) if self._target.compiled else model
 
