@@ -11,8 +11,10 @@ from warnings import warn
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from lightning_compress.analysis.agreement import unfusing_as_the_model_allows
 from lightning_compress.analysis.statistics import Statistics, gather_statistics
 from lightning_compress.analysis.trace import ExampleInput
+from lightning_compress.analysis.untrained import warn_of_untrained
 from lightning_compress.core.copies import detached_copy
 from lightning_compress.core.effort import trying
 from lightning_compress.core.errors import CompressionWarning, ExampleInputError
@@ -23,7 +25,7 @@ from lightning_compress.core.settings import Budget, SearchKeywords, SearchSetti
 from lightning_compress.search.api import search_with_statistics
 from lightning_compress.surgery.repair import Healing, heal_
 from lightning_compress.surgery.state import restore_, shared_state
-from lightning_compress.surgery.swap import Replacement, apply_plan_, apply_shells_, uninstall
+from lightning_compress.surgery.swap import Replacement, apply_checked_, apply_shells_, uninstall
 
 
 def compress_(
@@ -106,44 +108,45 @@ def compress_model_(
     statistics: Statistics | None = None,
     heal: bool = True,
     progress: Progress | None = None,
+    spare_frozen: bool = False,
 ) -> Compression:
-    """Like `compress_`, and returns all that was done."""
-    settings = settings or SearchSettings()
-    with trying(settings.effort):
-        return _compress_(
-            model, budget, settings, example_input, calibration, statistics, progress or silent, heal=heal
+    """Like `compress_`, and returns all that was done; for `spare_frozen` see `take_inventory`."""
+    settings, report = settings or SearchSettings(), progress or silent
+    with trying(settings.effort), unfusing_as_the_model_allows(model, example_input):
+        plan, metric = search_with_statistics(
+            model,
+            budget,
+            settings,
+            example_input=example_input,
+            calibration=calibration,
+            statistics=statistics,
+            progress=report,
+            spare_frozen=spare_frozen,
         )
+        if settings.objective == "auto":
+            warn_of_untrained(model)
+        seed = settings.seed
+        inputs = _inputs_for_healing(model, metric, example_input, calibration, seed, report) if heal else None
+        return _compress_(model, plan, metric, inputs, example_input, seed, report)
 
 
 def _compress_(  # noqa: PLR0917
     model: nn.Module,
-    budget: Budget | Mapping[str, Any],
-    settings: SearchSettings,
+    plan: Plan,
+    metric: Statistics | None,
+    inputs: Statistics | None,
     example_input: ExampleInput | None,
-    calibration: Iterable[Any] | None,
-    statistics: Statistics | None,
+    seed: int,
     progress: Progress,
-    *,
-    heal: bool,
 ) -> Compression:
-    plan, metric = search_with_statistics(
-        model,
-        budget,
-        settings,
-        example_input=example_input,
-        calibration=calibration,
-        statistics=statistics,
-        progress=progress,
-    )
-    seed = settings.seed
-    inputs = _inputs_for_healing(model, metric, example_input, calibration, seed, progress) if heal else None
+    """Swaps the layers of a plan in, and heals them if there are inputs for it."""
     start = time.perf_counter()
     if current_processes().rank:  # the first process's factors are everyone's
         replacements = apply_shells_(model, plan)
         kept = shared_state(model, replacements) if inputs is not None else ()
         return Compression(plan, replacements, None, kept, plan.timings)
     dense = detached_copy(model) if inputs is not None else None
-    replacements = apply_plan_(model, plan, statistics=metric, progress=progress)
+    replacements, plan = apply_checked_(model, plan, statistics=metric, example_input=example_input, progress=progress)
     gathered = inputs.seconds if inputs is not None else {}
     seconds = {**gathered, **plan.timings, "swap": time.perf_counter() - start}
     if dense is None or inputs is None or not replacements:

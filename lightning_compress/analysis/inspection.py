@@ -41,7 +41,7 @@ def inspect_model(model: nn.Module, selection: Mapping[str, Any], example_input:
 
     Args:
         model: Any module, unfused; it is not changed.
-        selection: Keywords of `take_inventory`: kinds, include, exclude, overrides.
+        selection: Keywords of `take_inventory`: kinds, include, exclude, overrides, spare_frozen.
         example_input: See `search_ranks`.
 
     Raises:

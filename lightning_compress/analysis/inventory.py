@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.analysis.foreign import frozen, in_metrics
 from lightning_compress.analysis.trace import Trace
 from lightning_compress.core.compat import has_gradient_hooks
 from lightning_compress.core.errors import (
@@ -105,6 +106,7 @@ def take_inventory(
     exclude: Patterns | None = None,
     overrides: Mapping[str, Any] | None = None,
     trace: Trace | None = None,
+    spare_frozen: bool = False,
 ) -> tuple[Layer, ...]:
     """Returns every parameterised module in order, each with its kinds or its reason.
 
@@ -117,6 +119,7 @@ def take_inventory(
         overrides: Pattern to `Override` (or a mapping of its fields, or "dense"). Where several
             match one layer, the later ones win field by field.
         trace: What a forward pass showed, if one was possible.
+        spare_frozen: Whether frozen networks inside a model that is trained stay dense unless `include` names them.
 
     Raises:
         ConfigurationError: If a kind or an override is malformed.
@@ -128,6 +131,7 @@ def take_inventory(
     chosen = _match_all(layers, include, "include")
     refused = _match_all(layers, exclude, "exclude")
     special = _overrides(layers, overrides)
+    spared = frozen(model) if spare_frozen else {}
     result = []
     for layer in layers:
         reason = layer.reason
@@ -135,6 +139,8 @@ def take_inventory(
             reason = "not matched by include"
         if reason is None and layer.name in refused:
             reason = "matched by exclude"
+        if reason is None and layer.name not in chosen:
+            reason = spared.get(id(layer.module))
         result.append(_with_kinds(layer, reason, special.get(layer.name, Override()), kinds, trace))
     if all(layer.reason for layer in result):
         raise NothingToFactoriseError(_nothing_message(model, result))
@@ -176,7 +182,14 @@ def list_layers(model: nn.Module, trace: Trace | None = None) -> list[Layer]:
             if (whole := wholes.get(id(module))) is not None:
                 layer = replace(layer, whole=tuple(aliases[id(whole)]), whole_type=whole.fused_type)
             layers.append(layer)
-    return layers
+    return _without_metrics(model, layers)
+
+
+def _without_metrics(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
+    """Returns the layers, those of metrics with the reason that they are no part of the model."""
+    foreign = in_metrics(model)
+    reasons = [foreign.get(id(layer.module)) for layer in layers]
+    return [replace(la, reason=why, partners=()) if why else la for la, why in zip(layers, reasons, strict=True)]
 
 
 def _ties(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:

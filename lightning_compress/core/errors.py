@@ -8,7 +8,8 @@ LightningCompressError
 ├── ModelError
 │   ├── NothingToFactoriseError
 │   ├── NonFiniteWeightError
-│   └── ExampleInputError
+│   ├── ExampleInputError
+│   └── ForwardMismatchError
 ├── PlanError
 │   ├── PlanFormatError
 │   └── PlanMismatchError
@@ -64,6 +65,10 @@ class NonFiniteWeightError(ModelError):
 
 class ExampleInputError(ModelError):
     """The example input is missing, of a wrong type, or the model fails on it."""
+
+
+class ForwardMismatchError(ModelError):
+    """With factorised layers the model's code runs another computation: the swap is undone; the message says where."""
 
 
 class PlanError(LightningCompressError):

@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch import nn
 from typing_extensions import Unpack
 
+from lightning_compress.analysis.agreement import unfusing_as_the_model_allows
 from lightning_compress.analysis.inspection import Inspection, inspect_model
 from lightning_compress.analysis.statistics import Statistics
 from lightning_compress.analysis.trace import ExampleInput
@@ -95,10 +96,17 @@ def search_with_statistics(
     calibration: Iterable[Any] | None = None,
     statistics: Statistics | None = None,
     progress: Progress | None = None,
+    spare_frozen: bool = False,
 ) -> tuple[Plan, Statistics | None]:
-    """Like `search_ranks`, and returns the statistics the errors were measured in, None for the weights alone."""
-    with unfused(model), freed_memory_kept(), trying(settings.effort):
-        return _search_unfused(model, budget, settings, example_input, calibration, statistics, progress or silent)
+    """Like `search_ranks`, and returns the statistics the errors were measured in, None for the weights alone.
+
+    Frozen networks inside a model that is trained may be spared, see `take_inventory`.
+    """
+    allowed, report = unfusing_as_the_model_allows(model, example_input), progress or silent
+    with allowed, unfused(model), freed_memory_kept(), trying(settings.effort):
+        return _search_unfused(
+            model, budget, settings, example_input, calibration, statistics, report, spare_frozen=spare_frozen
+        )
 
 
 def _search_unfused(  # noqa: PLR0917
@@ -109,13 +117,15 @@ def _search_unfused(  # noqa: PLR0917
     calibration: Iterable[Any] | None,
     statistics: Statistics | None,
     report: Progress,
+    *,
+    spare_frozen: bool,
 ) -> tuple[Plan, Statistics | None]:
     start = time.perf_counter()
     budget = Budget.from_value(budget)
     strategy = strategy_of(settings)
     require_usable_weights(model)
     _require_measurable(budget, example_input, settings)
-    selection = settings.selection
+    selection = {**settings.selection, "spare_frozen": spare_frozen}
     if strategy.kinds is not None and is_automatic(settings.kinds):
         selection["kinds"] = strategy.kinds
     inspection = inspect_model(model, selection, example_input)
@@ -156,7 +166,7 @@ def _search(  # noqa: PLR0917
         units, tables = join_where_better(
             single, tables, inspection, budget, compared, settings.rank_multiple, statistics
         )
-    require_sizes_feasible(tables, inspection.costs, budget)  # before anything is measured
+    require_sizes_feasible(tables, inspection.costs, budget, inspection.layers)  # before anything is measured
     timings = timings_of(inspection, example_input, budget, settings, progress)
     outputs = evaluator_of(inspection, units, statistics) if statistics is not None else None
     if budget.max_error is not None:

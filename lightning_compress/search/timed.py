@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
 import numpy as np
 
+from lightning_compress.analysis.inventory import Layer
 from lightning_compress.analysis.latency.turns import Reading
 from lightning_compress.core.costs import Costs
 from lightning_compress.core.errors import InfeasibleBudgetError
@@ -25,19 +27,23 @@ CORRECTIONS = 4
 """Times that predictions are corrected by whole models and the search is repeated, at most."""
 SLACK = 0.05
 """Of a bound on time: a plan that leaves more of it unused is searched once more."""
+ROUGH_GAP = 1e-3
+"""Relative gap to the optimum of choices that only correct predictions."""
 NEAR_ENOUGH = 0.02
 """Relative difference of prediction and measurement that is not corrected."""
 
 
-def require_sizes_feasible(tables: tuple[Candidates, ...], dense: Costs, budget: Budget) -> None:
-    """Checks that a choice keeps what a budget bounds besides time.
+def require_sizes_feasible(
+    tables: tuple[Candidates, ...], dense: Costs, budget: Budget, layers: Sequence[Layer] = ()
+) -> None:
+    """Checks that a choice keeps what a budget bounds besides time; the message names some of the layers.
 
     Raises:
         InfeasibleBudgetError: If none does.
     """
     if any(name != "latency" for name in budget.limits()):
         own = replace(budget, latency=None, latency_ms=None)
-        require_feasible(problem_of(tables, dense, own), dense, own)
+        require_feasible(problem_of(tables, dense, own), dense, own, layers)
 
 
 def timed_problem(
@@ -90,7 +96,7 @@ def _in_format(
             problem = problem_of(filled, dense, budget, units, timing)  # it cannot but be slower
         if not is_feasible(problem):
             return np.inf, problem
-        best = solve(problem).choice
+        best = solve(problem, rel_gap=ROUGH_GAP).choice
         choice = smallest(problem) if best is None else best
         predicted = latency_of(filled, choice, timing)
         reading = timing.whole(units, filled, choice) if step < CORRECTIONS else None
@@ -180,5 +186,5 @@ def _solved_again(
     limits = problem.limits.copy()
     limits[column] += after - before  # what the rest of the model takes stays
     problem = replace(problem, layers=layers, limits=limits, timing=timing)
-    choice = solve(problem).choice if (limits > 0).all() else None
+    choice = solve(problem, rel_gap=ROUGH_GAP).choice if (limits > 0).all() else None
     return None if choice is None else (problem, spend_what_is_left(problem, choice), timing)

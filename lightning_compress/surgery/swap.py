@@ -10,11 +10,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from lightning_compress.analysis.agreement import unfusing_as_the_model_allows
 from lightning_compress.analysis.inventory import Layer, list_layers
 from lightning_compress.analysis.statistics import Statistics
+from lightning_compress.analysis.trace import ExampleInput
 from lightning_compress.analysis.usable import require_module, require_usable_weights
 from lightning_compress.core.checks import did_you_mean
-from lightning_compress.core.errors import ConfigurationError, PlanMismatchError
+from lightning_compress.core.errors import ConfigurationError, ForwardMismatchError, PlanMismatchError
 from lightning_compress.core.plan import LayerPlan, Plan
 from lightning_compress.core.progress import Progress, silent
 from lightning_compress.kinds.metric import Metric
@@ -29,6 +31,7 @@ from lightning_compress.layers.memory_format import (
 from lightning_compress.layers.unfused import Unfusing, put_, redo_, undo_, unfusable, unfuse_
 from lightning_compress.surgery.build import build_joint_layers, build_layer, build_tied_layer
 from lightning_compress.surgery.embodied import owners_of
+from lightning_compress.surgery.forward_check import ForwardCheck, checked
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,12 @@ class Replacement:
 
 
 def apply_plan_(
-    model: nn.Module, plan: Plan, *, statistics: Statistics | None = None, progress: Progress | None = None
+    model: nn.Module,
+    plan: Plan,
+    *,
+    statistics: Statistics | None = None,
+    example_input: ExampleInput | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Replacement, ...]:
     """Replaces the planned layers by factorised ones, in place.
 
@@ -68,6 +76,8 @@ def apply_plan_(
         plan: From `search_ranks` or `Plan.from_json`.
         statistics: From `gather_statistics`: the factors are fitted to the layers' outputs on
             inputs of these moments, else to the weights; also where the plan's errors are those of the weights.
+        example_input: See `search_ranks`: the model is run on it once before and once after the swap, see
+            `surgery.forward_check`; without it a model whose code looks at the class of its layers goes unnoticed.
         progress: Called with what is being done and the fraction done.
 
     Returns:
@@ -78,9 +88,45 @@ def apply_plan_(
         PlanMismatchError: If a planned layer is missing, of another type or shape, cannot be
             factorised, or its kind or ranks are impossible.
         NonFiniteWeightError: If a parameter holds NaN or infinite values.
+        ForwardMismatchError: If the model runs another computation with the factorised layers.
+        InfeasibleBudgetError: If the plan's budget of MACs is missed by what really runs.
     """
+    return apply_checked_(model, plan, statistics=statistics, example_input=example_input, progress=progress)[0]
+
+
+def apply_checked_(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    statistics: Statistics | None = None,
+    example_input: ExampleInput | None = None,
+    progress: Progress | None = None,
+) -> tuple[tuple[Replacement, ...], Plan]:
+    """Like `apply_plan_`, and returns the plan with the multiply-accumulates that the model really runs."""
     require_usable_weights(model)
-    return _replace(model, plan, progress or silent, statistics, decompose=True)
+    report = progress or silent
+    with unfusing_as_the_model_allows(model, example_input):
+        check = ForwardCheck.of(model, example_input) if example_input is not None else None
+        replacements = _replace(model, plan, report, statistics, decompose=True)
+        if check is None or not replacements:
+            return replacements, plan
+        return replacements, _checked_plan(model, plan, check, replacements)
+
+
+def _checked_plan(model: nn.Module, plan: Plan, check: ForwardCheck, replacements: Sequence[Replacement]) -> Plan:
+    """Returns the plan as it really runs; an error undoes the swap."""
+    pairs = [(r.aliases[0], r.dense, r.factorised) for r in replacements]
+    try:
+        return checked(check, plan, pairs)
+    except ForwardMismatchError:
+        uninstall(model, replacements)
+        if check.is_reproducible():
+            raise
+        install(model, replacements)
+        return plan
+    except BaseException:
+        uninstall(model, replacements)
+        raise
 
 
 def apply_shells_(model: nn.Module, plan: Plan) -> tuple[Replacement, ...]:

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress.core.errors import OrphanParameterError
+from lightning_compress.core.errors import ForwardMismatchError, OrphanParameterError
 from lightning_compress.training.first_batch_check import FirstBatchCheck
+from lightning_compress.training.running_fit import RunningFit
 from tests.support.compressing import compress
 from tests.support.fitting import QUIET, planned
 from tests.support.nets import TinyTask
@@ -54,14 +55,36 @@ def rows() -> DataLoader:
     return DataLoader(TensorDataset(x, y), batch_size=4)
 
 
+@pytest.fixture
+def no_example(monkeypatch) -> None:
+    """No example input is found, on which the swap would be checked."""
+    monkeypatch.setattr(RunningFit, "example_input", lambda *_, **__: None)
+
+
+LISTED = pytest.mark.parametrize(("cls", "named"), [(Listed, "'first', 'second'"), (OneListed, "'first'")])
+HEAD_DENSE = {"overrides": {"head": "dense"}}
+
+
+@LISTED
+def test_layers_held_in_a_plain_list_are_an_error_before_the_fit(make_trainer, rows, cls, named):
+    task = cls()
+    dense = task.first, task.second
+    with pytest.raises(ForwardMismatchError, match=rf"still runs the dense module of {named}: something outside"):
+        make_trainer(compress(0.5, **HEAD_DENSE)).fit(task, rows)
+    assert task.batches == 0
+    assert (task.first, task.second) == dense
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in task.modules())
+
+
+@pytest.mark.usefixtures("no_example")
 @pytest.mark.parametrize("settings", [{}, {"distill": {}, "schedule": {"warmup_steps": 3}}])
-@pytest.mark.parametrize(("cls", "named"), [(Listed, "'first', 'second'"), (OneListed, "'first'")])
+@LISTED
 def test_layers_held_in_a_plain_list_are_an_error_after_the_first_batch(make_trainer, rows, cls, named, settings):
     task = cls()
     dense = task.first, task.second
     said = rf"still runs the dense module of {named}: something outside.*\(nn\.ModuleList\) or exclude it"
     with pytest.raises(OrphanParameterError, match=said):
-        make_trainer(compress(0.5, overrides={"head": "dense"}, **settings)).fit(task, rows)
+        make_trainer(compress(0.5, **HEAD_DENSE, **settings)).fit(task, rows)
     assert task.batches == 1
     assert not any(layer._forward_pre_hooks for layer in dense)
     assert not task._forward_hooks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple, cast
 
 from torch import nn
@@ -33,6 +34,8 @@ STATE_DICT_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+
+_KEPT: ContextVar[bool] = ContextVar("kept", default=False)
 
 _UNFUSABLE = (nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.RNN)
 
@@ -146,6 +149,16 @@ def unfused(model: nn.Module) -> Iterator[None]:
         undo_(model, unfusings)
 
 
+@contextlib.contextmanager
+def kept_fused() -> Iterator[None]:
+    """Lets no layer be unfused in this context: the model's code asks for their class."""
+    token = _KEPT.set(True)
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
+
+
 def share_hooks(source: nn.Module, target: nn.Module) -> None:
     """Gives a module the hooks of another, as the same dict objects: their handles keep working."""
     for hooks in HOOKS:
@@ -182,6 +195,7 @@ def _why_fused(names: tuple[str, ...], module: nn.Module, holders: dict[int, int
     """Returns why a layer cannot be unfused, None if it can."""
     parts = list(module.modules())
     checks = {
+        "the model's code asks for its class": _KEPT.get(),
         "it is of a subclass, which may use its weights in its own way": type(module) not in _UNFUSABLE,
         "it is the model itself, which has no parent to swap it in; wrap it, as in nn.Sequential(layer)": "" in names,
         "its forward method was replaced on the instance": any("forward" in part.__dict__ for part in parts),
