@@ -167,7 +167,7 @@ def _report(job: _Job, stages: tuple[_Tested, _Tested, _Tested]) -> Report:
         Figures(measure_costs(stage.net, job.example_input), latency, BATCH / seconds, stage.metrics)
         for stage, latency, seconds in zip(stages, latencies, batches, strict=True)
     )
-    report = Report(job.compress.plan, dense, zero_shot, fine_tuned, job.compress.seconds)
+    report = Report(job.compress.plan, dense, zero_shot, fine_tuned, job.compress.seconds, job.compress.budget)
     report.save(job.folder)
     save_compressed(job.task.net, job.folder / "compressed")
     if job.cfg.plot:

@@ -13,6 +13,7 @@ from rich.table import Table
 from lightning_compress.core.costs import Costs
 from lightning_compress.core.errors import OutputFolderError, UnsupportedError
 from lightning_compress.core.plan import LayerPlan, Plan, change_text, compact, milliseconds, percent
+from lightning_compress.core.settings import Budget
 
 SCHEMA = 1
 BATCH = 32
@@ -54,6 +55,7 @@ class Report:
         zero_shot: After the swap, before any step on real data.
         fine_tuned: At the end.
         seconds: How long each part of the compression took.
+        asked: The budget that was asked for; the plan's is another one where the fit ended before the last round.
     """
 
     plan: Plan
@@ -61,6 +63,7 @@ class Report:
     zero_shot: Figures
     fine_tuned: Figures
     seconds: Mapping[str, float] = field(default_factory=dict)
+    asked: Budget | None = None
 
     @property
     def kept(self) -> dict[str, float | None]:
@@ -75,11 +78,12 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the content of report.json."""
-        plan = self.plan
+        plan, missed = self.plan, self._missed
         return {
             "schema": SCHEMA,
             "data_free": plan.data_free,
             "budget": plan.budget.as_dict() if plan.budget is not None else {},
+            **({"budget_asked": missed.as_dict()} if missed is not None else {}),
             **{stage: getattr(self, stage).as_dict() for stage in STAGES},
             "kept": self.kept,
             "search": {
@@ -199,13 +203,19 @@ class Report:
             msg = f"cannot write the report to {str(folder)!r}: {error}. Choose a folder you can write."
             raise OutputFolderError(msg) from error
 
+    @property
+    def _missed(self) -> Budget | None:
+        """The budget that was asked for and not reached."""
+        return self.asked if self.plan.budget not in (None, self.asked) else None
+
     def _headline(self) -> str:
         plan = self.plan
         source = "data-free" if plan.data_free else "not data-free"
         search = f"{source} {plan.method} search" if plan.method is not None else "a given plan"
         seconds = "" if plan.seconds is None else f" in {plan.seconds:.2f} s"
         gap = "" if plan.optimality_gap is None else f", at most {100 * plan.optimality_gap:.2f} % above the optimum"
-        budget = "" if plan.budget is None else f"budget {plan.budget}; "
+        missed = f" (asked for {self._missed}: the fit ended before its last round)" if self._missed is not None else ""
+        budget = "" if plan.budget is None else f"budget {plan.budget}{missed}; "
         return f"{budget}{search}{seconds}{gap}; {len(plan.factorised)} layers factorised"
 
 

@@ -25,7 +25,7 @@ from lightning_compress.core.plan import Plan, percent
 from lightning_compress.core.progress import Progress
 from lightning_compress.core.settings import Budget, Objective, Patterns, SearchKeywords, SearchSettings
 from lightning_compress.kinds.registry import resolve_kinds
-from lightning_compress.search.api import search_ranks
+from lightning_compress.search.api import search_with_statistics
 from lightning_compress.search.strategies import strategy_of
 from lightning_compress.surgery.embodied import embodied_plan
 from lightning_compress.surgery.swap import Replacement
@@ -48,6 +48,7 @@ from lightning_compress.training.fit_state import (
     rebuilt_teacher,
 )
 from lightning_compress.training.optimizers import exchange_parameters_, exchanges_of, optimizer_layout
+from lightning_compress.training.plain import plain
 from lightning_compress.training.rounds import reconcile_
 from lightning_compress.training.running_fit import RunningFit
 from lightning_compress.training.schedule import PhaseTracker
@@ -109,20 +110,20 @@ class Compress(RestoringCallback):
         example_input: ExampleInput | None = None,
         require_used: bool = True,
     ) -> None:
-        self.budget = Budget.from_value(_plain(budget))
-        include, exclude, overrides = _plain(include), _plain(exclude), _plain(overrides)
+        self.budget = Budget.from_value(plain(budget))
+        include, exclude, overrides = plain(include), plain(exclude), plain(overrides)
         self.settings = SearchSettings(
-            method, objective, _plain(kinds), include, exclude, overrides, rank_multiple, seed, effort, _plain(target)
+            method, objective, plain(kinds), include, exclude, overrides, rank_multiple, seed, effort, plain(target)
         )
         strategy_of(self.settings)
         resolve_kinds(self.settings.kinds)
         self.heal, self.calibration, self.require_used = heal, calibration, require_used
-        self.schedule = Schedule.from_value(_plain(schedule))
-        self.distill = Distill.from_value(_plain(distill))
+        self.schedule = Schedule.from_value(plain(schedule))
+        self.distill = Distill.from_value(plain(distill))
         self._check_settings()
         if self.schedule.budgets and isinstance(calibration, Iterator):  # every round looks at it
             self.calibration = list(calibration)
-        self.example_input = _plain(example_input)
+        self.example_input = plain(example_input)
         self.plan: Plan | None = None
         self.seconds: Mapping[str, float] = {}
         self._state = FitState(PhaseTracker(self.schedule))  # of one fit, until the next one
@@ -170,13 +171,13 @@ class Compress(RestoringCallback):
         Raises:
             LightningCompressError: As `search_ranks`.
         """
-        return search_ranks(
-            model,
-            self.budget,
-            example_input=example_input if example_input is not None else self.example_input,
-            progress=progress,
-            **{**vars(self.settings), **changes},
+        example = example_input if example_input is not None else self.example_input
+        settings = SearchSettings.of(
+            {**vars(self.settings), **changes}, owner="plan_for", beside=("example_input", "progress")
         )
+        return search_with_statistics(
+            model, self.budget, settings, example_input=example, progress=progress, spare_frozen=True
+        )[0]
 
     # --- hooks -------------------------------------------------------------------------------
 
@@ -252,6 +253,8 @@ class Compress(RestoringCallback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Removes everything that was only for the fit."""
+        if self._fine_tuning is not None:
+            self._fine_tuning.finish()
         self._end_fit()
 
     @override
@@ -327,6 +330,7 @@ class Compress(RestoringCallback):
                 calibration=self.calibration,
                 heal=self.heal,
                 progress=progress,
+                spare_frozen=not fit.unfreezes,
             )
         )
         self.plan, self.seconds = done.plan, done.seconds
@@ -389,12 +393,3 @@ class Compress(RestoringCallback):
         payload.update(self._state.payload())
         if self.plan is not None:
             payload["plan"] = self.plan.to_json()
-
-
-def _plain(value: Any) -> Any:
-    """Returns plain dicts and lists in place of other mappings and sequences, such as those of Hydra."""
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, (str, tuple)):
-        return [_plain(entry) for entry in value]
-    return value

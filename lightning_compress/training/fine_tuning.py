@@ -64,6 +64,7 @@ class FineTuning:
         """Enters the schedule, unless the fit goes on within it, and wraps the training step with the distillation."""
         if not self._phases.begun:
             self._phases.begin(self._fit.epoch, self._fit.step)
+        self._require_time()
         if self._teacher is None:
             return
         module, phases = self._fit.module, self._phases
@@ -151,6 +152,26 @@ class FineTuning:
             ConfigurationError: If the one that it waits for is not among them.
         """
         self._phases.observe(metrics)
+
+    def _require_time(self) -> None:
+        """Warns where the fit is too short for all rounds of compression."""
+        fit, waiting = self._fit, self._phases.budgets[1]
+        needed = self._phases.epochs_to_last_round(fit.epoch, fit.steps_per_epoch)
+        if waiting and needed >= fit.epochs_left:
+            fit.warn(
+                f"the fit is too short for its schedule: compression to {waiting[-1]} begins after {needed:g} epochs "
+                f"at the earliest, and {fit.epochs_left:g} are left. Raise max_epochs, shorten the phases, or go on "
+                "later with fit(ckpt_path=...)."
+            )
+
+    def finish(self) -> None:
+        """Warns at the end of a fit that did not come to its last round."""
+        reached, waiting = self._phases.budgets
+        if waiting:
+            self._fit.warn(
+                f"the fit ended in round {len(reached)} of {len(reached) + len(waiting)}: the module keeps "
+                f"{reached[-1]}, and was not compressed to {waiting[-1]}, as its schedule has it."
+            )
 
     def stop(self) -> None:
         """Removes all hooks; the shadows are removed by whoever made them."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import cast
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import Progress as RichProgress
 from torch import Tensor
@@ -16,10 +18,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_compress.analysis.trace import ExampleInput, is_shape, trace
 from lightning_compress.compress import Compression
-from lightning_compress.core.errors import ExampleInputError
+from lightning_compress.core.errors import CompressionWarning, ExampleInputError
 from lightning_compress.core.progress import Progress, silent
 from lightning_compress.training.averages import restart_averages
-from lightning_compress.training.compat import training_data
+from lightning_compress.training.compat import callbacks_of, training_data
 from lightning_compress.training.distributed import rewrap, shared_compression
 
 
@@ -49,6 +51,31 @@ class RunningFit:
     def step(self) -> int:
         """Optimizer steps done so far."""
         return self._trainer.global_step
+
+    @property
+    def unfreezes(self) -> bool:
+        """Whether a callback will let frozen parameters be trained."""
+        return any(isinstance(callback, BaseFinetuning) for callback in callbacks_of(self._trainer))
+
+    @property
+    def epochs_left(self) -> float:
+        """Epochs until the limits of the trainer, infinite without any."""
+        epochs, steps = self._trainer.max_epochs, self._trainer.max_steps
+        by_epochs = epochs - self.epoch if epochs is not None and epochs >= 0 else math.inf
+        return min(by_epochs, (steps - self.step) / self.steps_per_epoch if steps >= 0 else math.inf)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps in an epoch at most, infinite if unknown: the module may take them itself."""
+        batches = self._trainer.num_training_batches
+        if not self.module.automatic_optimization or math.isinf(batches):
+            return math.inf
+        return max(1, math.ceil(batches / self._trainer.accumulate_grad_batches))
+
+    def warn(self, message: str) -> None:
+        """Warns once for all ranks, unless the fit is but a trial run."""
+        if not cast(Any, self._trainer).fast_dev_run:
+            rank_zero_warn(message, category=CompressionWarning, stacklevel=8)
 
     def compress(self, function: Callable[[Progress], Compression]) -> Compression:
         """Runs a compression of the module that shows its progress, on all ranks with the same result.

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_compress.core.checks import did_you_mean
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.fine_tuning import Phase, Schedule
+from lightning_compress.core.settings import Budget
 
 _AFTERWARDS = Phase()
 
@@ -46,6 +47,24 @@ class PhaseTracker:
     def round(self) -> int:
         """Number of the round of compression the fit is in, from 1: of the phases so far that have a budget."""
         return sum(phase.budget is not None for phase in self._phases[: self._state["phase"] + 1])
+
+    @property
+    def budgets(self) -> tuple[tuple[Budget, ...], tuple[Budget, ...]]:
+        """Budgets of the rounds that have begun, and of those that are still to come."""
+        now = self._state.get("phase", 0) + 1
+        return budgets_in(self._phases[:now]), budgets_in(self._phases[now:])
+
+    def epochs_to_last_round(self, epoch: int, steps_per_epoch: float) -> float:
+        """Returns the fewest epochs until the last round of compression begins, 0 if it has.
+
+        Args:
+            epoch: Index of the epoch that is about to begin.
+            steps_per_epoch: Optimizer steps in an epoch at most, infinite if unknown.
+        """
+        now = self._state.get("phase", 0)
+        last = max((n for n, phase in enumerate(self._phases) if phase.budget is not None), default=0)
+        lengths = [_fewest_epochs(phase, steps_per_epoch) for phase in self._phases[now:last]]
+        return max(0.0, sum(lengths) - (epoch - int(self._state.get("epoch", epoch))))
 
     @property
     def scales(self) -> bool:
@@ -118,6 +137,18 @@ class PhaseTracker:
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes to where the fit stood when a checkpoint was saved."""
         self._state = {key: state[key] for key in ("phase", "first_step", "epoch", "step", "best", "waited")}
+
+
+def budgets_in(phases: Iterable[Phase]) -> tuple[Budget, ...]:
+    """Returns those of some phases, in order."""
+    return tuple(phase.budget for phase in phases if phase.budget is not None)
+
+
+def _fewest_epochs(phase: Phase, steps_per_epoch: float) -> float:
+    """Returns how long a phase takes at least."""
+    if phase.until_plateau is not None:
+        return 1 + phase.until_plateau.patience
+    return phase.epochs if phase.epochs is not None else (phase.steps or 0) / steps_per_epoch
 
 
 class ScaledSteps:

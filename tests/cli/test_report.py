@@ -99,6 +99,15 @@ def test_rows_are_the_figures_for_people():
     ]
 
 
+def test_a_budget_that_a_fit_did_not_come_to_is_said_beside_the_one_reached():
+    missed, reached = make(asked=Budget(params=0.1)), make(asked=PLAN.budget)
+    assert missed.as_dict()["budget_asked"] == {"params": 0.1}
+    said = "budget params <= 25 %, bytes <= 30 % (asked for params <= 10 %: the fit ended before its last round); "
+    assert said in missed.to_markdown()
+    assert reached.as_dict() == make().as_dict()
+    assert reached.to_markdown() == make().to_markdown()
+
+
 def test_markdown_is_the_headline_the_rows_and_the_layers():
     assert make().to_markdown() == "\n".join(
         [

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
 from lightning_compress import Budget, merge_
-from lightning_compress.core.errors import ConfigurationError, InfeasibleBudgetError
+from lightning_compress.core.errors import CompressionWarning, ConfigurationError, InfeasibleBudgetError
 from lightning_compress.training.optimizers import exchange_parameters_
 from lightning_compress.training.rounds import compress_again_, reconcile_
 from tests.support.compressing import CLOSED_FORM, WEIGHTS_ALONE, compress, compressed_model
@@ -230,3 +230,46 @@ def test_losses_of_a_fit_in_rounds_are_those_of_a_loop_by_hand(make_trainer, loa
     assert factorised(task) == factorised(plain)
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(task.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+# --- rounds that do not fit into the fit --------------------------------------------------------------------
+
+
+TOO_SHORT = {
+    "epochs": (THREE, {"max_epochs": 2}, 2, 2, 2),
+    "steps of the trainer": (THREE, {"max_epochs": -1, "max_steps": 5}, 2, 1.25, 2),
+    "steps of a phase": (IN_STEPS | {"phases": [{**IN_STEPS["phases"][0], "steps": 12}, {"budget": {"params": 0.5}}]},
+                         {"max_epochs": 3}, 3, 3, 1),
+    "plateau": (
+        {"phases": [{"budget": {"params": 0.8}, "until_plateau": {"monitor": "train_loss", "patience": 3}},
+                    {"budget": {"params": 0.5}}]},
+        {"max_epochs": 2}, 4, 2, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", TOO_SHORT)
+def test_rounds_that_do_not_fit_into_the_fit_are_said_at_its_start_and_end(make_trainer, loader, which):
+    schedule, settings, needed, left, reached = TOO_SHORT[which]
+    last = schedule["phases"][-1]["budget"]["params"]
+    callback = compress(last, schedule=schedule)
+    with pytest.warns(CompressionWarning) as seen:
+        make_trainer(callback, **settings).fit(TinyTask(), loader)
+    start, end = (str(each.message) for each in seen if each.category is CompressionWarning)
+    asked = f"params <= {100 * last:g} %"
+    assert f"compression to {asked} begins after {needed} epochs at the earliest, and {left:g} are left" in start
+    assert f"the fit ended in round {reached} of {len(callback.schedule.budgets)}" in end
+    assert f"keeps {callback.plan.budget}, and was not compressed to {asked}" in end
+
+
+def test_rounds_that_an_early_stop_leaves_out_are_said_at_the_end(make_trainer, loader):
+    class Stop(Callback):
+        def on_train_epoch_end(self, trainer, pl_module) -> None:
+            trainer.should_stop = True
+
+    with pytest.warns(CompressionWarning, match=r"ended in round 1 of 3: the module keeps params <= 80 %") as seen:
+        make_trainer(compress(schedule=THREE), Stop(), max_epochs=4).fit(TinyTask(), loader)
+    assert len([each for each in seen if each.category is CompressionWarning]) == 1
+
+
+def test_a_trial_run_says_nothing_of_its_length(make_trainer, loader):
+    make_trainer(compress(schedule=THREE), fast_dev_run=True).fit(TinyTask(), loader)
