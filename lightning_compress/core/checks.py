@@ -120,7 +120,7 @@ def require_type(owner: str, name: str, value: object, kind: type | tuple[type, 
         ConfigurationError: If it is of another type than `kind`.
     """
     if not isinstance(value, kind):
-        msg = f"{owner}({name}={value!r}): expected {expected}."
+        msg = f"{owner}({name}={shown(value)}): expected {expected}."
         raise ConfigurationError(msg)
 
 

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
-from lightning_compress.core.checks import did_you_mean, is_number, require_count
+from lightning_compress.core.checks import did_you_mean, is_number, require_count, shown
 from lightning_compress.core.errors import ConfigurationError
 
 
@@ -65,9 +65,11 @@ class Effort:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if name not in {"fits", "solver_seconds", "timing_seconds", "timing_limit"}:
-                require_count(f"Effort({name}={value!r})", value, 0 if name in {"corrections", "healing_steps"} else 1)
+                require_count(
+                    f"Effort({name}={shown(value)})", value, 0 if name in {"corrections", "healing_steps"} else 1
+                )
             elif not is_number(value) or value <= 0:
-                msg = f"Effort({name}={value!r}): expected a number above 0."
+                msg = f"Effort({name}={shown(value)}): expected a number above 0."
                 raise ConfigurationError(msg)
 
 
@@ -145,5 +147,7 @@ def effort_of(value: object) -> Effort:
         return value
     if isinstance(value, str) and value in EFFORTS:
         return EFFORTS[cast(EffortName, value)]
-    msg = f"effort={value!r} is unknown: expected an Effort or a preset.{did_you_mean(value, get_args(EffortName))}"
+    msg = (
+        f"effort={shown(value)} is unknown: expected an Effort or a preset.{did_you_mean(value, get_args(EffortName))}"
+    )
     raise ConfigurationError(msg)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from lightning_compress.core.checks import did_you_mean, from_mapping, is_number, require_count, require_type
+from lightning_compress.core.checks import did_you_mean, from_mapping, is_number, require_count, require_type, shown
 from lightning_compress.core.errors import BudgetError, ConfigurationError
 from lightning_compress.core.settings import Budget
 
@@ -38,11 +38,11 @@ class Plateau:
     def __post_init__(self) -> None:
         require_type("Plateau", "monitor", self.monitor, str, "the name of a logged metric")
         if self.mode not in ("min", "max"):
-            msg = f"Plateau(mode={self.mode!r}): expected 'min' or 'max'."
+            msg = f"Plateau(mode={shown(self.mode)}): expected 'min' or 'max'."
             raise ConfigurationError(msg)
-        require_count(f"Plateau(patience={self.patience!r})", self.patience, 1)
+        require_count(f"Plateau(patience={shown(self.patience)})", self.patience, 1)
         if not is_number(self.min_delta) or self.min_delta < 0:
-            msg = f"Plateau(min_delta={self.min_delta!r}): expected a number of at least 0."
+            msg = f"Plateau(min_delta={shown(self.min_delta)}): expected a number of at least 0."
             raise ConfigurationError(msg)
 
     def improves(self, value: float, best: float | None) -> bool:
@@ -64,7 +64,7 @@ class Plateau:
             return cls(value)
         if isinstance(value, Mapping) and "monitor" in value:
             return from_mapping(cls, value, "until_plateau")
-        msg = f"until_plateau={value!r}: expected a metric, as in {{'monitor': 'val_loss', 'patience': 3}}."
+        msg = f"until_plateau={shown(value)}: expected a metric, as in {{'monitor': 'val_loss', 'patience': 3}}."
         raise ConfigurationError(msg)
 
 
@@ -112,10 +112,10 @@ class Phase:
             object.__setattr__(self, "until_plateau", Plateau.from_value(self.until_plateau))
         for name in ("epochs", "steps"):
             if getattr(self, name) is not None:
-                require_count(f"Phase({name}={getattr(self, name)!r})", getattr(self, name), 1)
+                require_count(f"Phase({name}={shown(getattr(self, name))})", getattr(self, name), 1)
         given = [name for name in _LENGTHS if getattr(self, name) is not None]
         if len(given) > 1:
-            msg = f"Phase({', '.join(f'{name}={getattr(self, name)!r}' for name in given)}): give one length."
+            msg = f"Phase({', '.join(f'{name}={shown(getattr(self, name))}' for name in given)}): give one length."
             raise ConfigurationError(msg)
         if self.train not in TRAINABLE:
             named = not isinstance(self.train, (str, Mapping)) and isinstance(self.train, Sequence) and len(self.train)
@@ -127,9 +127,9 @@ class Phase:
                 raise ConfigurationError(msg)
             object.__setattr__(self, "train", tuple(self.train))
         if not is_number(self.lr_scale) or self.lr_scale < 0:
-            msg = f"Phase(lr_scale={self.lr_scale!r}): expected a number of at least 0."
+            msg = f"Phase(lr_scale={shown(self.lr_scale)}): expected a number of at least 0."
             raise ConfigurationError(msg)
-        require_count(f"Phase(warmup_steps={self.warmup_steps!r})", self.warmup_steps, 0)
+        require_count(f"Phase(warmup_steps={shown(self.warmup_steps)})", self.warmup_steps, 0)
         require_type("Phase", "distill", self.distill, (bool, type(None)), "true, false or null")
 
     @property
@@ -148,7 +148,7 @@ class Phase:
             return value
         if isinstance(value, Mapping):
             return from_mapping(cls, value, "schedule.phases")
-        msg = f"schedule.phases: {value!r} is no phase, expected a Phase or a mapping such as {{'epochs': 2}}."
+        msg = f"schedule.phases: {shown(value)} is no phase, expected a Phase or a mapping such as {{'epochs': 2}}."
         raise ConfigurationError(msg)
 
 
@@ -176,9 +176,9 @@ class Schedule:
     phases: Sequence[Phase] = ()
 
     def __post_init__(self) -> None:
-        require_count(f"Schedule(warmup_steps={self.warmup_steps!r})", self.warmup_steps, 0)
+        require_count(f"Schedule(warmup_steps={shown(self.warmup_steps)})", self.warmup_steps, 0)
         if isinstance(self.phases, (str, Mapping)) or not isinstance(self.phases, Sequence):
-            msg = f"Schedule(phases={self.phases!r}): expected a list of phases, as in [{{'epochs': 2}}]."
+            msg = f"Schedule(phases={shown(self.phases)}): expected a list of phases, as in [{{'epochs': 2}}]."
             raise ConfigurationError(msg)
         object.__setattr__(self, "phases", tuple(Phase.from_value(value) for value in self.phases))
         for number, phase in enumerate(self.phases[:-1]):
@@ -208,7 +208,7 @@ class Schedule:
             return value
         if isinstance(value, Mapping):
             return from_mapping(cls, value, "schedule")
-        msg = f"schedule={value!r}: expected a Schedule or a mapping such as {{'warmup_steps': 100}}."
+        msg = f"schedule={shown(value)}: expected a Schedule or a mapping such as {{'warmup_steps': 100}}."
         raise ConfigurationError(msg)
 
 
@@ -282,10 +282,10 @@ class Distill:
         self._check_kind()
         if not is_number(self.weight) or not 0 < self.weight <= (1 if self.is_share else math.inf):
             expected = "share of the distillation term, a number in (0, 1]" if self.is_share else "weight, above 0"
-            msg = f"Distill(weight={self.weight!r}): expected the {expected}."
+            msg = f"Distill(weight={shown(self.weight)}): expected the {expected}."
             raise ConfigurationError(msg)
         if not is_number(self.temperature) or self.temperature <= 0:
-            msg = f"Distill(temperature={self.temperature!r}): expected a number above 0."
+            msg = f"Distill(temperature={shown(self.temperature)}): expected a number above 0."
             raise ConfigurationError(msg)
         require_type("Distill", "module", self.module, (str, type(None)), "the name of a submodule")
         if self.dtype is not None and self.dtype not in TEACHER_DTYPES:
@@ -296,7 +296,7 @@ class Distill:
 
     def _check_kind(self) -> None:
         if self.kind not in DISTILLED:
-            msg = f"Distill(kind={self.kind!r}): unknown.{did_you_mean(self.kind, DISTILLED)}"
+            msg = f"Distill(kind={shown(self.kind)}): unknown.{did_you_mean(self.kind, DISTILLED)}"
             raise ConfigurationError(msg)
         if self.blocks is not None:
             given: Any = self.blocks
@@ -336,7 +336,7 @@ class Distill:
             try:
                 function = getattr(importlib.import_module(home), name)
             except (ImportError, AttributeError, ValueError) as error:
-                msg = f"Distill(function={self.function!r}) cannot be imported: {error}."
+                msg = f"Distill(function={shown(self.function)}) cannot be imported: {error}."
                 raise ConfigurationError(msg) from error
         if function is not None and not callable(function):
             msg = f"Distill(function={self.function!r}): expected a function or its import path, 'package.module.name'."
@@ -356,5 +356,5 @@ class Distill:
             return from_mapping(cls, value, "distill")
         if value in ("logits", "layers"):
             return cls(kind=value)
-        msg = f"distill={value!r}: expected a Distill or a mapping such as {{'weight': 0.5, 'temperature': 2}}."
+        msg = f"distill={shown(value)}: expected a Distill or a mapping such as {{'weight': 0.5, 'temperature': 2}}."
         raise ConfigurationError(msg)

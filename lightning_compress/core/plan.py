@@ -3,29 +3,53 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from lightning_compress.core.checks import shown
 from lightning_compress.core.costs import Costs
 from lightning_compress.core.errors import LightningCompressError, PlanFormatError
+from lightning_compress.core.plan_checks import check_layer, check_plan
+from lightning_compress.core.plan_text import (
+    MOST_NAMED,
+    WIDTH,
+    change_text,
+    compact,
+    milliseconds,
+    percent,
+    plan_summary,
+    plan_table,
+    plan_text,
+    plan_time_lines,
+)
 from lightning_compress.core.settings import Budget
+
+__all__ = [
+    "BETTER_ELSEWHERE",
+    "DENSE",
+    "FORMAT",
+    "MOST_NAMED",
+    "SCHEMA",
+    "SLOWER",
+    "WIDTH",
+    "LayerPlan",
+    "Plan",
+    "change_text",
+    "compact",
+    "milliseconds",
+    "percent",
+    "signal_loss",
+]
 
 DENSE = "dense"
 """The kind of a layer that is left alone."""
 BETTER_ELSEWHERE = "the search keeps it dense: the budget is better spent here"
-WIDTH = 160
-"""Characters of a plan's lines as text."""
-MOST_NAMED = 5
-"""Layers in a line of the summary."""
 FORMAT = "lightning_compress/plan"
 SCHEMA = 1
 SLOWER = 0.05
@@ -59,6 +83,9 @@ class LayerPlan:
         latency_after: Likewise afterwards, as predicted.
         merged: Whether it runs as the dense layer in eval mode, its factors multiplied out (see `FactorisedLayer`):
             its factors would take longer there. It saves parameters then, and neither MACs nor memory in use.
+
+    Raises:
+        ConfigurationError: If a field has a wrong type or is out of range.
     """
 
     name: str
@@ -79,6 +106,12 @@ class LayerPlan:
     latency_before: float | None = None
     latency_after: float | None = None
     merged: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("ranks", "weight_shape"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_layer(self)
 
     @property
     def is_slower(self) -> bool:
@@ -117,6 +150,10 @@ class Plan:
         target: What time was measured on, and the fingerprint of the table of times; None where time was left out.
         predicted_latency: Seconds of the compressed model as predicted from its layers.
         memory_format: "channels_last" if the model is put in it, None if it stays as it is.
+
+    Raises:
+        ConfigurationError: If a field has a wrong type or is out of range, two layers have one name, or one shares the
+            first factor of a layer that the plan does not factorise.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -135,6 +172,9 @@ class Plan:
     target: Mapping[str, Any] | None = field(default=None, hash=False)
     predicted_latency: float | None = None
     memory_format: str | None = None
+
+    def __post_init__(self) -> None:
+        check_plan(self)
 
     @property
     def slower(self) -> tuple[LayerPlan, ...]:
@@ -174,90 +214,36 @@ class Plan:
             msg = f"the plan is damaged: not JSON ({error}); it starts with {str(text)[:40]!r}."
             raise PlanFormatError(msg) from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            msg = f'this is no plan of lightning_compress: expected "format": {FORMAT!r}, got {str(data)[:60]!r}.'
+            msg = f'this is no plan of lightning_compress: expected "format": {FORMAT!r}, got {shown(data)[:60]!r}.'
             raise PlanFormatError(msg)
         schema = data.get("schema")
         if type(schema) is not int or not 1 <= schema <= SCHEMA:
             msg = (
-                f"the plan has schema {schema!r}; this version reads schema {SCHEMA} and older. "
+                f"the plan has schema {shown(schema)}; this version reads schema {SCHEMA} and older. "
                 "Update lightning_compress, or write the plan again with this version."
             )
             raise PlanFormatError(msg)
         try:
             return _plan_from_dict(data)
-        except (KeyError, TypeError, ValueError, LightningCompressError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError, LightningCompressError) as error:
             msg = f"the plan is damaged: {type(error).__name__}: {error}."
             raise PlanFormatError(msg) from error
 
     def __str__(self) -> str:
         """Returns a table: layers, kinds, ranks, errors, sizes, reasons."""
-        buffer = io.StringIO()
-        console = Console(file=buffer, width=WIDTH, color_system=None, legacy_windows=False)
-        console.print(self.table())
-        console.print(self.summary(), soft_wrap=True, highlight=False, markup=False)
-        return buffer.getvalue().rstrip()
+        return plan_text(self)
 
     def table(self) -> Table:
         """Returns the layers as a rich table."""
-        traced = any(layer.macs_before is not None for layer in self.layers)
-        timed = any(layer.latency_before is not None for layer in self.layers)
-        table = Table(title="Plan", title_justify="left")
-        table.add_column("layer", overflow="fold", min_width=12)
-        columns = ["type", "kind", "ranks", "error", "measured on", "params", *(["MACs"] if traced else [])]
-        for name in [*columns, *(["ms"] if timed else [])]:
-            left = name in {"type", "kind", "measured on"}
-            table.add_column(name, justify="left" if left else "right", no_wrap=True)
-        table.add_column("reason", overflow="fold")
-        for layer in self.layers:
-            table.add_row(
-                Text(layer.name or "(model)"),
-                layer.type,
-                layer.kind + (", merged" if layer.merged else ""),
-                ", ".join(map(str, layer.ranks)),
-                "" if layer.is_dense else _error_text(layer),
-                "" if layer.is_dense else _source_text(layer),
-                _params_text(layer),
-                *([change_text(layer, layer.macs_before, layer.macs_after, compact)] if traced else []),
-                *([change_text(layer, layer.latency_before, layer.latency_after, milliseconds)] if timed else []),
-                Text(layer.reason or (f"shares its first factor: {layer.joint_with}" if layer.joint_with else "")),
-            )
-        return table
+        return plan_table(self)
 
     def time_lines(self) -> list[str]:
         """Returns what there is to say about time: before and after, and which layers are slower than dense."""
-        if self.dense.latency is None or self.compressed.latency is None or self.target is None:
-            return []
-        before, after = 1e3 * self.dense.latency, 1e3 * self.compressed.latency
-        predicted = f", predicted {1e3 * self.predicted_latency:.3g} ms" if self.predicted_latency else ""
-        where = f"{self.target.get('backend', 'target')}, batch {self.target.get('batch', 1)}"
-        form = f", {self.memory_format}" if self.memory_format else ""
-        lines = [f"latency {before:.3g} → {after:.3g} ms ({before / after:.2f}x; {where}{form}{predicted})"]
-        if self.slower:
-            named = [
-                f"{layer.name} {1e3 * (layer.latency_before or 0):.3g} → {1e3 * (layer.latency_after or 0):.3g} ms"
-                for layer in self.slower[:MOST_NAMED]
-            ]
-            more = f", and {len(self.slower) - MOST_NAMED} more" if len(self.slower) > MOST_NAMED else ""
-            lines.append(f"slower than dense: {', '.join(named)}{more}")
-        if merged := sum(layer.merged for layer in self.layers):
-            lines.append(f"merged: {merged} layers run as dense ones in eval, as their factors would take longer")
-        return lines
+        return plan_time_lines(self)
 
     def summary(self) -> str:
         """Returns sizes, budget and optimality in one or two lines."""
-        parts = [f"params {self.dense.params:,} → {self.compressed.params:,} ({percent(self.kept['params'])} kept)"]
-        if self.compressed.macs is not None and self.dense.macs is not None:
-            parts.append(f"MACs {self.dense.macs:,} → {self.compressed.macs:,} ({percent(self.kept['macs'])} kept)")
-        parts.append(f"bytes {self.dense.bytes:,} → {self.compressed.bytes:,} ({percent(self.kept['bytes'])} kept)")
-        lines = ["; ".join(parts), *self.time_lines()]
-        found = [f"budget {self.budget}"] if self.budget is not None else []
-        found += [f"method {self.method}"] if self.method is not None else []
-        gap = "" if self.optimality_gap is None else f", at most {100 * self.optimality_gap:.2f} % above the optimum"
-        found += [f"output distance {self.output_distance:.4f}"] if self.output_distance is not None else []
-        found.append(f"signal loss {self.signal_loss:.4f}{gap}")
-        found += [f"{self.seconds:.2f} s"] if self.seconds is not None else []
-        lines.append("; ".join(found))
-        return "\n".join(lines)
+        return plan_summary(self)
 
 
 def signal_loss(errors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -269,45 +255,6 @@ def signal_loss(errors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     the others: the loss of a layer grows without bound as its error nears 1.
     """
     return -np.log1p(-np.minimum(errors, 1 - 1e-9))
-
-
-def _error_text(layer: LayerPlan) -> str:
-    return f"{layer.error:.4f}" + (f" ± {layer.error_spread:.4f}" if layer.error_spread is not None else "")
-
-
-def _params_text(layer: LayerPlan) -> str:
-    if layer.is_dense:
-        return f"{layer.params_before:,}"
-    return f"{layer.params_before:,} → {layer.params_after:,} ({percent(layer.params_after / layer.params_before)})"
-
-
-def change_text(layer: LayerPlan, before: float | None, after: float | None, text: Callable[[float], str]) -> str:
-    """Returns what a layer costs before and after for people, the one number of a dense one, "" if unknown."""
-    if before is None or after is None:
-        return ""
-    return text(before) if layer.is_dense else f"{text(before)} → {text(after)}"
-
-
-def compact(count: float) -> str:
-    """Returns a number with three digits, such as 7.37M."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g}{letter}"
-    return f"{count:.0f}"
-
-
-def milliseconds(seconds: float) -> str:
-    """Returns seconds as milliseconds with three digits."""
-    return f"{1e3 * seconds:.3g}"
-
-
-def _source_text(layer: LayerPlan) -> str:
-    return (f"{layer.samples:,} " if layer.samples is not None else "") + (layer.source or "")
-
-
-def percent(fraction: float | None) -> str:
-    """Returns a kept fraction for people, "?" if unknown."""
-    return "?" if fraction is None else f"{100 * fraction:.1f} %"
 
 
 def _plan_from_dict(data: Mapping[str, Any]) -> Plan:
@@ -334,15 +281,15 @@ def _plan_from_dict(data: Mapping[str, Any]) -> Plan:
 
 def _layer_from_dict(data: Mapping[str, Any]) -> LayerPlan:
     if not isinstance(data, dict):
-        msg = f"a layer is {data!r}, expected an object"
+        msg = f"a layer is {shown(data)}, expected an object"
         raise TypeError(msg)
     return LayerPlan(
         name=_typed(data, "name", str),
         type=_typed(data, "type", str),
         kind=_typed(data, "kind", str),
-        ranks=_whole_numbers(data, "ranks"),
-        weight_shape=_whole_numbers(data, "weight_shape"),
-        error=_share(data, "error"),
+        ranks=tuple(_typed(data, "ranks", list)),
+        weight_shape=tuple(_typed(data, "weight_shape", list)),
+        error=float(_typed(data, "error", float)),
         params_before=_typed(data, "params_before", int),
         params_after=_typed(data, "params_after", int),
         macs_before=_typed(data, "macs_before", int, optional=True),
@@ -367,28 +314,12 @@ def _costs_from_dict(data: Mapping[str, Any]) -> Costs:
     )
 
 
-def _whole_numbers(data: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    values = _typed(data, key, list)
-    if not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values):
-        msg = f"{key!r} is {values!r}, expected whole numbers above 0"
-        raise ValueError(msg)
-    return tuple(values)
-
-
-def _share(data: Mapping[str, Any], key: str) -> float:
-    value = float(_typed(data, key, float))
-    if not 0 <= value <= 1:
-        msg = f"{key!r} is {value!r}, expected a number in [0, 1]"
-        raise ValueError(msg)
-    return value
-
-
 def _typed(data: Mapping[str, Any], key: str, kind: type, *, optional: bool = False) -> Any:
     value = data[key]
     if optional and value is None:
         return None
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        msg = f"{key!r} is {value!r}, expected {kind.__name__}"
+        msg = f"{key!r} is {shown(value)}, expected {kind.__name__}"
         raise TypeError(msg)
     return value

@@ -7,6 +7,7 @@ accepts what YAML and Hydra deliver (mappings, lists, plain numbers).
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from lightning_compress.core.checks import (
     require_count,
     require_known,
     require_type,
+    shown,
 )
 from lightning_compress.core.effort import Effort, EffortName, effort_of
 from lightning_compress.core.errors import BudgetError, ConfigurationError
@@ -63,7 +65,8 @@ class Budget:
     def __post_init__(self) -> None:
         if self.ratio is not None:
             if self.params is not None:
-                msg = f"Budget(params={self.params!r}, ratio={self.ratio!r}): give one of the two, they bound the same."
+                given = f"Budget(params={shown(self.params)}, ratio={shown(self.ratio)})"
+                msg = f"{given}: give one of the two, they bound the same."
                 raise BudgetError(msg)
             object.__setattr__(self, "params", _parse_ratio(self.ratio))
             object.__setattr__(self, "ratio", None)  # one spelling from here on: equal budgets compare equal
@@ -71,12 +74,13 @@ class Budget:
             value = getattr(self, name)
             if value is not None and not (is_number(value) and 0 < value <= 1):
                 msg = (
-                    f"Budget({name}={value!r}): expected the fraction of the dense model to keep, a number in (0, 1]; "
-                    f"{name}=0.2 keeps at most 20 %."
+                    f"Budget({name}={shown(value)}): expected the fraction of the dense model to keep, a number in "
+                    f"(0, 1]; {name}=0.2 keeps at most 20 %."
                 )
                 raise BudgetError(msg)
         if self.latency_ms is not None and not (is_number(self.latency_ms) and self.latency_ms > 0):
-            msg = f"Budget(latency_ms={self.latency_ms!r}): expected the most milliseconds of a forward pass, above 0."
+            given = f"Budget(latency_ms={shown(self.latency_ms)})"
+            msg = f"{given}: expected the most milliseconds of a forward pass, above 0."
             raise BudgetError(msg)
         if self.max_error is not None:
             self._check_max_error()
@@ -105,11 +109,11 @@ class Budget:
 
     def _check_max_error(self) -> None:
         if self.bounds:
-            msg = f"Budget({self}, max_error={self.max_error!r}): give bounds or a quality target, not both."
+            msg = f"Budget({self}, max_error={shown(self.max_error)}): give bounds or a quality target, not both."
             raise BudgetError(msg)
         if not (is_number(self.max_error) and 0 < cast(float, self.max_error) < 1):
             msg = (
-                f"Budget(max_error={self.max_error!r}): expected the largest distance of the outputs, a number in "
+                f"Budget(max_error={shown(self.max_error)}): expected the largest distance of the outputs, a number in "
                 "(0, 1); 0.05 lets 5 % of the outputs' variance go."
             )
             raise BudgetError(msg)
@@ -153,7 +157,7 @@ class Budget:
         if isinstance(value, Mapping):
             return from_mapping(cls, value, "budget")
         msg = (
-            f"budget={value!r}: expected a Budget or a mapping, as in Budget(params=0.2), "
+            f"budget={shown(value)}: expected a Budget or a mapping, as in Budget(params=0.2), "
             "which keeps at most 20 % of the parameters."
         )
         raise BudgetError(msg)
@@ -162,9 +166,9 @@ class Budget:
 def _parse_ratio(ratio: object) -> float:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*[xX]\s*", ratio) if isinstance(ratio, str) else None
     factor = float(match.group(1)) if match else 0.0
-    if factor < 1:
+    if not 1 <= factor < math.inf:
         msg = (
-            f"Budget(ratio={ratio!r}): expected a compression of at least 1x as a string such as '5x' "
+            f"Budget(ratio={shown(ratio)}): expected a compression of at least 1x as a string such as '5x' "
             "(keep 1/5 of the parameters); to give the kept fraction itself use params=0.2."
         )
         raise BudgetError(msg)
@@ -194,7 +198,7 @@ class Override:
         require_type("Override", "dense", self.dense, (bool, type(None)), "true or false")
         for name in ("min_rank", "max_rank"):
             if getattr(self, name) is not None:
-                require_count(f"Override({name}={getattr(self, name)!r})", getattr(self, name), 1)
+                require_count(f"Override({name}={shown(getattr(self, name))})", getattr(self, name), 1)
         if self.min_rank is not None and self.max_rank is not None and self.min_rank > self.max_rank:
             msg = f"Override(min_rank={self.min_rank}, max_rank={self.max_rank}): min_rank must not exceed max_rank."
             raise ConfigurationError(msg)
@@ -212,12 +216,45 @@ class Override:
             return cls(dense=True)
         if isinstance(value, Mapping):
             return from_mapping(cls, value, f"overrides[{pattern!r}]")
-        msg = f"overrides[{pattern!r}]={value!r}: expected a mapping such as {{'max_rank': 8}}, or 'dense'."
+        msg = f"overrides[{pattern!r}]={shown(value)}: expected a mapping such as {{'max_rank': 8}}, or 'dense'."
         raise ConfigurationError(msg)
 
 
 Patterns = str | type | Sequence[str | type]
 """Names of layers, globs, class names or classes."""
+
+
+def require_patterns(argument: str, patterns: object) -> list[str | type]:
+    """Returns what `include` or `exclude` names, as a list; none for None.
+
+    Raises:
+        ConfigurationError: If it is no name, glob, type, or sequence of those.
+    """
+    listed: Any = [patterns] if isinstance(patterns, (str, type)) else ([] if patterns is None else patterns)
+    if not isinstance(listed, Sequence) or not all(isinstance(p, (str, type)) for p in listed):
+        msg = f"{argument}={shown(patterns)}: expected a name, a glob, a layer type, or a list of those."
+        raise ConfigurationError(msg)
+    return list(listed)
+
+
+def overrides_of(overrides: object) -> dict[Any, Override]:
+    """Returns overrides by pattern.
+
+    Raises:
+        ConfigurationError: If they are no mapping from patterns to what `Override.from_value` takes.
+    """
+    if overrides is None:
+        return {}
+    if not isinstance(overrides, Mapping):
+        example = "{'head.*': 'dense'}"
+        msg = f"overrides={shown(overrides)}: expected a mapping from patterns to settings, as in {example}."
+        raise ConfigurationError(msg)
+    for pattern in overrides:
+        if not isinstance(pattern, (str, type)):
+            msg = f"overrides: the pattern {pattern!r} is no string; quote it, as in {{'{pattern}': 'dense'}}."
+            raise ConfigurationError(msg)
+    return {pattern: Override.from_value(value, pattern) for pattern, value in overrides.items()}
+
 
 Objective = Literal["auto", "weight", "moments", "end_to_end"]
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
@@ -272,14 +309,17 @@ class SearchSettings:
     target: TargetLike = "torch"
 
     def __post_init__(self) -> None:
+        require_patterns("include", self.include)
+        require_patterns("exclude", self.exclude)
+        overrides_of(self.overrides)
         target_of(self.target)
         if self.effort is not None:
             effort_of(self.effort)
         if self.objective not in OBJECTIVES:
-            msg = f"objective={self.objective!r} is unknown.{did_you_mean(self.objective, OBJECTIVES)}"
+            msg = f"objective={shown(self.objective)} is unknown.{did_you_mean(self.objective, OBJECTIVES)}"
             raise ConfigurationError(msg)
-        require_count(f"rank_multiple={self.rank_multiple!r}", self.rank_multiple, 1)
-        require_count(f"seed={self.seed!r}", self.seed, 0)
+        require_count(f"rank_multiple={shown(self.rank_multiple)}", self.rank_multiple, 1)
+        require_count(f"seed={shown(self.seed)}", self.seed, 0)
 
     @property
     def selection(self) -> dict[str, Any]:

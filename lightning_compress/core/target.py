@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
-from lightning_compress.core.checks import did_you_mean, from_mapping, require_count, require_type
+from lightning_compress.core.checks import did_you_mean, from_mapping, require_count, require_type, shown
 from lightning_compress.core.errors import ConfigurationError
 
 Backend = Literal["torch", "onnxruntime"]
@@ -49,16 +49,16 @@ class Target:
         for name, names in known.items():
             value = getattr(self, name)
             if value not in get_args(names) and not (name == "dtype" and value is None):
-                msg = f"Target({name}={value!r}) is unknown.{did_you_mean(value, get_args(names))}"
+                msg = f"Target({name}={shown(value)}) is unknown.{did_you_mean(value, get_args(names))}"
                 raise ConfigurationError(msg)
-        require_count(f"Target(batch={self.batch!r})", self.batch, 1)
+        require_count(f"Target(batch={shown(self.batch)})", self.batch, 1)
         if self.threads is not None:
-            require_count(f"Target(threads={self.threads!r})", self.threads, 1)
+            require_count(f"Target(threads={shown(self.threads)})", self.threads, 1)
         for name in ("compiled", "merge"):
             require_type("Target", name, getattr(self, name), bool, "true or false")
         if self.backend != "torch" and (self.compiled or self.memory_format == "channels_last"):
             setting = "compiled=True" if self.compiled else "memory_format='channels_last'"
-            msg = f"Target(backend={self.backend!r}, {setting}): that is a setting of backend='torch'."
+            msg = f"Target(backend={shown(self.backend)}, {setting}): that is a setting of backend='torch'."
             raise ConfigurationError(msg)
 
     @property
@@ -100,13 +100,13 @@ def target_of(value: object) -> Target | Stopwatch | Path | None:
             return Path(value)
         if value in get_args(Backend):
             return Target(backend=cast(Backend, value))
-        msg = f"target={value!r} is unknown.{did_you_mean(value, get_args(Backend))} {_ELSE}"
+        msg = f"target={shown(value)} is unknown.{did_you_mean(value, get_args(Backend))} {_ELSE}"
         raise ConfigurationError(msg)
     if isinstance(value, Mapping):
         return from_mapping(Target, value, "target")
     if isinstance(value, Stopwatch) and not isinstance(value, type):
         return value
-    msg = f"target={value!r}: expected 'torch', 'onnxruntime' or a Target. {_ELSE}"
+    msg = f"target={shown(value)}: expected 'torch', 'onnxruntime' or a Target. {_ELSE}"
     raise ConfigurationError(msg)
 
 

@@ -289,3 +289,6 @@ def _groups(pairs: Sequence[tuple[Layer, LayerPlan]]) -> list[list[tuple[Layer, 
             msg = f"the plan's layers that share the first factor of {name!r} differ in kind, rank or inputs."
             raise PlanMismatchError(msg)
     return list(groups.values())
+        if any(layer.partners or not isinstance(layer.module, nn.Linear) for layer, _ in group):
+            msg = f"the plan's layers that share the first factor of {name!r} are not all linear, with own weights."
+            raise PlanMismatchError(msg)

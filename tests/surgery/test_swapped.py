@@ -97,7 +97,7 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_transformer_fast_path_works_and_equals_the_slow_one(norm_first):
+def test_fused_encoder_layer_of_torch_is_not_run_in_the_place_of_the_factors(norm_first):
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=norm_first).eval()
     x = torch.randn(2, 5, 16)
     plan = search_ranks(
@@ -114,8 +114,7 @@ def test_transformer_fast_path_works_and_equals_the_slow_one(norm_first):
                 plain = layer(x)
         finally:
             torch.backends.mha.set_fastpath_enabled(True)
-    assert "_transformer_encoder_layer_fwd" in fast.names
-    assert "_transformer_encoder_layer_fwd" not in slow.names
+    assert "_transformer_encoder_layer_fwd" not in {*fast.names, *slow.names}  # it would run the dense weights
     torch.testing.assert_close(quick, plain, rtol=1e-5, atol=1e-5)
 
 
