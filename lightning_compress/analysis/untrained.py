@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_compress.analysis.inventory import list_layers
 from lightning_compress.core.errors import CompressionWarning
+from lightning_compress.layers.unfused import unfused
 
 LEAST_SIDE = 64
 """Rows and columns of a weight that says something, at least."""
@@ -39,7 +40,9 @@ def looks_untrained(model: nn.Module) -> bool:
 
     All of them have to: one that is trained says that the model is.
     """
-    weights = [layer.canonical_weight().detach().flatten(1) for layer in list_layers(model) if layer.reason is None]
+    with unfused(model):
+        layers = [layer for layer in list_layers(model) if layer.reason is None]
+    weights = [layer.canonical_weight().detach().flatten(1) for layer in layers]
     large = sorted((w for w in weights if min(w.shape) >= LEAST_SIDE), key=lambda w: -w.numel())[:MOST_LAYERS]
     return len(large) >= LEAST_LAYERS and all(edge_ratio(weight) <= EDGE for weight in large)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.common import reference
 from lightning_compress import Budget, compress_
 from lightning_compress.analysis.untrained import EDGE, LEAST_SIDE, edge_ratio, looks_untrained
 from lightning_compress.core.errors import CompressionWarning
@@ -48,6 +49,25 @@ def test_all_large_layers_have_to_look_random():
     mixed = wide()
     mixed[2] = trained(wide(1))[0]
     assert not looks_untrained(mixed)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vgg"])
+def test_trained_reference_networks_do_not_look_untrained(name):
+    assert not looks_untrained(reference(name))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11", "vit_b_32"])
+def test_networks_as_torchvision_makes_them_look_untrained(name):
+    models = pytest.importorskip("torchvision.models")
+    assert looks_untrained(getattr(models, name)())
+
+
+def test_projections_of_recurrent_and_attention_layers_count():
+    fused = nn.ModuleList([nn.LSTM(96, 96, 2), nn.MultiheadAttention(96, 4)])
+    assert looks_untrained(fused)
+    with torch.no_grad():
+        fused[0].weight_hh_l0 += 1.0
+    assert not looks_untrained(fused)
 
 
 @pytest.mark.parametrize("net", [lambda: wide(2), lambda: wide(width=LEAST_SIDE - 1)], ids=["few", "small"])
