@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -96,6 +95,7 @@ def architecture(name: str) -> nn.Module:
 
 def main(sizes: list[str], keep: float, threads: int, folder: str | None) -> None:
     """Publishes one row per size; those of other sizes stay as they were."""
+    torch.set_num_threads(threads)
     kept = [row for row in earlier_rows("scale_checkpoint") if row["model"] not in sizes]
     rows = kept + [measured(name, keep, threads, folder) for name in sizes]
     rows.sort(key=lambda row: row["parameters"])
@@ -153,8 +153,9 @@ def child(name: str, keep: float, threads: int, folder: Path) -> None:
 
 
 def gigabytes_held() -> float:
-    """Returns the most memory that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    """Returns the most memory that this process has held so far; what getrusage says begins with its parent's."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 
 def write(model: nn.Module, folder: Path) -> int:

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from lightning_compress.analysis.inspection import Inspection, inspect_model
 from lightning_compress.analysis.usable import require_module
-from lightning_compress.core.checks import require_count
+from lightning_compress.core.checks import path_of, require_count
 from lightning_compress.core.effort import current_effort, trying
 from lightning_compress.core.errors import BudgetError, ConfigurationError
 from lightning_compress.core.plan import Plan
@@ -94,7 +94,7 @@ def compress_checkpoint(
     """
     own, limits = _settings(settings), _budget(budget)
     require_count(f"shard_bytes={shard_bytes!r}", shard_bytes, 1)
-    where_from, where_to = _folder("folder_in", folder_in), _folder("folder_out", folder_out)
+    where_from, where_to = path_of("folder_in", folder_in), path_of("folder_out", folder_out)
     meta, report = _meta_model(model), progress or silent
     source = open_source(where_from, meta)
     require_usable(where_from, where_to)
@@ -132,7 +132,7 @@ def _plan(  # noqa: PLR0917
 ) -> Plan:
     """Returns the optimum; it has no times in it, so that it is the same whenever a run is broken off."""
     strategy = strategy_of(settings)
-    require_sizes_feasible(tables, inspection.costs, budget)
+    require_sizes_feasible(tables, inspection.costs, budget, inspection.layers)
     problem = timed_problem(tables, tuple(units), inspection.costs, budget, (), no_slower=False)
     problem, rows, objective = choose(problem, strategy, "weight", None, progress)
     plan = to_plan(Choice(problem, rows, tuple(units), objective, None, None), inspection, budget, settings, {})
@@ -181,13 +181,6 @@ def _budget(value: Budget | Mapping[str, Any]) -> Budget:
         )
         raise BudgetError(msg)
     return budget
-
-
-def _folder(name: str, value: object) -> Path:
-    if not isinstance(value, (str, Path)):
-        msg = f"{name}={value!r}: expected a path."
-        raise ConfigurationError(msg)
-    return Path(value)
 
 
 def _meta_model(value: object) -> nn.Module:
