@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_compress.analysis.usable import require_module
@@ -25,6 +24,7 @@ from lightning_compress.surgery.stored import (
     read_metadata,
     read_tensors,
     tensors_of,
+    write_tensors,
     write_together,
 )
 from lightning_compress.surgery.swap import apply_shells_, uninstall
@@ -58,7 +58,7 @@ def save_compressed(model: nn.Module, folder: str | Path) -> None:
         write_together(
             folder,
             {
-                WEIGHTS_FILE: lambda part: save_file(tensors, part, metadata),
+                WEIGHTS_FILE: lambda part: write_tensors(part, tensors, metadata),
                 PLAN_FILE: lambda part: part.write_text(text, encoding="utf-8"),
             },
         )

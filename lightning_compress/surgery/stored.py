@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import uuid
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_compress.core.checks import readable
@@ -23,6 +25,7 @@ PLAN = "lightning_compress/plan"
 """Key of a file's metadata: the plan as JSON."""
 
 _MOST_NAMED = 5
+_LENGTH = 8  # bytes in front of the header of a safetensors file
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,23 @@ def _class_of(tensor: Tensor) -> str:
     if tensor.is_complex():
         return "complex numbers"
     return "truth values" if tensor.dtype == torch.bool else "whole numbers"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file, the same bytes for the same content.
+
+    Raises:
+        OSError: If it cannot be written; SafetensorError likewise.
+    """
+    save_file(dict(tensors), path, dict(metadata))
+    with path.open("r+b") as file:  # the library writes the metadata in another order each time
+        length = int.from_bytes(file.read(_LENGTH), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(_LENGTH)
+            file.write(text.ljust(length))
 
 
 def write_together(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_compress import Budget, compress_, load_compressed, save_compressed
 from lightning_compress.core.errors import ConfigurationError, OutputFolderError, WeightsError
-from lightning_compress.surgery import save as saving
+from lightning_compress.surgery import stored
 from lightning_compress.surgery.embodied import embodied_plan
 from lightning_compress.surgery.save import PLAN_FILE, WEIGHTS_FILE, load_weights_, read_plan
 from lightning_compress.surgery.stored import CHECKSUM
@@ -236,6 +236,13 @@ def test_file_of_another_writer_needs_no_checksum(folder):
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
+def test_same_model_gives_the_same_bytes(folder, tmp_path):
+    for _ in range(4):
+        save_compressed(compressed(), tmp_path / "again")
+        for name in (WEIGHTS_FILE, PLAN_FILE):
+            assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
 def test_weights_alone_are_a_whole_save(folder):
     (folder / PLAN_FILE).unlink()
     model = TinyNet()
@@ -264,7 +271,7 @@ class Killing:
             (pathlib.Path, "unlink"),
             (pathlib.Path, "open"),
             (os, "fsync"),
-            (saving, "save_file"),
+            (stored, "save_file"),
         ):
             monkeypatch.setattr(owner, name, self.wrapped(getattr(owner, name), name))
 
