@@ -15,17 +15,18 @@ from lightning_compress.analysis.agreement import unfusing_as_the_model_allows
 from lightning_compress.analysis.statistics import Statistics, gather_statistics
 from lightning_compress.analysis.trace import ExampleInput
 from lightning_compress.analysis.untrained import warn_of_untrained
+from lightning_compress.core.checks import require_flag
 from lightning_compress.core.copies import detached_copy
 from lightning_compress.core.effort import trying
 from lightning_compress.core.errors import CompressionWarning, ExampleInputError
 from lightning_compress.core.parallel import current_processes
 from lightning_compress.core.plan import Plan
-from lightning_compress.core.progress import Progress, silent
+from lightning_compress.core.progress import Progress, reporting
 from lightning_compress.core.settings import Budget, SearchKeywords, SearchSettings
 from lightning_compress.search.api import search_with_statistics
 from lightning_compress.surgery.repair import Healing, heal_
 from lightning_compress.surgery.state import restore_, shared_state
-from lightning_compress.surgery.swap import Replacement, apply_checked_, apply_shells_, uninstall
+from lightning_compress.surgery.swap import Replacement, apply_checked_, uninstall
 
 
 def compress_(
@@ -111,7 +112,8 @@ def compress_model_(
     spare_frozen: bool = False,
 ) -> Compression:
     """Like `compress_`, and returns all that was done; for `spare_frozen` see `take_inventory`."""
-    settings, report = settings or SearchSettings(), progress or silent
+    require_flag("heal", heal)
+    settings, report = settings or SearchSettings(), reporting(progress)
     with trying(settings.effort), unfusing_as_the_model_allows(model, example_input):
         plan, metric = search_with_statistics(
             model,
@@ -142,7 +144,7 @@ def _compress_(  # noqa: PLR0917
     """Swaps the layers of a plan in, and heals them if there are inputs for it."""
     start = time.perf_counter()
     if current_processes().rank:  # the first process's factors are everyone's
-        replacements = apply_shells_(model, plan)
+        replacements, plan = apply_checked_(model, plan, example_input=example_input, decompose=False)
         kept = shared_state(model, replacements) if inputs is not None else ()
         return Compression(plan, replacements, None, kept, plan.timings)
     dense = detached_copy(model) if inputs is not None else None

@@ -15,11 +15,10 @@ from lightning_compress.analysis.foreign import frozen, in_metrics
 from lightning_compress.analysis.trace import Trace
 from lightning_compress.core.compat import has_gradient_hooks
 from lightning_compress.core.errors import (
-    ConfigurationError,
     NothingToFactoriseError,
     SelectionError,
 )
-from lightning_compress.core.settings import Override, Patterns
+from lightning_compress.core.settings import Override, Patterns, overrides_of, require_patterns
 from lightning_compress.kinds.registry import DECOMPOSITIONS, LayerCall, Operator, is_automatic, resolve_kinds
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.layers.families import canonical, family_of, known_types, layer_type, operator_of, own_layout
@@ -236,14 +235,8 @@ def matches(layer: Layer, pattern: str | type) -> bool:
 
 
 def _match_all(layers: Iterable[Layer], patterns: Patterns | None, argument: str) -> set[str]:
-    if patterns is None:
-        return set()
-    listed: Any = [patterns] if isinstance(patterns, (str, type)) else patterns
-    if not isinstance(listed, Sequence) or not all(isinstance(p, (str, type)) for p in listed):
-        msg = f"{argument}={patterns!r}: expected a name, a glob, a layer type, or a list of those."
-        raise ConfigurationError(msg)
     found: set[str] = set()
-    for pattern in listed:
+    for pattern in require_patterns(argument, patterns):
         found |= _names_matching(list(layers), pattern, argument)
     return found
 
@@ -262,17 +255,8 @@ def _names_matching(layers: Sequence[Layer], pattern: str | type, argument: str)
 
 
 def _overrides(layers: Sequence[Layer], overrides: Mapping[str, Any] | None) -> dict[str, Override]:
-    if overrides is None:
-        return {}
-    if not isinstance(cast(Any, overrides), Mapping):
-        msg = f"overrides={overrides!r}: expected a mapping from patterns to settings, as in {{'head.*': 'dense'}}."
-        raise ConfigurationError(msg)
     merged: dict[str, Override] = {}
-    for pattern, value in overrides.items():
-        if not isinstance(cast(Any, pattern), (str, type)):
-            msg = f"overrides: the pattern {pattern!r} is no string; quote it, as in {{'{pattern}': 'dense'}}."
-            raise ConfigurationError(msg)
-        override = Override.from_value(value, pattern)
+    for pattern, override in overrides_of(overrides).items():
         if override.kinds is not None:
             resolve_kinds(override.kinds)
         fields = {name: v for name, v in vars(override).items() if v is not None}
@@ -345,13 +329,13 @@ def _why_weight_dense(module: nn.Module, shared: set[int]) -> str | None:
         return "its weight is computed from other parameters (weight_norm, spectral_norm, pruning or the like)"
     if not weight.is_floating_point():
         return f"its weight is of dtype {weight.dtype}"
+    if not weight.numel():
+        return f"its weight is empty, of shape {tuple(weight.shape)}"
     if (refusal := family_of(module).refusal(module)) is not None:
         return refusal
     if id(weight) in shared:
         return "its weight is tied to another module's, factorising would untie it"
-    if has_gradient_hooks(weight):
-        return "its weight carries a gradient hook, which factors would lose"
-    return None
+    return "its weight carries a gradient hook, which factors would lose" if has_gradient_hooks(weight) else None
 
 
 def _why_use_dense(trace: Trace | None, name: str) -> str | None:

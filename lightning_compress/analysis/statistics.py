@@ -17,12 +17,14 @@ from lightning_compress.analysis.trace import (
     Arguments,
     ExampleInput,
     is_shape,
+    require_example_input,
     whole_arguments,
 )
+from lightning_compress.core.checks import shown
 from lightning_compress.core.effort import Effort, EffortName, trying
-from lightning_compress.core.errors import ExampleInputError
+from lightning_compress.core.errors import ConfigurationError, ExampleInputError
 from lightning_compress.core.memory import freed_memory_kept
-from lightning_compress.core.progress import Progress, silent
+from lightning_compress.core.progress import Progress, reporting
 from lightning_compress.kinds.metric import Metric
 from lightning_compress.layers.families import operator_of
 from lightning_compress.layers.unfused import unfused
@@ -76,7 +78,7 @@ def gather_statistics(
     *,
     calibration: Iterable[Any] | None = None,
     seed: int = 0,
-    progress: Progress = silent,
+    progress: Progress | None = None,
     layers: Sequence[Layer] | None = None,
     effort: EffortName | Effort | None = None,
 ) -> Statistics:
@@ -96,6 +98,8 @@ def gather_statistics(
         ExampleInputError: If there is neither an example input nor calibration, or the model fails on an input, or
             its activations are not finite; the message names the layer.
     """
+    require_inputs(example_input, calibration)
+    progress = reporting(progress)
     start = time.perf_counter()
     with unfused(model), freed_memory_kept(), trying(effort):
         if calibration is not None:
@@ -119,7 +123,7 @@ def _moments(model: nn.Module, inputs: SyntheticInputs, layers: Sequence[Layer],
     modules = {layer.name: layer.module for layer in layers}
     partners = {aliases[0]: layer.name for layer in layers for aliases, _ in layer.partners}
     names = (*modules, *partners)
-    found = dict(input_moments(model, inputs.drawn or inputs.batches, names, source=inputs.source))
+    found = input_moments(model, inputs.drawn or inputs.batches, names, source=inputs.source)
     if inputs.drawn:
         with batch_statistics(model):
             found = of_both_kinds(input_moments(model, inputs.drawn, names, source=inputs.source), found)
@@ -143,17 +147,46 @@ def _with_partner(own: Moments | None, layer: nn.Module, partner: Moments) -> Mo
     return replace(own, outputs=torch.stack(parts).sum(dim=0))
 
 
-def _real(model: nn.Module, calibration: Iterable[Any]) -> tuple[Arguments, ...]:
-    if isinstance(calibration, Tensor) or not isinstance(calibration, Iterable):
+def require_inputs(example_input: Any, calibration: Any, statistics: Any = None) -> None:
+    """Checks the types of what says which inputs a search uses, whether it will use them or not.
+
+    Args:
+        example_input: See `search_ranks`.
+        calibration: Likewise; a list or tuple is looked into, other iterables only when they are used.
+        statistics: Likewise.
+
+    Raises:
+        ExampleInputError: If the example input or the calibration is of another type.
+        ConfigurationError: If the statistics are.
+    """
+    if example_input is not None:
+        require_example_input(example_input)
+    if statistics is not None and not isinstance(statistics, Statistics):
+        msg = f"statistics={shown(statistics)}: expected what gather_statistics returns, or None."
+        raise ConfigurationError(msg)
+    if calibration is None:
+        return
+    if isinstance(calibration, (Tensor, Mapping, str, bytes)) or not isinstance(calibration, Iterable):
         msg = (
             f"calibration={type(calibration).__name__}: expected batches of inputs, a list or a loader; "
             "for one batch write [batch]."
         )
         raise ExampleInputError(msg)
-    batches = tuple(whole_arguments(model, _batch(batch)) for batch in calibration)
+    if isinstance(calibration, (list, tuple)):
+        for batch in calibration:
+            _batch(batch)
+        _require_some(calibration)
+
+
+def _require_some(batches: Sequence[Any]) -> None:
     if not batches:
         msg = "calibration holds no batch: expected batches of inputs."
         raise ExampleInputError(msg)
+
+
+def _real(model: nn.Module, calibration: Iterable[Any]) -> tuple[Arguments, ...]:
+    batches = tuple(whole_arguments(model, _batch(batch)) for batch in calibration)
+    _require_some(batches)
     return batches
 
 

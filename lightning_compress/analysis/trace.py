@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
+from lightning_compress.core.checks import shown
 from lightning_compress.core.compat import activations_kept, tree_leaves, tree_map, uncompiled
 from lightning_compress.core.errors import ExampleInputError
 from lightning_compress.kinds.registry import LayerCall
@@ -168,6 +169,7 @@ def whole_arguments(model: nn.Module, example_input: ExampleInput) -> Arguments:
     Raises:
         ExampleInputError: If the type is none of those of `ExampleInput`.
     """
+    require_example_input(example_input)
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     if isinstance(example_input, Mapping):
@@ -176,18 +178,30 @@ def whole_arguments(model: nn.Module, example_input: ExampleInput) -> Arguments:
         args = (example_input,)
     elif is_shape(example_input):
         args = (_draw(model, tuple(example_input)),)
-    elif isinstance(example_input, tuple):
-        args = example_input
     else:
-        msg = (
-            f"example_input={example_input!r}: expected a tensor, a tuple or dict of a forward pass's arguments, "
-            "or a shape with its batch dimension such as (1, 3, 224, 224)."
-        )
-        raise ExampleInputError(msg)
+        args = cast("tuple[Any, ...]", example_input)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    empty = any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs)))
+    if empty and device.type != "meta":
+        msg = "an input is on the meta device, which has no values: pass its shape, or a tensor with values."
+        raise ExampleInputError(msg)
     return tree_map(  # type: ignore[no-any-return]
         lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (args, kwargs)
     )
+
+
+def require_example_input(value: object) -> None:
+    """Checks the type of an example input.
+
+    Raises:
+        ExampleInputError: If it is none of those of `ExampleInput`.
+    """
+    if not isinstance(value, (Tensor, Mapping, tuple)) and not is_shape(value):
+        msg = (
+            f"example_input={shown(value)}: expected a tensor, a tuple or dict of a forward pass's arguments, "
+            "or a shape with its batch dimension such as (1, 3, 224, 224)."
+        )
+        raise ExampleInputError(msg)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -19,7 +18,7 @@ from rich.markup import escape
 from typing_extensions import override
 
 from lightning_compress.cli.demo.task import ClassificationTask
-from lightning_compress.core.checks import did_you_mean, require_count
+from lightning_compress.core.checks import did_you_mean, is_number, require_count
 from lightning_compress.core.errors import ConfigurationError, LightningCompressError, OutputFolderError
 from lightning_compress.training.callback import Compress
 
@@ -109,7 +108,7 @@ def _check_stage(node: DictConfig, stage: str) -> None:
     _require_known(node, ("epochs", "lr"), stage)
     epochs, lr = node.epochs, node.lr
     require_count(f"{stage}.epochs={epochs!r}", epochs, 0)
-    if not isinstance(lr, (int, float)) or isinstance(lr, bool) or not (math.isfinite(lr) and lr > 0):
+    if not is_number(lr) or lr <= 0:
         msg = f"{stage}.lr={lr!r}: expected a number above 0."
         raise ConfigurationError(msg)
 

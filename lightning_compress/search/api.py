@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from lightning_compress.analysis.agreement import unfusing_as_the_model_allows
 from lightning_compress.analysis.inspection import Inspection, inspect_model
-from lightning_compress.analysis.statistics import Statistics
+from lightning_compress.analysis.statistics import Statistics, require_inputs
 from lightning_compress.analysis.trace import ExampleInput
 from lightning_compress.analysis.usable import require_usable_weights
 from lightning_compress.core.effort import trying
@@ -20,7 +20,7 @@ from lightning_compress.core.errors import ConfigurationError, ExampleInputError
 from lightning_compress.core.memory import freed_memory_kept
 from lightning_compress.core.parallel import current_processes, from_first
 from lightning_compress.core.plan import Plan
-from lightning_compress.core.progress import Progress, silent
+from lightning_compress.core.progress import Progress, reporting
 from lightning_compress.core.settings import Budget, SearchKeywords, SearchSettings
 from lightning_compress.kinds.registry import is_automatic
 from lightning_compress.layers.unfused import unfused
@@ -102,7 +102,8 @@ def search_with_statistics(
 
     Frozen networks inside a model that is trained may be spared, see `take_inventory`.
     """
-    allowed, report = unfusing_as_the_model_allows(model, example_input), progress or silent
+    require_inputs(example_input, calibration, statistics)
+    allowed, report = unfusing_as_the_model_allows(model, example_input), reporting(progress)
     with allowed, unfused(model), freed_memory_kept(), trying(settings.effort):
         return _search_unfused(
             model, budget, settings, example_input, calibration, statistics, report, spare_frozen=spare_frozen

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_compress.analysis.inventory import list_layers
 from lightning_compress.analysis.usable import require_module
 from lightning_compress.core.errors import ModelError
-from lightning_compress.core.progress import Progress, silent
+from lightning_compress.core.progress import Progress, reporting
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.layers.unfused import Unfusing, fuse_, redo_, share_hooks
 from lightning_compress.surgery.embodied import owners_of
@@ -67,6 +67,7 @@ def merge_layers_(model: nn.Module, *, progress: Progress | None = None) -> Merg
         ModelError: Likewise.
     """
     require_module(model)
+    report = reporting(progress)
     layers = list_layers(model)
     found = [(layer, layer.module) for layer in layers if isinstance(layer.module, FactorisedLayer)]
     if not found:
@@ -78,7 +79,6 @@ def merge_layers_(model: nn.Module, *, progress: Progress | None = None) -> Merg
     if not found[0][0].name:
         msg = "the model itself is a factorised layer, which has no parent to swap it in: call its to_dense()."
         raise ModelError(msg)
-    report = progress or silent
     owners, dense = owners_of(layers), {}
     for index, (layer, module) in enumerate(found):
         report("merging layers", index / len(found))

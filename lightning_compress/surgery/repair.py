@@ -23,7 +23,7 @@ from lightning_compress.analysis.statistics import Statistics
 from lightning_compress.analysis.trace import Arguments
 from lightning_compress.core.effort import current_effort
 from lightning_compress.core.memory import freed_memory_kept
-from lightning_compress.core.progress import Progress, silent
+from lightning_compress.core.progress import Progress, reporting, silent
 from lightning_compress.layers.unfused import unfused
 from lightning_compress.surgery.distillation import affordable_steps, descend, distil
 from lightning_compress.surgery.norm_statistics import move_norm_statistics_
@@ -74,6 +74,7 @@ def heal_(
         seed: Of the order of the inputs.
         progress: Called with what is being done and the fraction done.
     """
+    progress = reporting(progress)
     with freed_memory_kept(), unfused(dense):  # so that it has the layers that are compared
         return _heal(dense, model, replacements, statistics, steps=steps, seed=seed, progress=progress)
 

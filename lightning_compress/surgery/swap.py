@@ -12,13 +12,13 @@ from torch import nn
 
 from lightning_compress.analysis.agreement import unfusing_as_the_model_allows
 from lightning_compress.analysis.inventory import Layer, list_layers
-from lightning_compress.analysis.statistics import Statistics
+from lightning_compress.analysis.statistics import Statistics, require_inputs
 from lightning_compress.analysis.trace import ExampleInput
 from lightning_compress.analysis.usable import require_module, require_usable_weights
 from lightning_compress.core.checks import did_you_mean
 from lightning_compress.core.errors import ConfigurationError, ForwardMismatchError, PlanMismatchError
 from lightning_compress.core.plan import LayerPlan, Plan
-from lightning_compress.core.progress import Progress, silent
+from lightning_compress.core.progress import Progress, reporting, silent
 from lightning_compress.kinds.metric import Metric
 from lightning_compress.kinds.registry import DECOMPOSITIONS, known_kinds
 from lightning_compress.layers.factorised import FactorisedLayer
@@ -101,13 +101,18 @@ def apply_checked_(
     statistics: Statistics | None = None,
     example_input: ExampleInput | None = None,
     progress: Progress | None = None,
+    decompose: bool = True,
 ) -> tuple[tuple[Replacement, ...], Plan]:
-    """Like `apply_plan_`, and returns the plan with the multiply-accumulates that the model really runs."""
+    """Like `apply_plan_`, and returns the plan with the multiply-accumulates that the model really runs.
+
+    Without decomposing the factors are zeros, as of `apply_shells_`, and the model is checked all the same.
+    """
     require_usable_weights(model)
-    report = progress or silent
+    require_inputs(example_input, None, statistics)
+    report = reporting(progress)
     with unfusing_as_the_model_allows(model, example_input):
         check = ForwardCheck.of(model, example_input) if example_input is not None else None
-        replacements = _replace(model, plan, report, statistics, decompose=True)
+        replacements = _replace(model, plan, report, statistics, decompose=decompose)
         if check is None or not replacements:
             return replacements, plan
         return replacements, _checked_plan(model, plan, check, replacements)
@@ -288,7 +293,7 @@ def _groups(pairs: Sequence[tuple[Layer, LayerPlan]]) -> list[list[tuple[Layer, 
         ):
             msg = f"the plan's layers that share the first factor of {name!r} differ in kind, rank or inputs."
             raise PlanMismatchError(msg)
-    return list(groups.values())
         if any(layer.partners or not isinstance(layer.module, nn.Linear) for layer, _ in group):
             msg = f"the plan's layers that share the first factor of {name!r} are not all linear, with own weights."
             raise PlanMismatchError(msg)
+    return list(groups.values())

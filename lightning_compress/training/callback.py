@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -14,9 +14,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import Unpack, override
 
+from lightning_compress.analysis.statistics import require_inputs
 from lightning_compress.analysis.trace import ExampleInput
 from lightning_compress.compress import Compression, compress_model_
-from lightning_compress.core.checks import with_known_keywords
+from lightning_compress.core.checks import require_flag, with_known_keywords
 from lightning_compress.core.effort import Effort, EffortName
 from lightning_compress.core.errors import BudgetError, ConfigurationError, UnsupportedError
 from lightning_compress.core.fine_tuning import Distill, Schedule
@@ -120,10 +121,10 @@ class Compress(RestoringCallback):
         self.heal, self.calibration, self.require_used = heal, calibration, require_used
         self.schedule = Schedule.from_value(plain(schedule))
         self.distill = Distill.from_value(plain(distill))
+        self.example_input = plain(example_input)
         self._check_settings()
         if self.schedule.budgets and isinstance(calibration, Iterator):  # every round looks at it
             self.calibration = list(calibration)
-        self.example_input = plain(example_input)
         self.plan: Plan | None = None
         self.seconds: Mapping[str, float] = {}
         self._state = FitState(PhaseTracker(self.schedule))  # of one fit, until the next one
@@ -133,10 +134,9 @@ class Compress(RestoringCallback):
 
     def _check_settings(self) -> None:
         """Checks the settings that no class of its own checks, and that they fit together."""
-        for name, value in (("heal", cast(Any, self.heal)), ("require_used", cast(Any, self.require_used))):
-            if not isinstance(value, bool):
-                msg = f"{name}={value!r}: expected true or false."
-                raise ConfigurationError(msg)
+        require_flag("heal", self.heal)
+        require_flag("require_used", self.require_used)
+        require_inputs(self.example_input, self.calibration)
         for number, phase in enumerate(self.schedule.phases):
             if phase.distill and self.distill is None:
                 msg = f"phase {number} of the schedule has distill=true: say what to distil, as in distill='logits'."

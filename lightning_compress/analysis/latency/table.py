@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from warnings import warn
 
+from lightning_compress.core.checks import path_of, readable
 from lightning_compress.core.errors import CompressionWarning, TargetError
 from lightning_compress.core.plan import Plan
 
@@ -82,11 +83,12 @@ class LatencyTable:
         """Returns the table in a file that `save` wrote; it is only read.
 
         Raises:
+            ConfigurationError: If `path` is no path.
             TargetError: If the file is missing, damaged, or no such table.
         """
-        path = Path(path)
+        path = path_of("path", path)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(readable(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             msg = f"cannot read the table of latencies {str(path)!r}: {error}."
             raise TargetError(msg) from error
@@ -106,9 +108,10 @@ class LatencyTable:
             path: A file to make; None for where the table is kept.
 
         Raises:
+            ConfigurationError: If `path` is no path.
             TargetError: If it cannot be written.
         """
-        path = Path(path) if path is not None else self.path
+        path = path_of("path", path) if path is not None else self.path
         if path is None:
             return
         head = {"format": FORMAT, "schema": SCHEMA, "identity": dict(self.identity)}
