@@ -243,6 +243,20 @@ def test_two_passes_are_enough_and_leave_the_model_alone(unchanged):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True))
 
 
+def test_shells_are_checked_as_factors_are(unchanged):
+    for make in (Chain, ActsBehindLinear):
+        model = make()
+        plan = search_ranks(model, Budget(params=0.5), method="exact", objective="weight")
+        before = unchanged(model)
+        if make is Chain:
+            replacements, _ = apply_checked_(model, plan, example_input=ROW, decompose=False)
+            assert not any(bool(f.any()) for r in replacements for f in r.factorised.factors().values())
+        else:
+            with pytest.raises(ForwardMismatchError):
+                apply_checked_(model, plan, example_input=ROW, decompose=False)
+            before.check()
+
+
 def test_hooks_of_the_user_run_on_what_the_layers_hand_on():
     model = Chain()
     model.layers[1].register_forward_hook(lambda _module, _args, output: 2 * output)
