@@ -8,6 +8,7 @@ node of autograd for what goes past that (functions of one's own, `torch.autogra
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
 _ATTRIBUTES = (
     *("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad_fn", "output_nr"),
     *("itemsize", "nbytes", "is_cpu", "is_cuda", "is_xpu", "is_mps", "is_mtia", "is_xla", "is_meta", "is_sparse"),
-    *("is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn", "_version", "_backward_hooks"),
+    *("is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn", "_version", "_base", "_backward_hooks"),
 )
 _METHODS = (
     *("size", "stride", "dim", "ndimension", "numel", "nelement", "element_size", "storage_offset", "get_device"),
     *("is_floating_point", "is_complex", "is_signed", "is_contiguous", "is_same_size", "is_inference", "__len__"),
-    *("is_conj", "is_neg", "__hash__"),
+    *("is_conj", "is_neg", "_is_view", "__hash__"),
 )
 _FUNCTIONS = ("numel", "is_floating_point", "is_complex", "is_signed", "is_same_size", "is_inference", "is_conj")
 _ANSWERED = frozenset(
@@ -65,21 +66,7 @@ class _Guarded(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            if func in _ANSWERED or (func is Tensor.type and len(args) == 1 and not kwargs):
-                return func(*args, **kwargs)
-            if func == cast(Any, Tensor.grad).__get__:  # that of a product is kept nowhere; torch would warn
-                return func(*args) if args[0].is_leaf else None
-            weights = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, _Guarded)]
-            if (target := _written(func, args, kwargs)) is not None:
-                return target._write(func, args, kwargs)
-            if isinstance(args[0] if args else None, FactorisedWeight):
-                if func in (Tensor.detach, torch.detach, cast(Any, Tensor.data).__get__):
-                    return FactorisedWeight(args[0].layer, detached=True)
-                if func is Tensor.__deepcopy__:
-                    return args[1].setdefault(id(args[0]), args[0]._read(linked=False).clone())
-            return _run(func, args, kwargs, weights)
+        return _respond[0](func, args, kwargs or {})
 
     def _write(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:  # noqa: ARG002
         raise self.layer.refused(_name_of(func))
@@ -186,11 +173,36 @@ class _Numbers(torch.autograd.Function):
 
 def weight_of(layer: FactorisedLayer) -> Tensor:
     """Returns the weight of a factorised layer, which is multiplied out when its numbers are used."""
+    if (
+        "torch._dynamo" in sys.modules and _respond[0] is _answer
+    ):  # compiled code that is given such a weight stops here
+        _respond[0] = torch.compiler.disable(_answer)  # type: ignore[no-untyped-call]
     factors = list(layer.factors().values())
     if not any(factor.requires_grad for factor in factors):
         return FactorisedWeight(layer)
     with torch.enable_grad():  # as a Parameter requires gradients also where none are recorded
         return cast(Tensor, _Product.apply(layer, *factors))
+
+
+def _answer(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Returns what a function gives for weights: an attribute, or its result for the numbers; writing is an error."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if func in _ANSWERED or (func is Tensor.type and len(args) == 1 and not kwargs):
+            return func(*args, **kwargs)
+        if func == cast(Any, Tensor.grad).__get__:  # that of a product is kept nowhere; torch would warn
+            return func(*args) if args[0].is_leaf else None
+        weights = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, _Guarded)]
+        if (target := _written(func, args, kwargs)) is not None:
+            return target._write(func, args, kwargs)
+        if isinstance(args[0] if args else None, FactorisedWeight):
+            if func in (Tensor.detach, torch.detach, cast(Any, Tensor.data).__get__):
+                return FactorisedWeight(args[0].layer, detached=True)
+            if func is Tensor.__deepcopy__:
+                return args[1].setdefault(id(args[0]), args[0]._read(linked=False).clone())
+        return _run(func, args, kwargs, weights)
+
+
+_respond: list[Callable[..., Any]] = [_answer]
 
 
 def _run(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], weights: Sequence[_Guarded]) -> Any:

@@ -373,6 +373,21 @@ def test_code_that_reads_it_is_compiled_exported_and_traced(layer):
         layer.zero_grad()
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at that of its inputs
+@pytest.mark.parametrize("given", [lambda weight: weight, lambda weight: weight.T.T], ids=["weight", "view"])
+def test_compiled_functions_that_are_given_it_run_it_uncompiled(layer, backend, given):
+    x = normal(4, 12, dtype=torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, weight: F.linear(x, weight).square().sum(), backend=backend)
+    F.linear(x, layer.dense_weight()).square().sum().backward()
+    gradients = [factor.grad.clone() for factor in layer.factors().values()]
+    layer.zero_grad()
+    compiled(x, given(layer.weight)).backward()
+    for factor, gradient in zip(layer.factors().values(), gradients, strict=True):
+        torch.testing.assert_close(factor.grad, gradient, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("gradients", [True, False])
 def test_encoder_layers_of_torch_run_their_factors(fast, gradients):
