@@ -15,13 +15,20 @@ from lightning_compress import (
     LatencyTable,
     apply_plan_,
     compress_,
+    load_compressed_checkpoint,
     merge_,
     search_ranks,
 )
 from lightning_compress.analysis.statistics import gather_statistics
-from lightning_compress.core.errors import ConfigurationError, ExampleInputError, LightningCompressError, TargetError
+from lightning_compress.core.errors import (
+    ConfigurationError,
+    ExampleInputError,
+    LightningCompressError,
+    TargetError,
+    WeightsError,
+)
 from lightning_compress.surgery.repair import heal_
-from tests.support.nets import TinyNet
+from tests.support.nets import TinyNet, TinyTask
 
 BUDGET = Budget(params=0.8)
 WEIGHT = {"method": "exact", "kinds": "svd", "objective": "weight"}
@@ -146,6 +153,14 @@ def test_pipe_in_the_place_of_a_table_does_not_block(tmp_path):
         LatencyTable.load(tmp_path / "table.json")
     with pytest.raises(LightningCompressError, match="it is no file"):
         search_ranks(nn.Sequential(nn.Linear(8, 8)), BUDGET, example_input=(1, 8), target=str(tmp_path / "table.json"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_pipe_in_the_place_of_a_checkpoint_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "last.ckpt")
+    for path in (tmp_path / "last.ckpt", str(tmp_path / "last.ckpt")):
+        with pytest.raises(WeightsError, match=r"cannot read the checkpoint .*: it is no file"):
+            load_compressed_checkpoint(TinyTask, path)
 
 
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no such device here")

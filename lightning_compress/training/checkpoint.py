@@ -15,7 +15,8 @@ from typing import Any, TypeVar, cast
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_compress.core.errors import ResumeError
+from lightning_compress.core.checks import readable
+from lightning_compress.core.errors import ResumeError, WeightsError
 from lightning_compress.core.plan import Plan
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.surgery.embodied import embodied_plan
@@ -141,9 +142,11 @@ def load_compressed_checkpoint(cls: type[_Module], path: str | Path, **kwargs: A
         **kwargs: Of `cls.load_from_checkpoint`: arguments of the class, `map_location` and so on.
 
     Raises:
+        WeightsError: If a pipe or a device is in the place of the file.
         ResumeError: If the checkpoint is of another version.
         PlanError: If its plan cannot be read or does not fit the class.
     """
+    _require_file(path)
     mixed: Any = cls
     if not issubclass(cls, CompressedCheckpointMixin):
         mixed = type(cls.__name__, (CompressedCheckpointMixin, cls), {"__module__": cls.__module__})
@@ -151,6 +154,16 @@ def load_compressed_checkpoint(cls: type[_Module], path: str | Path, **kwargs: A
     module.__class__ = cls
     install_shadows(module)
     return cast(_Module, module)
+
+
+def _require_file(path: object) -> None:
+    """Checks that reading a path comes to an end; addresses and open files are left to Lightning."""
+    try:
+        if isinstance(path, (str, Path)):
+            readable(Path(path))
+    except OSError as error:
+        msg = f"cannot read the checkpoint {str(path)!r}: {error}."
+        raise WeightsError(msg) from error
 
 
 def _callback_of(pl_module: LightningModule) -> RestoringCallback | None:

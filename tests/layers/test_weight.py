@@ -521,6 +521,19 @@ def test_projection_of_an_unfused_layer_refuses_too():
         model[0].weight_ih_l0.zero_()
 
 
+def test_parameters_of_an_unfused_layer_are_set_on_its_projections():
+    model = nn.Sequential(nn.LSTM(12, 12))
+    compress_(model, Budget(params=0.9), include="0.ih_l0", kinds="svd", method="exact", **WEIGHTS_ALONE)
+    parameter = nn.Parameter(torch.zeros(48, 12))
+    model[0].weight_hh_l0 = parameter
+    assert model[0].hh_l0.weight is model[0].weight_hh_l0 is parameter
+    bias = nn.Parameter(torch.zeros(48))
+    model[0].bias_ih_l0 = bias
+    assert model[0].ih_l0.bias is bias
+    with pytest.raises(UnsupportedError, match="an assignment on the weight of a factorised Linear"):
+        model[0].weight_ih_l0 = parameter
+
+
 # --- set_weight_
 
 
