@@ -21,7 +21,7 @@ from lightning_compress.core.effort import trying
 from lightning_compress.core.errors import CompressionWarning, ExampleInputError
 from lightning_compress.core.parallel import current_processes
 from lightning_compress.core.plan import Plan
-from lightning_compress.core.progress import Progress, reporting
+from lightning_compress.core.progress import Progress, bar, reporting
 from lightning_compress.core.settings import Budget, SearchKeywords, SearchSettings
 from lightning_compress.search.api import search_with_statistics
 from lightning_compress.surgery.repair import Healing, heal_
@@ -52,7 +52,7 @@ def compress_(
         heal: Whether to repair the factors on synthetic inputs (see `heal_`); without an example input
             and calibration there are none, and for models of large images they are too few to repair on;
             a `CompressionWarning` says so.
-        progress: Called with what is being done and the fraction done.
+        progress: Called with what is being done and the fraction done; None for a bar, in a terminal or a notebook.
         **settings: The fields of `SearchSettings`.
 
     Returns:
@@ -62,16 +62,18 @@ def compress_(
         LightningCompressError: As `search_ranks` and `apply_plan_`; the model is then as it was.
     """
     beside = ("example_input", "calibration", "statistics", "heal", "progress")
-    return compress_model_(
-        model,
-        budget,
-        SearchSettings.of(settings, owner="compress_", beside=beside),
-        example_input=example_input,
-        calibration=calibration,
-        statistics=statistics,
-        heal=heal,
-        progress=progress,
-    ).plan
+    chosen = SearchSettings.of(settings, owner="compress_", beside=beside)
+    with bar(shown_at_all=progress is None) as shown:
+        return compress_model_(
+            model,
+            budget,
+            chosen,
+            example_input=example_input,
+            calibration=calibration,
+            statistics=statistics,
+            heal=heal,
+            progress=shown if progress is None else progress,
+        ).plan
 
 
 @dataclass(frozen=True)

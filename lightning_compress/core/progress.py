@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
 
 from lightning_compress.core.checks import shown
 from lightning_compress.core.errors import ConfigurationError
@@ -14,6 +19,19 @@ Progress: TypeAlias = Callable[[str, float], None]
 
 def silent(_what: str, _done: float) -> None:
     """Says nothing."""
+
+
+@contextlib.contextmanager
+def bar(*, shown_at_all: bool = True) -> Iterator[Progress]:
+    """Shows one bar with what is being done, in a terminal or a notebook; elsewhere says nothing."""
+    console = Console(stderr=True)
+    if not shown_at_all or not (console.is_terminal or console.is_jupyter):
+        yield silent
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with RichProgress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("Compress", total=1.0)
+        yield lambda what, done: progress.update(task, description=f"Compress: {what}", completed=done)
 
 
 def reporting(progress: Progress | None) -> Progress:

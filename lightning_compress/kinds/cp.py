@@ -28,6 +28,8 @@ PROFILE_LIMIT = 1e10
 """A profile does not fit ranks at which a sweep takes more: they keep the fraction of the next smaller one."""
 PROFILE_SHARES = (1 / 32, 1 / 8, 1 / 2)
 """Ranks that a profile fits, of the largest that saves parameters."""
+AFFORDABLE = 3e10
+"""Multiply-adds of a sweep from which on "auto" leaves the CP kinds out."""
 SAVING = 0.9
 """Parameters of a component of `cp` relative to one of `cp3` up to which "auto" tries both."""
 
@@ -37,6 +39,12 @@ class _Canonical(Decomposition):
 
     fits_roughly = True
     leaves = 0.65
+
+    @override
+    def automatic(self, operator: Operator) -> bool:
+        """Returns whether fits are affordable: a sweep at the ranks of a fifth of the parameters takes that much."""
+        dims = self._dims(operator.shape)
+        return sweep_work(dims, max(1, math.prod(dims) // (5 * sum(dims)))) < AFFORDABLE
 
     @abstractmethod
     def _parts(self, kernel: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
@@ -159,7 +167,9 @@ class Cp(_Canonical):
 
     @override
     def automatic(self, operator: Operator) -> bool:
-        """Returns whether a component is clearly smaller than one of `cp3`, which fits better."""
+        """Returns whether a component is clearly smaller than one of `cp3`, which fits better, and fits affordable."""
+        if not super().automatic(operator):
+            return False
         whole = sum(operator.shape[:2]) + math.prod(operator.kernel)
         return sum(self._dims(operator.shape)) <= SAVING * whole
 

@@ -27,6 +27,7 @@ from lightning_compress.analysis.trace import (
 )
 from lightning_compress.core.effort import current_effort
 from lightning_compress.core.errors import CompressionWarning
+from lightning_compress.layers.unfused.recurrent import UnfusedRecurrent
 from lightning_compress.surgery.state import NORMS, BestState
 from lightning_compress.surgery.swap import Replacement
 
@@ -55,7 +56,7 @@ def affordable_steps(
     if any(parameter.dtype not in (torch.float32, torch.float64) for parameter in trained):
         return 0, "the parameters are in half precision"
     with flop_counter() as flops, inference(dense):
-        outputs, inner = _run_with_outputs(dense, _dense_layers(dense, replacements), batches[0])
+        outputs, inner = _run_with_outputs(dense, _compared(dense, replacements), batches[0])
     if not outputs or not any(inner):
         return 0, _unseen(outputs)
     try:
@@ -144,9 +145,9 @@ def _gradients(
 def _loss(dense: nn.Module, model: nn.Module, replacements: Sequence[Replacement], arguments: Arguments) -> Tensor:
     """Returns the normalised distance of the outputs plus the mean one of the factorised layers' outputs."""
     with inference(dense):
-        targets, inner_targets = _run_with_outputs(dense, _dense_layers(dense, replacements), arguments)
+        targets, inner_targets = _run_with_outputs(dense, _compared(dense, replacements), arguments)
     with inference(model), torch.enable_grad():
-        outputs, inner = _run_with_outputs(model, [r.factorised for r in replacements], arguments)
+        outputs, inner = _run_with_outputs(model, _compared(model, replacements), arguments)
         loss = torch.stack([relative_error(o, t) for o, t in zip(outputs, targets, strict=True)]).sum()
         hints = [
             relative_error(output, target)
@@ -162,8 +163,18 @@ def _comparable(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> list[tu
     return [(o, t) for o, t in zip(outputs, targets, strict=True) if len(o)] if same else []
 
 
-def _dense_layers(dense: nn.Module, replacements: Sequence[Replacement]) -> list[nn.Module]:
-    return [dense.get_submodule(replacement.aliases[0]) for replacement in replacements]
+def _compared(model: nn.Module, replacements: Sequence[Replacement]) -> list[nn.Module]:
+    """Returns the layers of a model whose outputs are compared: the replaced ones.
+
+    Of projections of a recurrent layer it is the layer itself, which would loop over time in the place of torch's
+    kernels while a projection is watched.
+    """
+    names: dict[str, None] = {}
+    for replacement in replacements:
+        name = replacement.aliases[0]
+        parent = name.rpartition(".")[0]
+        names[parent if isinstance(model.get_submodule(parent), UnfusedRecurrent) else name] = None
+    return [model.get_submodule(name) for name in names]
 
 
 def _run_with_outputs(
@@ -172,9 +183,9 @@ def _run_with_outputs(
     """Returns the model's outputs and those of each of some layers, call by call."""
     inner: list[list[Tensor]] = [[] for _ in layers]
 
-    def keep(own: list[Tensor], output: Tensor) -> Tensor:
-        own.append(output)
-        return output.clone()  # what follows may change it in place
+    def keep(own: list[Tensor], output: Any) -> Any:
+        own.append(output if isinstance(output, Tensor) else output_tensors(output)[0])
+        return output.clone() if isinstance(output, Tensor) else output  # what follows may change it in place
 
     with hooked(
         layer.register_forward_hook(lambda _module, _args, output, own=own: keep(own, output))

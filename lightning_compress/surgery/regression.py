@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.analysis.moments import LARGEST, POSITIONS
+from lightning_compress.analysis.moments import is_small, positions_of
 from lightning_compress.analysis.trace import Arguments, hooked, inference, input_of
 from lightning_compress.kinds.base import threads_for
 from lightning_compress.kinds.metric import Metric
@@ -44,7 +44,7 @@ def refit_(
     """Refits one layer to its dense one's outputs over its `calls` calls per batch."""
     layer, new = dense.get_submodule(replacement.aliases[0]), replacement.factorised
     operator = new.operator
-    if operator.lookup or torch.Size(operator.shape[1:]).numel() > LARGEST:  # inputs are the same in both, or too many
+    if operator.lookup or not is_small(operator):  # inputs are the same in both models, or too long
         return
     weight = canonical(layer, cast(Tensor, layer.weight)).detach().double().cpu()
     weight = weight.reshape(operator.groups, -1, weight[0].numel())  # (groups, out, D)
@@ -109,7 +109,7 @@ def _joint_moments(
         if not inputs[0] or len(inputs[0]) != len(inputs[1]):
             return None
         rows_dense, rows_new = (
-            torch.cat([cast(Tensor, family.rows(layer, value, POSITIONS)) for value in values], dim=1).float()
+            torch.cat([cast(Tensor, family.rows(layer, value, positions_of(size))) for value in values], dim=1).float()
             for values in inputs
         )
         if rows_dense.shape != rows_new.shape:  # values decide what enters it

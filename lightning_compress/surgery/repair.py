@@ -27,6 +27,7 @@ from lightning_compress.core.progress import Progress, reporting, silent
 from lightning_compress.layers.unfused import unfused
 from lightning_compress.surgery.distillation import affordable_steps, descend, distil
 from lightning_compress.surgery.norm_statistics import move_norm_statistics_
+from lightning_compress.surgery.products import faster_multiplied_out, multiplied_out
 from lightning_compress.surgery.regression import in_forward_order, refit_, shares_factors
 from lightning_compress.surgery.state import BestState
 from lightning_compress.surgery.swap import Replacement
@@ -150,6 +151,8 @@ class _Repair:
 
         self.progress("healing: distillation", 0.0)
         at_rate = functools.partial(distil, self.dense, self.model, replacements, self.fitting, steps, seed)
-        descend(at_rate, self.states, look)
+        layers = [replacement.factorised for replacement in replacements]
+        with multiplied_out(faster_multiplied_out(self.model, layers, self.fitting[0])):
+            descend(at_rate, self.states, look)
         self.states.restore()
         return None

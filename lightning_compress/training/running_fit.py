@@ -11,7 +11,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from rich.progress import Progress as RichProgress
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_compress.analysis.trace import ExampleInput, is_shape, trace
 from lightning_compress.compress import Compression
 from lightning_compress.core.errors import CompressionWarning, ExampleInputError
-from lightning_compress.core.progress import Progress, silent
+from lightning_compress.core.progress import Progress, bar
 from lightning_compress.training.averages import restart_averages
 from lightning_compress.training.compat import callbacks_of, training_data
 from lightning_compress.training.distributed import rewrap, shared_compression
@@ -160,13 +159,10 @@ class RunningFit:
     @contextlib.contextmanager
     def _progress(self) -> Iterator[Progress]:
         """Shows one bar while the search runs, if the trainer shows bars at all."""
-        bar = self._trainer.progress_bar_callback
-        if bar is None or not getattr(bar, "is_enabled", True) or not self._trainer.is_global_zero:
-            yield silent
-            return
-        with RichProgress(transient=True) as progress:
-            task = progress.add_task("Compress", total=1.0)
-            yield lambda what, done: progress.update(task, description=f"Compress: {what}", completed=done)
+        own = self._trainer.progress_bar_callback
+        enabled = own is not None and getattr(own, "is_enabled", True)
+        with bar(shown_at_all=enabled and self._trainer.is_global_zero) as progress:
+            yield progress
 
 
 def _numbers_of(done: Compression, number: int) -> dict[str, float]:

@@ -102,7 +102,7 @@ def test_moments_of_drawn_inputs_are_the_mean_of_two_kinds_shrunk(scarce):
 def test_of_a_layer_with_very_many_inputs_the_moment_of_its_channels_is_kept(monkeypatch, net, images):
     whole = input_moments(net.eval(), [((images,), {})], ["conv1", "conv2"])
     size = net.conv2.weight[0].numel()
-    monkeypatch.setattr(moments, "LARGEST", size - 1)
+    monkeypatch.setattr(moments, "LARGEST_OF_KERNEL", size - 1)
     found = input_moments(net, [((images,), {})], ["conv1", "conv2"])
     assert torch.equal(found["conv1"].second, whole["conv1"].second)
     assert found["conv2"].second is None

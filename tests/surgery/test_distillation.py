@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
 
+from lightning_compress import Budget, apply_plan_, search_ranks
+from lightning_compress.analysis.distance import output_distance
+from lightning_compress.layers.unfused import unfused
+from lightning_compress.layers.unfused.recurrent import UnfusedRecurrent
 from lightning_compress.surgery.distillation import EVERY, LEARNING_RATE, SLOWER, _shuffled, descend, distil
 from lightning_compress.surgery.state import BestState
 from tests.support.healing import image_case
@@ -59,3 +64,20 @@ def test_batches_of_different_sizes_are_mixed_up_to_the_smallest():
     batches = [((torch.zeros(n, 2),), {}) for n in (5, 3)]
     (values,), _ = _shuffled(batches, torch.Generator().manual_seed(0))
     assert values.shape == (3, 2)
+
+
+def test_recurrent_layers_run_on_their_kernels_while_they_are_distilled(monkeypatch):
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.LSTM(6, 12, 2, batch_first=True))
+    model = copy.deepcopy(dense)
+    replacements = apply_plan_(model, search_ranks(model, Budget(params=0.5)))
+    assert {r.aliases[0].split("_")[0] for r in replacements} == {"0.ih", "0.hh"}
+    batches = [((torch.randn(4, 7, 6),), {})]
+    loops = []
+    looped = UnfusedRecurrent._looped
+    monkeypatch.setattr(UnfusedRecurrent, "_looped", lambda self, *args: loops.append(args) or looped(self, *args))
+    with unfused(dense):
+        before = output_distance(dense, model, batches)
+        list(distil(dense, model, replacements, batches, 20, 0, LEARNING_RATE))
+        assert output_distance(dense, model, batches) < before
+    assert not loops
