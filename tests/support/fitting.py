@@ -18,6 +18,13 @@ QUIET = [
 ]
 
 
+CUT_SHORT = [
+    # Fits that others go on with end before the last round of their schedule.
+    pytest.mark.filterwarnings("ignore:the fit is too short for its schedule"),
+    pytest.mark.filterwarnings("ignore:the fit ended in round"),
+]
+
+
 def factorised(module: nn.Module) -> dict[str, tuple]:
     return {n: (m.kind, m.ranks) for n, m in module.named_modules() if isinstance(m, FactorisedLayer)}
 

@@ -12,7 +12,7 @@ from lightning_compress import apply_plan_, load_compressed_checkpoint
 from lightning_compress.analysis.latency.bench import PRESERVED
 from lightning_compress.layers.memory_format import CHANNELS_LAST, is_channels_last
 from tests.support.compressing import DEFAULTS, compress
-from tests.support.fitting import QUIET, require_same_state
+from tests.support.fitting import CUT_SHORT, QUIET, require_same_state
 from tests.support.nets import TinyTask, TwoManual
 from tests.support.optimizers import Prebuilt, adam, groups, lambdas, lbfgs, momentum, named, one_cycle, plateau
 from tests.support.resuming import (
@@ -26,7 +26,7 @@ from tests.support.resuming import (
     run,
 )
 
-pytestmark = QUIET
+pytestmark = [*QUIET, *CUT_SHORT]
 slow = pytest.mark.slow
 
 

@@ -15,12 +15,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.support.compressing import compress
-from tests.support.fitting import QUIET, require_same_state
+from tests.support.fitting import CUT_SHORT, QUIET, require_same_state
 from tests.support.nets import TinyTask
 from tests.support.optimizers import groups
 from tests.support.resuming import IN_STEPS, Losses
 
-pytestmark = QUIET
+pytestmark = [*QUIET, *CUT_SHORT]
 slow = pytest.mark.slow
 
 
