@@ -616,6 +616,7 @@ REFUSED = {
     "kinds": ({"kinds": "svds"}, None, ConfigurationError, "unknown kind 'svds'"),
     "include": ({"include": "absent"}, None, SelectionError, "matches no layer"),
     "shard_bytes": ({"shard_bytes": 0}, None, ConfigurationError, "shard_bytes=0"),
+    "progress": ({"progress": 3}, None, ConfigurationError, "progress=3: expected a function"),
     "path": ({"folder_in": 3}, None, ConfigurationError, "folder_in=3: expected a path"),
     "no model": ({"model": 3}, None, ConfigurationError, "expected a torch.nn.Module"),
     "function of no model": ({"model": lambda: 3}, None, ConfigurationError, "expected a torch.nn.Module"),

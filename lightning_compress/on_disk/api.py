@@ -18,7 +18,7 @@ from lightning_compress.core.checks import path_of, require_count
 from lightning_compress.core.effort import current_effort, trying
 from lightning_compress.core.errors import BudgetError, ConfigurationError
 from lightning_compress.core.plan import Plan
-from lightning_compress.core.progress import Progress, silent
+from lightning_compress.core.progress import Progress, reporting
 from lightning_compress.core.settings import Budget, SearchKeywords, SearchSettings
 from lightning_compress.kinds.registry import is_automatic
 from lightning_compress.layers.unfused import unfused
@@ -95,7 +95,7 @@ def compress_checkpoint(
     own, limits = _settings(settings), _budget(budget)
     require_count(f"shard_bytes={shard_bytes!r}", shard_bytes, 1)
     where_from, where_to = path_of("folder_in", folder_in), path_of("folder_out", folder_out)
-    meta, report = _meta_model(model), progress or silent
+    report, meta = reporting(progress), _meta_model(model)
     source = open_source(where_from, meta)
     require_usable(where_from, where_to)
     work = WorkFolder(where_to / NAME)
