@@ -21,13 +21,16 @@ from lightning_compress.kinds.base import (
     equalise_norms,
     pointwise,
 )
-from lightning_compress.kinds.cp_fit import TINY, Components, Problem, Slices, drafted, fitted, refitted, sweep_work
+from lightning_compress.kinds.cp_fit import TINY, Components, Problem, drafted, fitted, refitted, sweep_work
+from lightning_compress.kinds.slices import Slices
 from lightning_compress.kinds.svd import axes_of, needs_spatial_kernel
 
 PROFILE_LIMIT = 1e10
 """A profile does not fit ranks at which a sweep takes more: they keep the fraction of the next smaller one."""
 PROFILE_SHARES = (1 / 32, 1 / 8, 1 / 2)
 """Ranks that a profile fits, of the largest that saves parameters."""
+FEW_RANKS = 64
+"""Up to so many every second one is fitted."""
 AFFORDABLE = 3e10
 """Multiply-adds of a sweep from which on "auto" leaves the CP kinds out."""
 SAVING = 0.9
@@ -88,7 +91,8 @@ class _Canonical(Decomposition):
         problem = Problem.of(weight.reshape(dims), metric)
         slices = Slices(problem.weight)
         start = np.maximum(slices.errors[:limit], TINY)
-        grid = np.unique([max(1, round(share * limit)) for share in PROFILE_SHARES])
+        shares = PROFILE_SHARES if limit > FEW_RANKS else 0.5 ** np.arange(math.log2(limit) + 1)
+        grid = np.unique([max(1, round(share * limit)) for share in shares])
         grid = np.array([rank for rank in grid.tolist() if rank == grid[0] or sweep_work(dims, rank) < PROFILE_LIMIT])
         kept = [drafted(problem, rank, slices).error / start[rank - 1] for rank in grid.tolist()]
         predicted = start * np.interp(ranks, grid, kept)

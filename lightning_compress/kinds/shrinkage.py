@@ -203,7 +203,7 @@ class SampleSums:
     def estimate(self) -> Estimate:
         """Returns the second moment with its covariance shrunk, and what judges the error of every rank."""
         samples = sum(self._counts)
-        second = self._second.double().div_(samples)
+        second = self._second.double() / samples
         offset = torch.stack(self._sums).sum(dim=0) / samples if self._centred else torch.zeros_like(self._shift)
         squares = second.square().sum(dim=(1, 2))
         covariance = second.sub_(offset[:, :, None] * offset[:, None, :])

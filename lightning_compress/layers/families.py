@@ -27,7 +27,7 @@ from lightning_compress.kinds.base import Decomposition, LayerCall, Operator, St
 from lightning_compress.kinds.interpolative import Interpolative
 from lightning_compress.kinds.tensorised import TtEmbedding
 from lightning_compress.layers.interpolation import Interpolation
-from lightning_compress.layers.patches import all_patches, stuffed_between
+from lightning_compress.layers.patches import all_patches, some_patches, stuffed_between
 from lightning_compress.layers.tensorised import lookup_cores
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -159,7 +159,7 @@ class _ConvType(LayerType):
         if isinstance(conv, _TRANSPOSED):
             patches = patches.flip(tuple(range(-dims, 0)))
         if most is not None:
-            patches = _some_patches(patches, dims, most)
+            patches = some_patches(patches, dims, most)
         rows = patches.reshape(patches.shape[:-dims].numel() // patches.shape[-dims - 1], conv.groups, -1)
         return rows.transpose(0, 1)
 
@@ -351,17 +351,6 @@ def children_of(decomposition: Decomposition, layer: nn.Module, ranks: tuple[int
         else:
             children[stage.name] = family.child(layer, one, first=index == 0)
     return children
-
-
-def _some_patches(patches: Tensor, dims: int, most: int) -> Tensor:
-    """Returns the patches (B, *outputs, C, *kernel) of evenly spread positions, about so many in all, (B, n, C, …)."""
-    sizes = patches.shape[1 : dims + 1]
-    every = len(patches) * sizes.numel() // most
-    if every < 2:  # noqa: PLR2004
-        return patches
-    flat = torch.arange(0, sizes.numel(), every, device=patches.device)
-    index: Any = (slice(None), *torch.unravel_index(flat, sizes))
-    return patches[index]
 
 
 def template_of(layer: nn.Module) -> nn.Module:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvTransposeNd
@@ -30,3 +31,14 @@ def all_patches(inputs: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]
         span = dilation[axis] * (kernel[axis] - 1) + 1
         inputs = inputs.unfold(2 + axis, span, stride[axis])[..., :: dilation[axis]]
     return inputs.movedim(1, dims + 1)
+
+
+def some_patches(patches: Tensor, dims: int, most: int) -> Tensor:
+    """Returns the patches (B, *outputs, C, *kernel) of evenly spread positions, about so many in all, (B, n, C, …)."""
+    sizes = patches.shape[1 : dims + 1]
+    every = len(patches) * sizes.numel() // most
+    if every < 2:  # noqa: PLR2004
+        return patches
+    flat = torch.arange(0, sizes.numel(), every, device=patches.device)
+    index: Any = (slice(None), *torch.unravel_index(flat, sizes))
+    return patches[index]

@@ -15,6 +15,7 @@ from benchmarks.common import reference
 from lightning_compress.analysis.inventory import take_inventory
 from lightning_compress.kinds import cp_fit
 from lightning_compress.kinds.registry import DECOMPOSITIONS
+from lightning_compress.kinds.slices import Slices
 from lightning_compress.layers.families import children_of
 from tests.support.zoo import error_of, normal, random_metric
 
@@ -124,7 +125,7 @@ def test_components_of_a_degenerate_tensor_stay_bounded(size):
 def test_correction_shrinks_norms_at_hardly_more_error():
     weight = trained("vgg", "features.3.0")
     problem = cp_fit.Problem.of(weight, None)
-    free = problem.run(cp_fit.Slices(problem.weight).filters(22), 150)
+    free = problem.run(Slices(problem.weight).filters(22), 150)
     found, _ = cp_fit._corrected(problem, free, 6)
     assert found.size < 0.97 * free.size
     assert found.error <= (1 + cp_fit.SLACK) * free.error + 1e-12
@@ -151,7 +152,7 @@ def test_starts_that_are_not_finite_are_left_out(kind, broken, monkeypatch):
         ]
 
     if broken == "slices":
-        monkeypatch.setattr(cp_fit.Slices, "filters", not_a_number)
+        monkeypatch.setattr(Slices, "filters", not_a_number)
     else:
         monkeypatch.setattr(cp_fit, "_random_filters", not_a_number)
     got = error_of(kind, weight, DECOMPOSITIONS[kind].factorise(weight, (8,)))
@@ -166,7 +167,7 @@ def test_fit_in_a_metric_beats_the_plain_one_in_it_and_its_own_start(kind):
         plain = error_of(kind, weight, decomposition.factorise(weight, (rank,)), metric)
         fitted = error_of(kind, weight, decomposition.factorise(weight, (rank,), metric), metric)
         problem = cp_fit.Problem.of(weight.reshape(decomposition._dims(weight.shape)), metric)
-        slices = cp_fit.Slices(problem.weight).filters(rank)
+        slices = Slices(problem.weight).filters(rank)
         start = problem.solve(cp_fit._separable(problem).run(slices, 60).filters).error
         assert fitted < 0.8 * plain
         assert fitted < 0.97 * start
