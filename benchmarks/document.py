@@ -30,6 +30,7 @@ HEADINGS = {
     "latency": "Smaller and faster",
     "search": "The search on the weights alone",
     "compression_time": "Seconds of a compression",
+    "scale_checkpoint": "Models beyond the memory",
     "cp_fit": "CP of large kernels",
     "architectures": "Architectures",
     "step_overhead": "A training step",

@@ -92,8 +92,8 @@ class _Canonical(Decomposition):
         slices = Slices(problem.weight)
         start = np.maximum(slices.errors[:limit], TINY)
         shares = PROFILE_SHARES if limit > FEW_RANKS else 0.5 ** np.arange(math.log2(limit) + 1)
-        grid = np.unique([max(1, round(share * limit)) for share in shares])
-        grid = np.array([rank for rank in grid.tolist() if rank == grid[0] or sweep_work(dims, rank) < PROFILE_LIMIT])
+        grid = np.unique([1, *(max(1, round(share * limit)) for share in shares)])
+        grid = np.array([rank for rank in grid.tolist() if rank == 1 or sweep_work(dims, rank) < PROFILE_LIMIT])
         kept = [drafted(problem, rank, slices).error / start[rank - 1] for rank in grid.tolist()]
         predicted = start * np.interp(ranks, grid, kept)
         errors: Floats = np.minimum.accumulate(np.clip(predicted, 0.0, 1.0))

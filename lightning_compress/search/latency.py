@@ -205,6 +205,6 @@ def _timing(times: ModelTimes, memory_format: str, inspection: Inspection) -> Ti
 
 
 def latency_of(tables: Sequence[Candidates], choice: Ints, timing: Timing) -> float:
-    """Returns the predicted seconds of the whole model with a choice."""
+    """Returns the predicted seconds of the whole model with a choice, more than none."""
     saved: Floats = np.array([t.costs[-1, LATENCY] - t.costs[r, LATENCY] for t, r in zip(tables, choice, strict=True)])
-    return timing.dense - float(saved.sum())
+    return max(LEAST, timing.dense - float(saved.sum()))
