@@ -111,7 +111,8 @@ def synthesise(
     if norms:
         example, macs, scarce = _affordable_example(model, example, macs, count, steps)
         count, steps = affordable(macs, count, steps)
-    count = min(count, max(LEAST_UNMATCHED, effort.work // (PASSES * max(1, macs))))
+    else:
+        count = min(count, max(LEAST_UNMATCHED, effort.work // (PASSES * max(1, macs))))
     made = [_draw(model, example, min(BATCH, count - at), generator) for at in range(0, count, BATCH)]
     batches, tokens = [arguments for arguments, _ in made], made[-1][1]
     optimised = bool(norms) and not tokens

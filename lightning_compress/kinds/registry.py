@@ -213,14 +213,14 @@ def fit_factors(
 
         return _fitted(weight, ranks, metric, again)
     fit = decomposition.draft if draft else decomposition.factorise
+    if metric is None or not decomposition.fits_roughly:
+        factors = _fitted(weight, ranks, metric, fit)
+        return factors if draft else decomposition.finished(factors)  # gates need components in their order
     key = (decomposition.kind, ranks, draft, current_effort().fits, _digest(weight))
-    if metric is not None and decomposition.fits_roughly and key in metric.fits:
-        return {name: factor.clone() for name, factor in metric.fits[key].items()}
-    factors = _fitted(weight, ranks, metric, fit)
-    factors = factors if draft else decomposition.finished(factors)  # gates need components in their order
-    if metric is not None and decomposition.fits_roughly:
-        metric.fits[key] = {name: factor.clone() for name, factor in factors.items()}
-    return factors
+    if key not in metric.fits:
+        factors = _fitted(weight, ranks, metric, fit)
+        metric.fits[key] = factors if draft else decomposition.finished(factors)
+    return {name: factor.clone() for name, factor in metric.fits[key].items()}
 
 
 def _fitted(

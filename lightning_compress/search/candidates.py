@@ -21,6 +21,7 @@ from lightning_compress.kinds.registry import DECOMPOSITIONS, rank_errors, weigh
 from lightning_compress.kinds.shrinkage import UnseenErrors
 
 Mask = npt.NDArray[np.bool_]
+MACS = RESOURCES.index("macs")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,13 @@ class Candidates:
     def is_merged(self, row: int) -> bool:
         """Returns whether the layer runs multiplied out with a row."""
         return self.merged is not None and bool(self.merged[row])
+
+    def costs_as_run(self, row: int) -> Floats:
+        """Returns the costs of a row, shape (4,): what runs multiplied out takes the MACs of the dense layer."""
+        costs: Floats = self.costs[row].copy()
+        if self.is_merged(row):
+            costs[MACS] = self.costs[-1, MACS]
+        return costs
 
     def rows_of(self, kind: str) -> Ints:
         """Returns the rows of one kind."""

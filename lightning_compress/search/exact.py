@@ -57,14 +57,15 @@ def solve(problem: Problem, *, rel_gap: float = REL_GAP) -> Solution:
 
 def _solved(problem: Problem, margin: float, rel_gap: float) -> Solution:
     """Returns the optimum with a share of the limits held back, among the candidates that can be part of one."""
+    every = [np.arange(len(table)) for table in problem.layers]
     reduced = _reduced_costs(problem, 1.0 - margin)
     if reduced is None:
-        return Solution(None, 0.0)
+        return _branch_and_cut(problem, every, margin, rel_gap)
     excess, relaxed = reduced
     nearest = [np.sort(np.argsort(own, kind="stable")[:FEW]) for own in excess]
     first = _branch_and_cut(problem, nearest, margin, rel_gap)
     if first.choice is None:
-        return _branch_and_cut(problem, [np.arange(len(own)) for own in excess], margin, rel_gap)
+        return _branch_and_cut(problem, every, margin, rel_gap)
     value = problem.loss_of(first.choice)
     if value - relaxed <= rel_gap * abs(value):
         return Solution(first.choice, relaxed)
@@ -72,13 +73,14 @@ def _solved(problem: Problem, margin: float, rel_gap: float) -> Solution:
     kept = [np.flatnonzero(own <= room) for own in excess]
     if all(np.isin(more, few).all() for more, few in zip(kept, nearest, strict=True)):
         return Solution(first.choice, max(first.bound, relaxed))
-    return _branch_and_cut(problem, kept, margin, rel_gap)
+    found = _branch_and_cut(problem, kept, margin, rel_gap)
+    return found if found.choice is not None else Solution(first.choice, relaxed)  # none was found in time
 
 
 def _reduced_costs(problem: Problem, limit: float) -> tuple[list[Floats], float] | None:
     """Returns by how much each candidate exceeds the best of its layer at the multipliers, and the relaxation's value.
 
-    None where even parts of candidates cannot keep the limits.
+    None where that has no solution.
     """
     losses = [problem.losses(layer) for layer in range(len(problem.layers))]
     costs = _relative_costs(problem)

@@ -25,7 +25,7 @@ from lightning_compress.kinds.base import Floats, Ints
 from lightning_compress.search.candidates import Candidates
 from lightning_compress.search.units import Unit
 
-LATENCY, MACS = RESOURCES.index("latency"), RESOURCES.index("macs")
+LATENCY = RESOURCES.index("latency")
 CORRECTION = (0.5, 2.0)
 """Bounds of the factors by which the predicted times of factorised layers are corrected."""
 STIFFNESS = 0.01
@@ -143,10 +143,7 @@ class Timing:
         merged = None
         if self.merges and _is_mergeable(unit):
             merged = seconds > (1 + SLOWER) * seconds[-1]
-            costs[merged, MACS], costs[merged, LATENCY] = (
-                costs[-1, MACS],
-                self.corrections.get(MERGED, 1.0) * seconds[-1],
-            )
+            costs[merged, LATENCY] = self.corrections.get(MERGED, 1.0) * seconds[-1]
         return replace(table, costs=costs, merged=merged)
 
 

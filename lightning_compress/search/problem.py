@@ -128,7 +128,9 @@ def cost_of_the_rest(tables: Sequence[Candidates], dense: Costs) -> Floats:
 
 def costs_after(problem: Problem, choice: Ints, dense: Costs) -> Costs:
     """Returns what the whole model costs with a choice."""
-    saved = np.sum([t.costs[-1] - t.costs[row] for t, row in zip(problem.layers, choice, strict=True)], axis=0)
+    saved = np.sum(
+        [t.costs[-1] - t.costs_as_run(int(row)) for t, row in zip(problem.layers, choice, strict=True)], axis=0
+    )
     params, macs, size = (cost_vector(dense) - saved)[:3].round().astype(int).tolist()
     latency = latency_of(problem.layers, choice, problem.timing) if problem.timing is not None else None
     return Costs(params, macs if dense.macs is not None else None, size, latency)

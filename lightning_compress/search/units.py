@@ -315,7 +315,7 @@ def planned_layer(
         reason = "every candidate is larger or slower than the dense layer"
     else:
         reason = BETTER_ELSEWHERE if table.kinds[row] == DENSE else None
-    saved = table.costs[-1] - table.costs[row]
+    saved = table.costs[-1] - table.costs_as_run(row)
     before = dense_macs(layer) if traced is not None and factorisable else None
     return LayerPlan(
         name=layer.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from lightning_compress.core.plan import signal_loss
 from lightning_compress.core.settings import RESOURCES
 from lightning_compress.kinds.metric import Metric
 from lightning_compress.kinds.registry import DECOMPOSITIONS, LayerCall
+from lightning_compress.search.candidates import Candidates
 from tests.support.searching import table_of
 from tests.support.zoo import normal
 
@@ -81,3 +83,11 @@ def test_energy_is_that_of_the_weight_times_the_roots_of_its_metric(kind, layer,
     right = torch.linalg.cholesky(moment) if metric is not None else torch.eye(weight.shape[1], dtype=torch.float64)
     expected = float((left @ weight @ right).square().sum())
     assert table_of(layer, kinds=kind, metric=metric).energy == pytest.approx(expected, rel=1e-10)
+
+
+def test_what_runs_multiplied_out_takes_the_macs_of_the_dense_layer_and_only_as_long_as_it_does():
+    costs = np.array([[10.0, 20.0, 40.0, 1.0], [30.0, 50.0, 120.0, 2.0]])
+    table = Candidates("layer", ("svd", "dense"), ((1,), ()), np.array([0.1, 0.0]), 1.0, costs)
+    merged = replace(table, merged=np.array([True, False]))
+    assert merged.costs_as_run(0).tolist() == [10.0, 50.0, 40.0, 1.0]
+    assert replace(merged, merged=None).costs_as_run(0).tolist() == costs[0].tolist()
