@@ -85,7 +85,8 @@ class _Tested:
 def _prepare(cfg: DictConfig, folder: Path) -> _Job:
     check_config(cfg)
     require_writable(folder)
-    seed_everything(cfg.seed, verbose=False)
+    if cfg.seed is not None:
+        seed_everything(cfg.seed, verbose=False)
     compress = make(cfg.compression, "compression", Compress)
     data = make(cfg.data.module, "data.module", LightningDataModule)
     task = ClassificationTask(make(cfg.model.net, "model.net", nn.Module), **settings_of(cfg.task))
@@ -191,7 +192,13 @@ def _say(message: str) -> None:
 
 
 def _trainer(cfg: DictConfig, **settings: Any) -> Trainer:
-    return make(cfg.trainer, "trainer", Trainer, **{"logger": False, "enable_checkpointing": False, **settings})
+    """Returns a trainer of the configuration; its `max_epochs` is what a stage may take at most."""
+    settings = {"logger": False, "enable_checkpointing": False, **settings}
+    most = cfg.trainer.get("max_epochs")
+    if most is not None and most >= 0:
+        settings["max_epochs"] = min(most, settings.get("max_epochs", most))
+    settings["enable_checkpointing"] |= bool(cfg.trainer.get("enable_checkpointing"))
+    return make(cfg.trainer, "trainer", Trainer, **settings)
 
 
 def _logger(cfg: DictConfig, folder: Path) -> Logger | bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -40,6 +41,18 @@ _GROUPS = {
     "finetune": "the one in conf/config.yaml",
     "trainer": "trainer=default",
 }
+
+_PARTS = {
+    "model": ("weights", "net"),
+    "data": ("module", "channels", "size", "features", "classes"),
+}
+"""What is read of these groups; other keys may be there for what refers to them."""
+
+_INSTEAD = {
+    "logger": "logger=csv and the other files of conf/logger, or logger=null",
+    "callbacks": "+callbacks.NAME._target_=…",
+}
+"""Arguments of the trainer that have a group of their own."""
 
 _T = TypeVar("_T")
 
@@ -98,10 +111,23 @@ def check_config(cfg: DictConfig) -> None:
         msg = f"compression has no budget, only {', '.join(map(str, cfg.compression))}: try compression=params_20."
         raise ConfigurationError(msg)
     _require_known(cfg.compression, ["_target_", *Compress.arguments()], "compression")
+    for name, parts in _PARTS.items():
+        _require_known(cfg[name], (*parts, *_referred_to(cfg, name)), name)
+    _check_trainer(cfg.trainer)
     _require_known(cfg.task, list(inspect.signature(ClassificationTask).parameters)[1:], "task")
     for stage in ("dense", "finetune"):
         _check_stage(cfg[stage], stage)
-    require_count(f"seed={cfg.seed!r}", cfg.seed, 0)
+    if cfg.seed is not None:
+        require_count(f"seed={cfg.seed!r}", cfg.seed, 0)
+
+
+def _check_trainer(node: DictConfig) -> None:
+    for key, instead in _INSTEAD.items():
+        if key in node:
+            msg = f"trainer.{key}={node[key]!r}: the application sets this itself; use {instead}."
+            raise ConfigurationError(msg)
+    if node.get("max_epochs") is not None:
+        require_count(f"trainer.max_epochs={node.max_epochs!r}", node.max_epochs, -1)
 
 
 def _check_stage(node: DictConfig, stage: str) -> None:
@@ -119,6 +145,11 @@ def _require_known(node: DictConfig, known: Iterable[str], where: str) -> None:
         if key not in known:
             msg = f"unknown key {key!r} in {where}.{did_you_mean(key, known)}"
             raise ConfigurationError(msg)
+
+
+def _referred_to(cfg: DictConfig, group: str) -> list[str]:
+    """Returns the keys of a group that interpolations anywhere in the configuration refer to."""
+    return re.findall(rf"\$\{{{group}\.(\w+)", OmegaConf.to_yaml(cfg))
 
 
 def require_writable(folder: str | Path) -> None:

@@ -13,7 +13,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from lightning_compress.core.plan import LayerPlan, Plan
 
-WIDTH = 160
+WIDTH, WIDTH_WITH_TIMES = 160, 200
 """Characters of a plan's lines as text."""
 MOST_NAMED = 5
 """Layers in a line of the summary."""
@@ -22,7 +22,8 @@ MOST_NAMED = 5
 def plan_text(plan: Plan) -> str:
     """Returns a table: layers, kinds, ranks, errors, sizes, reasons; and the summary."""
     buffer = io.StringIO()
-    console = Console(file=buffer, width=WIDTH, color_system=None, legacy_windows=False)
+    timed = any(layer.latency_before is not None for layer in plan.layers)
+    console = Console(file=buffer, width=WIDTH_WITH_TIMES if timed else WIDTH, color_system=None, legacy_windows=False)
     console.print(plan_table(plan))
     console.print(plan_summary(plan), soft_wrap=True, highlight=False, markup=False)
     return buffer.getvalue().rstrip()
@@ -38,7 +39,7 @@ def plan_table(plan: Plan) -> Table:
     for name in [*columns, *(["ms"] if timed else [])]:
         left = name in {"type", "kind", "measured on"}
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
-    table.add_column("reason", overflow="fold")
+    table.add_column("reason", overflow="fold", min_width=20)
     for layer in plan.layers:
         table.add_row(
             _plain(layer.name or "(model)"),
@@ -73,6 +74,8 @@ def plan_time_lines(plan: Plan) -> list[str]:
         ]
         more = f", and {len(plan.slower) - MOST_NAMED} more" if len(plan.slower) > MOST_NAMED else ""
         lines.append(f"slower than dense: {', '.join(named)}{more}")
+    if after > 1.03 * before and plan.budget is not None and not plan.budget.bounds_latency:
+        lines.append("to keep the dense model's time at a higher loss, or learn that it cannot be kept: latency=1.0")
     if merged := sum(layer.merged for layer in plan.layers):
         lines.append(f"merged: {merged} layers run as dense ones in eval, as their factors would take longer")
     return lines

@@ -283,7 +283,7 @@ class SearchSettings:
         exclude: Layers to leave alone.
         overrides: Pattern to `Override`, a mapping of its fields, or "dense".
         rank_multiple: Ranks are multiples of this number.
-        seed: Of everything random in the search and the repair.
+        seed: Of everything random in the search and the repair; None, as of a configuration that wants none, is 0.
         effort: How hard to try: "fast", "balanced", "thorough", or an `Effort` of one's own; None is that of the
             enclosing `trying`, "balanced" without one.
         target: What the compressed model is to run on, see `Target`: "torch" (this process, batch 1), "onnxruntime",
@@ -319,6 +319,8 @@ class SearchSettings:
             msg = f"objective={shown(self.objective)} is unknown.{did_you_mean(self.objective, OBJECTIVES)}"
             raise ConfigurationError(msg)
         require_count(f"rank_multiple={shown(self.rank_multiple)}", self.rank_multiple, 1)
+        if cast("int | None", self.seed) is None:
+            object.__setattr__(self, "seed", 0)
         require_count(f"seed={shown(self.seed)}", self.seed, 0)
 
     @property
@@ -353,6 +355,6 @@ class SearchKeywords(TypedDict, total=False):
     exclude: Patterns | None
     overrides: Mapping[str, Any] | None
     rank_multiple: int
-    seed: int
+    seed: int | None
     effort: EffortName | Effort | None
     target: TargetLike

@@ -27,6 +27,8 @@ CORRECTIONS = 4
 """Times that predictions are corrected by whole models and the search is repeated, at most."""
 SLACK = 0.05
 """Of a bound on time: a plan that leaves more of it unused is searched once more."""
+DEARER, LITTLE = 0.25, 0.02
+"""What being no slower than dense may cost where no budget asks for it: a share of the signal loss, and signal loss."""
 ROUGH_GAP = 1e-3
 """Relative gap to the optimum of choices that only correct predictions."""
 NEAR_ENOUGH = 0.02
@@ -91,13 +93,15 @@ def _in_format(
     """Returns the objective of the optimum in a memory format, and its problem, corrected by its measured time."""
     for step in range(CORRECTIONS + 1):
         filled = timing.filled(units, tables)
-        problem = problem_of(filled, dense, budget, units, timing, no_slower=no_slower)
-        if no_slower and not is_feasible(problem):
-            problem = problem_of(filled, dense, budget, units, timing)  # it cannot but be slower
+        problem = problem_of(filled, dense, budget, units, timing)
         if not is_feasible(problem):
             return np.inf, problem
-        best = solve(problem, rel_gap=ROUGH_GAP).choice
-        choice = smallest(problem) if best is None else best
+        choice = _roughly_best(problem)
+        if no_slower:
+            bounded = problem_of(filled, dense, budget, units, timing, no_slower=True)
+            fast = _roughly_best(bounded) if is_feasible(bounded) else None
+            if fast is not None and not _is_dear(signal_loss(bounded, fast), signal_loss(problem, choice)):
+                problem, choice = bounded, fast
         predicted = latency_of(filled, choice, timing)
         reading = timing.whole(units, filled, choice) if step < CORRECTIONS else None
         if reading is None or abs(reading.seconds - predicted) <= NEAR_ENOUGH * reading.seconds:
@@ -105,6 +109,26 @@ def _in_format(
         timing = timing.corrected(filled, choice, reading.seconds)
     layers = sum(float(table.costs[row, LATENCY]) for table, row in zip(filled, choice, strict=True))
     return problem.loss_of(choice) + TIME_WEIGHT * (predicted - layers) / timing.best, problem
+
+
+def _roughly_best(problem: Problem) -> Ints:
+    best = solve(problem, rel_gap=ROUGH_GAP).choice
+    return smallest(problem) if best is None else best
+
+
+def _is_dear(loss: float, free: float) -> bool:
+    """Returns whether a signal loss is too high a price for time that no budget bounds.
+
+    Args:
+        loss: Within the time.
+        free: Of what takes longer.
+    """
+    return loss > free + max(LITTLE, DEARER * free)
+
+
+def signal_loss(problem: Problem, rows: Ints) -> float:
+    """Returns the objective of a choice without its time."""
+    return replace(problem, timing=None).loss_of(rows)
 
 
 def settled(found: Choice, budget: Budget) -> Choice:
@@ -124,9 +148,12 @@ def settled(found: Choice, budget: Budget) -> Choice:
     tried = _tried(found, timing, bound, exhausting=budget.bounds_latency)
     if not tried:
         return found
+    losses = {id(choice): signal_loss(choice.problem, choice.rows) for choice in tried}
+    if not budget.bounds_latency:
+        tried = [choice for choice in tried if not _is_dear(losses[id(choice)], losses[id(tried[0])])]
     keeping = [choice for choice in tried if _seconds(choice) <= (1 + TOLERANCE) * bound]
     if keeping:
-        return min(keeping, key=_signal_loss)
+        return min(keeping, key=lambda choice: losses[id(choice)])
     if budget.bounds_latency:
         fastest = min(map(_seconds, tried))
         share = np.ceil(1e4 * fastest / timing.best) / 1e4
@@ -166,11 +193,6 @@ def _tried(found: Choice, timing: Timing, bound: float, *, exhausting: bool) -> 
 
 def _seconds(choice: Choice) -> float:
     return cast(float, choice.measured)
-
-
-def _signal_loss(choice: Choice) -> float:
-    """Returns the objective of a choice without its time."""
-    return replace(choice.problem, timing=None).loss_of(choice.rows)
 
 
 def _solved_again(

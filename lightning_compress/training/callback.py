@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -101,7 +101,7 @@ class Compress(RestoringCallback):
         exclude: Patterns | None = None,
         overrides: Mapping[str, Any] | None = None,
         rank_multiple: int = 1,
-        seed: int = 0,
+        seed: int | None = 0,
         effort: EffortName | Effort | None = None,
         target: Any = "torch",
         heal: bool = True,
@@ -111,7 +111,7 @@ class Compress(RestoringCallback):
         example_input: ExampleInput | None = None,
         require_used: bool = True,
     ) -> None:
-        self.budget = Budget.from_value(plain(budget))
+        self.budget, seed = Budget.from_value(plain(budget)), cast(int, seed)
         include, exclude, overrides = plain(include), plain(exclude), plain(overrides)
         self.settings = SearchSettings(
             method, objective, plain(kinds), include, exclude, overrides, rank_multiple, seed, effort, plain(target)

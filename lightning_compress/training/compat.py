@@ -12,7 +12,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource, _request_dataloader
 from torch import nn
+from typing_extensions import override
 
 from lightning_compress.core.compat import TRAINER_ATTRIBUTE
 
@@ -51,13 +53,41 @@ def wrap_again(strategy: DDPStrategy, pl_module: LightningModule) -> None:
     strategy.configure_ddp()
 
 
-def training_data(fit_loop: object) -> Any:
-    """Returns what `trainer.fit_loop` takes as its training data, None without any.
+def training_data(trainer: Trainer) -> Any:
+    """Returns what a trainer takes as its training data, None without any; its hook is called once, by it or by us.
 
-    In `on_fit_start` the loaders are not set up yet, and `trainer.train_dataloader` would be None.
+    In `on_fit_start` the loaders are not set up yet, and `trainer.train_dataloader` is None.
     """
-    source: Any = getattr(fit_loop, "_data_source", None)
-    return source.dataloader() if source is not None and source.is_defined() else None
+    if trainer.train_dataloader is not None:  # set up already: the fit is running
+        return trainer.train_dataloader
+    fit_loop: Any = trainer.fit_loop
+    source = fit_loop._data_source
+    if trainer.limit_train_batches == 0 or source.instance is None or not source.is_defined():
+        return None
+    if not source.is_module():
+        return source.instance
+    loader = _request_dataloader(source)
+    fit_loop._data_source = _AskedAlready(source, loader)
+    return loader
+
+
+class _AskedAlready(_DataLoaderSource):
+    """Gives what a hook has returned, once, and asks it again the next time.
+
+    Args:
+        source: Where the data come from.
+        loader: What its hook returned.
+    """
+
+    def __init__(self, source: _DataLoaderSource, loader: Any) -> None:
+        super().__init__(source.instance, source.name)
+        self._given = [(source.instance, loader)]
+
+    @override
+    def dataloader(self) -> Any:
+        """Returns the training data."""
+        asked, loader = self._given.pop() if self._given else (None, None)
+        return loader if asked is not None and asked is self.instance else super().dataloader()
 
 
 def is_compiled_by_lightning(module: nn.Module) -> bool:

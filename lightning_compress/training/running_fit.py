@@ -11,9 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_compress.analysis.trace import ExampleInput, is_shape, trace
 from lightning_compress.compress import Compression
@@ -22,6 +20,7 @@ from lightning_compress.core.progress import Progress, bar
 from lightning_compress.training.averages import restart_averages
 from lightning_compress.training.compat import callbacks_of, training_data
 from lightning_compress.training.distributed import rewrap, shared_compression
+from lightning_compress.training.first_batch import guesses, shapes_of_first_batch
 
 
 class RunningFit:
@@ -35,6 +34,7 @@ class RunningFit:
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer = trainer
         self.module = module
+        self._guessed: tuple[ExampleInput | None, list[str]] | None = None
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -91,27 +91,56 @@ class RunningFit:
         restart_averages(self._trainer, self.module)
 
     def example_input(self, given: ExampleInput | None, *, needed: bool) -> ExampleInput | None:
-        """Returns an example input: the given one, the module's own, or the shape of the first training batch.
+        """Returns an example input: the given one, the module's own, or one of the shapes of a training batch.
 
         Args:
             given: A tensor, arguments, or a shape; None to look for one.
-            needed: Whether the compression cannot do without; if it can, a shape that the module does not take is
-                left out.
+            needed: Whether the compression cannot do without.
+
+        Raises:
+            ExampleInputError: If it cannot, and there is none, with the reason for each guess.
         """
         example = given if given is not None else self.module.example_input_array
         if example is not None:
-            convert = self._trainer.precision_plugin.convert_input
-            return cast(ExampleInput, example if is_shape(example) else convert(example))
-        shape = self._shape_in_first_batch()
-        if shape is None:
-            return None
-        if not needed:
+            return self._converted(example)
+        if self._guessed is None:
+            with isolate_rng():
+                self._guessed = self._guess()
+        example, reasons = self._guessed
+        if example is None:
+            msg = (
+                f"no example input could be made of the training data: {'; '.join(reasons)}. Set "
+                "self.example_input_array in the module's __init__, or pass Compress(example_input=…), a shape such as "
+                "(1, 3, 224, 224) or the arguments of forward."
+            )
+            if needed:
+                raise ExampleInputError(msg)
+            rank_zero_info(f"Compress: {msg}")
+        return example
+
+    def _guess(self) -> tuple[ExampleInput | None, list[str]]:
+        """Returns an example input that the module takes, of a training batch's shapes, and why others were not."""
+        reasons: list[str] = []
+        try:
+            batch = shapes_of_first_batch(training_data(self._trainer))
+        except ExampleInputError as error:
+            return None, [str(error)]
+        for what, guess in guesses(batch, self.module.forward):
+            example = self._converted(guess)
             try:
-                trace(self.module, shape)
-            except ExampleInputError:
-                return None
-        rank_zero_info(f"Compress: example input of shape {shape} taken from the training data (its shape alone).")
-        return shape
+                trace(self.module, example)
+            except ExampleInputError as error:
+                reasons.append(f"with {what}, {error}".rstrip("."))
+                continue
+            rank_zero_info(f"Compress: example input from the training data, {what} (shapes alone).")
+            return example, reasons
+        return None, reasons or ["a batch is neither a tensor nor a tuple or dict of tensors"]
+
+    def _converted(self, example: ExampleInput) -> ExampleInput:
+        """Returns an example input in the precision of the trainer."""
+        return cast(
+            ExampleInput, example if is_shape(example) else self._trainer.precision_plugin.convert_input(example)
+        )
 
     def log(self, values: Mapping[str, float]) -> None:
         """Sends numbers to the loggers."""
@@ -137,24 +166,6 @@ class RunningFit:
         for logger in self._trainer.loggers:
             logger.log_metrics(sizes, step=self.step)
             logger.log_hyperparams(settings)
-
-    def _shape_in_first_batch(self) -> tuple[int, ...] | None:
-        """Returns the shape of the first input of a training batch of one, None if it is no float tensor.
-
-        The first item of the data set is collated by itself: no loader is iterated, no worker
-        started and no generator moved.
-        """
-        with isolate_rng():
-            loader = training_data(self._trainer.fit_loop)
-            if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
-                return None
-            if isinstance(loader.dataset, IterableDataset):
-                return None
-            batch = loader.collate_fn([loader.dataset[0]])
-        first = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
-        if not isinstance(first, Tensor) or not first.is_floating_point() or first.ndim == 0:
-            return None
-        return tuple(first.shape)
 
     @contextlib.contextmanager
     def _progress(self) -> Iterator[Progress]:

@@ -197,6 +197,16 @@ def test_logger_none_logs_nothing_and_brackets_in_the_folder_are_printed_as_they
     assert f"written to {folder}\n" in capsys.readouterr().out
 
 
+def test_epochs_of_the_trainer_bound_both_trainings_and_no_seed_is_a_setting_like_others(tmp_path, capsys):
+    settings = (*TINY_MLP, "trainer.max_epochs=1", "seed=null", "plot=false", "+trainer.enable_checkpointing=true")
+    own_keys = ("data.side=32", "model.net.hidden=[${data.side},${data.side}]")
+    report = run(compose(*settings, *(f"+{key}" if "side=" in key else key for key in own_keys)), tmp_path)
+    assert report.plan.seed == 0
+    assert "fine-tuning, 1 epochs" in capsys.readouterr().out
+    (steps,) = {path.name.rpartition("step=")[2] for path in tmp_path.rglob("epoch=*.ckpt")}
+    assert steps == "2.ckpt"  # of limit_train_batches
+
+
 def test_dense_net_keeps_its_figures_when_the_budget_is_everything(tmp_path):
     report = run(compose(*TINY_MLP, "compression.budget.params=1.0", "plot=false"), tmp_path)
     assert report.plan.factorised == ()

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from lightning_compress.core.errors import BudgetError, ConfigurationError, LightningCompressError, UnsupportedError
 from lightning_compress.core.fine_tuning import Distill, Phase, Schedule
-from lightning_compress.core.settings import RESOURCES, Budget, Override
+from lightning_compress.core.settings import RESOURCES, Budget, Override, SearchSettings
 
 NAN, INFINITE = float("nan"), float("inf")
 
@@ -279,3 +279,7 @@ def test_wrong_value_of_a_field_is_named_with_what_is_expected(make, field, valu
 def test_errors_are_of_our_tree_and_of_pythons(error, base):
     assert issubclass(error, base)
     assert issubclass(error, LightningCompressError)
+
+
+def test_no_seed_is_the_default_one():
+    assert SearchSettings(seed=None) == SearchSettings()

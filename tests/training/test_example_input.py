@@ -90,13 +90,18 @@ def token_loader() -> DataLoader:
     return DataLoader(TensorDataset(ids, ids[:, 0]), batch_size=4)
 
 
-def test_macs_budget_without_any_example_input_says_what_to_give(make_trainer, unchanged):
-    task = Tokens()
-    before = unchanged(task.fc)
-    with pytest.raises(ExampleInputError, match=r"macs <= 50 %.*needs example_input: a tensor, or a shape such as"):
-        make_trainer(Compress(Budget(macs=0.5), **WEIGHTS_ALONE)).fit(task, token_loader())
+def test_macs_budget_without_any_example_input_says_what_to_give(make_trainer, loader, unchanged):
+    task = NoForward()
+    before = unchanged(task.net)
+    with pytest.raises(ExampleInputError, match=r"no example input could be made .* pass Compress\(example_input=…\)"):
+        make_trainer(Compress(Budget(macs=0.5), **WEIGHTS_ALONE)).fit(task, loader)
     before.check()
-    assert type(task.fc) is nn.Linear
+
+
+def test_tokens_are_zeros_of_the_shape_of_a_batch(make_trainer):
+    callback = compress(0.8)
+    make_trainer(callback).fit(Tokens(), token_loader())
+    assert callback.plan.dense.macs == 5 * 16 * 16
 
 
 class NoForward(L.LightningModule):
@@ -112,19 +117,18 @@ class NoForward(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-@pytest.mark.parametrize(("cls", "dense", "kept"), [(Tokens, 160 + 272, 0.7), (NoForward, DENSE_PARAMETERS, 0.4)])
-def test_params_budget_works_without_any_example_input(make_trainer, loader, cls, dense, kept):
-    task, callback, logger = cls(), compress(kept), MemoryLogger()
-    make_trainer(callback, logger=logger).fit(task, token_loader() if cls is Tokens else loader)
-    assert count(task) == callback.plan.compressed.params <= kept * dense
+def test_params_budget_works_without_any_example_input(make_trainer, loader):
+    task, callback, logger = NoForward(), compress(0.4), MemoryLogger()
+    make_trainer(callback, logger=logger).fit(task, loader)
+    assert count(task) == callback.plan.compressed.params <= 0.4 * DENSE_PARAMETERS
     assert callback.plan.dense.macs is None
     assert {name for _, m in logger.metrics for name in m if "macs" in name} == set()
 
 
-def test_without_any_example_input_a_warning_says_there_is_no_healing(make_trainer):
-    task, callback = Tokens(), Compress(Budget(params=0.7))
+def test_without_any_example_input_a_warning_says_there_is_no_healing(make_trainer, loader):
+    task, callback = NoForward(), Compress(Budget(params=0.7))
     with pytest.warns(CompressionWarning, match=r"the factors are not healed\. Pass an example_input, or heal=False"):
-        require_plain_fit(make_trainer, token_loader(), task, copy.deepcopy(task), callback)
+        require_plain_fit(make_trainer, loader, task, copy.deepcopy(task), callback)
     assert (callback.plan.objective, callback.plan.source) == ("weight", "weight")
 
 
@@ -263,3 +267,163 @@ def test_a_stream_loses_no_batch_to_the_search(make_trainer, loader):
     recorder = Recorder()
     make_trainer(compress(), recorder).fit(without_example(), DataLoader(Stream(loader.dataset), batch_size=8))
     assert torch.equal(torch.cat(recorder.batches), loader.dataset.tensors[0])
+
+
+# --- a batch is looked at in a process of its own --------------------------------------------------------
+
+
+class Watched(Dataset):
+    # Notes which items this process asks for, and opens something when it is first asked, as lazy data sets do.
+    def __init__(self, data: Dataset) -> None:
+        self.data, self.handle, self.asked = data, None, []
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int):
+        self.handle = self.handle or object()
+        self.asked.append(index)
+        return self.data[index]
+
+
+class CountedData(L.LightningDataModule):
+    def __init__(self, data: Dataset) -> None:
+        super().__init__()
+        self.data, self.calls = data, 0
+
+    def train_dataloader(self) -> DataLoader:
+        self.calls += 1
+        return DataLoader(self.data, batch_size=8, collate_fn=self.collate)
+
+    def collate(self, samples):
+        self.batches = getattr(self, "batches", 0) + 1
+        return torch.utils.data.default_collate(samples)
+
+
+def test_data_of_this_process_are_touched_by_lightning_alone(make_trainer, loader):
+    counted = []
+    for callbacks in ([], [compress()]):
+        data = CountedData(Watched(loader.dataset))
+
+        class AtStart(Callback):
+            def on_fit_start(self, trainer, pl_module, data=data) -> None:
+                assert data.data.handle is None
+                assert data.data.asked == []
+
+        make_trainer(*callbacks, AtStart(), max_epochs=3, reload_dataloaders_every_n_epochs=2).fit(
+            without_example(), datamodule=data
+        )
+        counted.append((data.calls, data.batches, data.data.asked))
+    assert counted[0] == counted[1]
+    assert counted[0][0] == 2
+
+
+def even(samples):
+    assert len(samples) % 2 == 0, "an even number, please"
+    return torch.utils.data.default_collate(samples)
+
+
+def without_none(samples):
+    return torch.utils.data.default_collate([sample for sample in samples if sample is not None])
+
+
+class Keyed(Dataset):
+    def __init__(self, data: Dataset) -> None:
+        self.items = {f"key {i}": data[i] for i in range(len(data))}
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: str):
+        return self.items[key]
+
+
+class WithAHole(NoisyData):
+    def __getitem__(self, index: int):
+        return None if index == 0 else self.data[index]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda data: DataLoader(data, batch_size=8, collate_fn=even),
+        lambda data: DataLoader(Keyed(data), batch_size=8, sampler=[f"key {i}" for i in range(len(data))]),
+        lambda data: DataLoader(WithAHole(data), batch_size=8, collate_fn=without_none),
+        lambda data: DataLoader(data, batch_size=8, num_workers=1, persistent_workers=True, prefetch_factor=1),
+    ],
+    ids=["even batches alone", "keys in the place of numbers", "samples that are left out", "workers"],
+)
+def test_a_batch_is_fetched_as_the_loader_does_it(make_trainer, loader, make):
+    callback = compress()
+    make_trainer(callback).fit(without_example(), make(loader.dataset))
+    assert callback.plan.dense.macs == dense_macs(8)
+
+
+class Entries(Dataset):
+    # What tokenizers make: whole numbers under names, one of which says what is to be read.
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int):
+        return {"ids": torch.arange(5), "attention_mask": torch.ones(5).long(), "labels": torch.tensor(index % 2)}
+
+
+class ByName(Tokens):
+    def __init__(self, taking: str) -> None:
+        super().__init__()
+        self.forward = {"names": self.by_names, "anything": self.by_anything, "a batch": self.by_batch}[taking]
+
+    def by_names(self, ids, attention_mask, labels=None):
+        assert labels is None or int(labels.max()) < 2
+        assert (attention_mask == 1).all()
+        return self.fc(self.embed(ids)).mean(dim=1)
+
+    def by_anything(self, **inputs):
+        return self.by_names(**inputs)
+
+    def by_batch(self, batch):
+        return self.by_names(batch["ids"], batch["attention_mask"])
+
+    def training_step(self, batch, batch_idx):
+        outputs = self(batch) if self.forward == self.by_batch else self(**batch)
+        return F.cross_entropy(outputs, batch["labels"])
+
+
+@pytest.mark.parametrize("taking", ["names", "anything", "a batch"])
+def test_entries_of_a_batch_are_arguments_by_name(make_trainer, taking):
+    callback = compress(0.8)
+    make_trainer(callback).fit(ByName(taking), DataLoader(Entries(), batch_size=4))
+    assert callback.plan.dense.macs == 5 * 16 * 16
+
+
+def test_each_guess_that_failed_is_named_once_with_what_to_do(make_trainer, caplog):
+    class Picky(ByName):
+        def by_names(self, ids, attention_mask, labels=None):
+            if labels is None:
+                raise ValueError("labels, please")
+            return super().by_names(ids, attention_mask).unflatten(1, (3, 5)) if not self.training else ids
+
+    data, task = DataLoader(Entries(), batch_size=4), Picky("names")
+    with pytest.raises(ExampleInputError) as error:
+        make_trainer(Compress(Budget(macs=0.5), **WEIGHTS_ALONE)).fit(task, data)
+    message = str(error.value)
+    assert "with the entries ids, attention_mask, the model fails" in message
+    assert "labels, please" in message
+    assert "with the entries ids, attention_mask, labels, the model fails" in message
+    assert "self.example_input_array" in message
+    assert message.count("labels, please") == 1
+    with pytest.raises(ExampleInputError, match="the training data are a list, no DataLoader"):
+        make_trainer(Compress(Budget(macs=0.5), **WEIGHTS_ALONE)).fit(task, [data])
+
+
+class Failing(Dataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int):
+        raise OSError("no such disk")
+
+
+def test_data_that_cannot_be_read_are_read_by_lightning_first(make_trainer):
+    with pytest.raises(ExampleInputError, match="fetching a batch by itself failed: OSError: no such disk"):
+        make_trainer(Compress(Budget(macs=0.5), **WEIGHTS_ALONE)).fit(without_example(), DataLoader(Failing()))
