@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lightning_compress.on_disk.api import compress_checkpoint
     from lightning_compress.search.api import search_ranks
     from lightning_compress.surgery.merge import merge_
+    from lightning_compress.surgery.pretrained import load_pretrained
     from lightning_compress.surgery.save import load_compressed, save_compressed
     from lightning_compress.surgery.swap import apply_plan_
     from lightning_compress.training.callback import Compress
@@ -52,6 +53,7 @@ _HOMES = {
     "compress_checkpoint": "on_disk.api",
     "load_compressed": "surgery.save",
     "load_compressed_checkpoint": "training.checkpoint",
+    "load_pretrained": "surgery.pretrained",
     "merge_": "surgery.merge",
     "save_compressed": "surgery.save",
     "search_ranks": "search.api",
@@ -77,6 +79,7 @@ __all__ = [
     "compress_checkpoint",
     "load_compressed",
     "load_compressed_checkpoint",
+    "load_pretrained",
     "merge_",
     "save_compressed",
     "search_ranks",

@@ -32,6 +32,7 @@ from lightning_compress.layers.unfused import Unfusing, put_, redo_, undo_, unfu
 from lightning_compress.surgery.build import build_joint_layers, build_layer, build_tied_layer
 from lightning_compress.surgery.embodied import owners_of
 from lightning_compress.surgery.forward_check import ForwardCheck, checked
+from lightning_compress.surgery.pretrained import follow_structure
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,7 @@ def install(model: nn.Module, replacements: Sequence[Replacement]) -> None:
     for replacement in replacements:
         put_(model, replacement.aliases, replacement.factorised)
         put_in_channels_last_(replacement.relaid)
+    follow_structure(model)
 
 
 def uninstall(model: nn.Module, replacements: Sequence[Replacement]) -> None:
@@ -215,6 +217,7 @@ def uninstall(model: nn.Module, replacements: Sequence[Replacement]) -> None:
         put_(model, replacement.aliases, replacement.dense)
         put_back_(replacement.relaid)
     undo_(model, _unfusings(replacements))
+    follow_structure(model)
 
 
 def _checked(model: nn.Module, plan: Plan) -> list[tuple[Layer, LayerPlan]]:
