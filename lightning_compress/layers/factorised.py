@@ -169,8 +169,24 @@ class FactorisedLayer(nn.Module):
         return self._template[0]
 
     def factors(self) -> dict[str, Tensor]:
-        """Returns the weights of the child layers by name, the live Parameters."""
+        """Returns the weights of the child layers by name, the live Parameters.
+
+        Raises:
+            UnsupportedError: If an adapter or another wrapper was put in the place of one.
+        """
+        for name, child in self.named_children():
+            if is_wrapper(child):
+                raise UnsupportedError(self._wrapped(name, child))
         return {name: cast(Tensor, child.weight) for name, child in self.named_children()}
+
+    def _wrapped(self, name: str, child: nn.Module) -> str:
+        """Returns what there is to say where a wrapper was put in the place of a factor."""
+        return (
+            f"a {type(child).__name__} was put in the place of the factor {name!r} of a factorised {self.dense_type} "
+            f"({self.kind}, ranks {self.ranks}), so that its weight is not known: merge it into that factor first, or "
+            "wrap the whole factorised layer, or keep the layer dense with exclude. The model itself runs, trains and "
+            "gives its state_dict as it is."
+        )
 
     @torch.no_grad()
     def load_factors(self, factors: Mapping[str, Tensor]) -> None:
@@ -215,6 +231,8 @@ class FactorisedLayer(nn.Module):
         """Returns the factors as they are now multiplied out, kept until they change; None if nobody would notice."""
         product = self._product
         if product is None or not product.is_current():
+            if any(map(is_wrapper, self.children())):
+                return None
             factors = [(child._parameters, cast(Tensor, child.weight)) for child in self.children()]
             if any(factor.is_inference() for _, factor in factors):  # these do not count how often they are written
                 return None
@@ -257,7 +275,7 @@ class FactorisedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The equivalent dense weight: multiplied out when its numbers are used, see `read_weight`."""
-        plain = all(type(child.weight) in {Tensor, nn.Parameter} for child in self)
+        plain = all(type(factor) in {Tensor, nn.Parameter} for factor in self.factors().values())
         return weight_of(self) if plain and not is_recorded() else self.dense_weight()
 
     def set_weight_(self, weight: Tensor) -> None:
@@ -312,6 +330,11 @@ class FactorisedLayer(nn.Module):
     def extra_repr(self) -> str:
         """Returns kind and ranks for `print(model)`."""
         return f"kind={self.kind}, ranks={self.ranks}"
+
+
+def is_wrapper(child: nn.Module) -> bool:
+    """Returns whether a child of a factorised layer is none of its factors: a weight that it has is that of another."""
+    return not ("weight" in child._parameters or "weight" in vars(child) or hasattr(child, "parametrizations"))
 
 
 class FactorisedTransposed(FactorisedLayer):

@@ -15,7 +15,8 @@ from lightning_compress.analysis.trace import ExampleInput, Trace, trace
 from lightning_compress.core.costs import Costs
 from lightning_compress.core.plan import DENSE, LayerPlan, Plan
 from lightning_compress.kinds.registry import DECOMPOSITIONS
-from lightning_compress.layers.factorised import FactorisedLayer
+from lightning_compress.layers.factorised import FactorisedLayer, is_wrapper
+from lightning_compress.layers.families import children_of
 from lightning_compress.layers.memory_format import CHANNELS_LAST, is_channels_last
 from lightning_compress.layers.unfused import unfused
 
@@ -45,7 +46,7 @@ def _embodied(model: nn.Module, example_input: ExampleInput | None) -> Plan:
             layers.append(_not_factorised(layer, owners.get(layer.name)))
             continue
         module = cast(FactorisedLayer, layer.module)
-        factors = list(module.factors().values())
+        factors = list(stored_factors(module).values())
         again = sum(f.numel() for f in factors if id(f) in counted)  # that of a layer before
         counted.update({id(f): layer.name for f in factors if id(f) not in counted})
         shares = counted[id(factors[0])] if _is_shared(factors[0], listed, owners) else None
@@ -62,6 +63,26 @@ def _embodied(model: nn.Module, example_input: ExampleInput | None) -> Plan:
     return Plan(tuple(layers), dense, now, memory_format=CHANNELS_LAST if is_channels_last(model) else None)
 
 
+def stored_factors(layer: FactorisedLayer) -> dict[str, Tensor]:
+    """Returns the factors of a layer by name; those inside an adapter or another wrapper where one was put around them.
+
+    Raises:
+        UnsupportedError: If a wrapper holds none of the right shape.
+    """
+    children = dict(layer.named_children())
+    if not any(map(is_wrapper, children.values())):
+        return layer.factors()
+    expected = children_of(DECOMPOSITIONS[layer.kind], layer.template, layer.ranks)
+    found: dict[str, Tensor] = {}
+    for name, child in children.items():
+        shape = cast(Tensor, expected[name].weight).shape
+        inside = [p for p in child.parameters() if p.shape == shape] if is_wrapper(child) else [child.weight]
+        if not inside:
+            return layer.factors()
+        found[name] = cast(Tensor, inside[0])
+    return found
+
+
 def _not_factorised(layer: Layer, owner: str | None) -> LayerPlan:
     """Returns the entry of a layer that is dense, or whose factors are those of another one, its owner."""
     module = layer.module
@@ -74,7 +95,7 @@ def _as_planned(
     layer: Layer, module: FactorisedLayer, again: int, macs: tuple[int | None, int | None], joint_with: str | None
 ) -> LayerPlan:
     """Returns the entry of a factorised layer, of whose numbers so many are counted with an earlier one."""
-    stored = sum(factor.numel() for factor in module.factors().values())
+    stored = sum(factor.numel() for factor in stored_factors(module).values())
     after = layer.parameters - again
     return LayerPlan(
         layer.name,
@@ -99,7 +120,7 @@ def _is_shared(factor: Tensor, layers: Sequence[Layer], owners: Mapping[str, str
         for layer in layers
         if isinstance(layer.module, FactorisedLayer)
         and owners[layer.name] == layer.name
-        and any(own is factor for own in layer.module.factors().values())
+        and any(own is factor for own in stored_factors(layer.module).values())
     ]
     return len(holders) > 1
 
@@ -109,7 +130,7 @@ def owners_of(layers: Sequence[Layer]) -> dict[str, str]:
     groups: dict[frozenset[int], list[Layer]] = {}
     for layer in layers:
         if isinstance(layer.module, FactorisedLayer):
-            groups.setdefault(frozenset(map(id, layer.module.factors().values())), []).append(layer)
+            groups.setdefault(frozenset(map(id, stored_factors(layer.module).values())), []).append(layer)
     owners = {}
     for group in groups.values():
         first = next((one for one in group if cast(FactorisedLayer, one.module).operator.lookup), group[0])

@@ -109,12 +109,12 @@ def _tie_weights(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     names = {name for name, module in model.named_modules() if isinstance(module, FactorisedLayer)}
     if own is None:
         if not any(_owner(key) in names for key in getattr(model, "_tied_weights_keys", None) or ()):
-            type(model).tie_weights(model, *args, **kwargs)  # type: ignore[operator]
+            cast(Any, type(model)).tie_weights(model, *args, **kwargs)
         return
     dense = {key: source for key, source in own.items() if not {_owner(key), _owner(source)} & names}
     model.all_tied_weights_keys = dense  # type: ignore[assignment]
     try:
-        type(model).tie_weights(model, recompute_mapping=False)  # type: ignore[operator]
+        cast(Any, type(model)).tie_weights(model, recompute_mapping=False)
     finally:
         model.all_tied_weights_keys = own  # type: ignore[assignment]
 
@@ -139,7 +139,7 @@ def _resize_token_embeddings(model: nn.Module, *args: Any, **kwargs: Any) -> nn.
         dense[layer.name].register_parameter("weight", owner._parameters["weight"])
         put_(model, layer.aliases, dense[layer.name])
     try:
-        type(model).resize_token_embeddings(model, *args, **kwargs)  # type: ignore[operator]
+        cast(Any, type(model)).resize_token_embeddings(model, *args, **kwargs)
     except BaseException:
         for layer in factorised:
             put_(model, layer.aliases, layer.module)

@@ -14,6 +14,7 @@ from lightning_compress.analysis.usable import require_module
 from lightning_compress.core.checks import path_of, readable
 from lightning_compress.core.errors import OutputFolderError, PlanFormatError, WeightsError
 from lightning_compress.core.plan import Plan
+from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.surgery.embodied import embodied_plan
 from lightning_compress.surgery.shards import WEIGHTS_FILE, weight_files
 from lightning_compress.surgery.stored import (
@@ -47,9 +48,13 @@ def save_compressed(model: nn.Module, folder: str | Path) -> None:
         ConfigurationError: If `model` is no module or `folder` no path.
         OutputFolderError: If the folder cannot be made or written.
         WeightsError: If the state dict holds something else than tensors.
+        UnsupportedError: If an adapter or another wrapper was put in the place of a factor.
     """
     require_module(model)
     folder = path_of("folder", folder)
+    for module in model.modules():
+        if isinstance(module, FactorisedLayer):
+            module.factors()
     text = embodied_plan(model).to_json()
     tensors, same = tensors_of(model)
     metadata = {"format": "pt", **same, PLAN: text, CHECKSUM: checksum_of(tensors, text)}
