@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from lightning_compress.core.compat import held_parameters
+
 _COUNTS = "it counts in the budget"
 
 
@@ -38,5 +40,5 @@ def _is_metric(module: nn.Module) -> bool:
 
 
 def _is_frozen_network(module: nn.Module) -> bool:
-    layers = sum(bool(part._parameters) for part in module.modules())
+    layers = sum(bool(held_parameters(part)) for part in module.modules())
     return layers > 1 and not any(parameter.requires_grad for parameter in module.parameters())

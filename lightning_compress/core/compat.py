@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -29,6 +29,7 @@ __all__ = [
     "caches_parameter_count",
     "forget_parameter_count_",
     "has_gradient_hooks",
+    "held_parameters",
     "is_compiled",
     "is_recorded",
     "tree_flatten",  # torch has no public name for containers nested as the user likes
@@ -45,6 +46,12 @@ TRAINER_ATTRIBUTE = "_trainer"
 def has_gradient_hooks(parameter: Tensor) -> bool:
     """Returns whether functions are called with a tensor's gradient: torch only tells how to add and remove them."""
     return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+def held_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
+    """Returns the parameters that a module itself holds; TorchScript's modules have no dictionary of them."""
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    return dict(module.named_parameters(recurse=False)) if scripted else module._parameters
 
 
 def is_compiled(module: nn.Module) -> bool:

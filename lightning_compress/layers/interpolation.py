@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lightning_compress.layers.scripted import scriptable
 
 _CODE = 4
 """Places are stored as 4 k + 2: a callback that averages copies of a model may round whole numbers down by one."""
 
 
+@scriptable
 class Interpolation(nn.Module):
     """h ↦ y: r of the outputs are h itself, the others W h.
 
@@ -32,11 +33,12 @@ class Interpolation(nn.Module):
         self.bias: nn.Parameter | None
         self.register_parameter("bias", None)
         self.register_buffer("order", _coded(torch.arange(outputs)))
-        self.dims = dims
+        self.dims, self.is_square = dims, outputs == rank
 
+    @scriptable
     def places(self) -> Tensor:
         """Returns where each output is among h and W h, (out,)."""
-        return self.order.div(_CODE, rounding_mode="floor")
+        return self.order.div(4, rounding_mode="floor")  # _CODE: TorchScript takes no global one
 
     def arrange(self, expand: Tensor) -> Tensor:
         """Takes over which rows of a factor (out, r, …) are those of the identity; returns the others."""
@@ -61,32 +63,39 @@ class Interpolation(nn.Module):
         identity = torch.eye(rank, dtype=weight.dtype, device=weight.device).reshape(rank, *weight.shape[1:])
         return torch.cat([identity, weight]).index_select(0, self.places().to(weight.device))
 
+    @scriptable
     def forward(self, input: Tensor) -> Tensor:
         """Returns (…, out) for (…, r), or (B, out, …) for (B, r, …)."""
         axis = -1 - self.dims
-        joined = torch.cat([input, _pointwise(input, self.weight, self.dims)], dim=axis)
+        joined = input
+        if not self.is_square:  # else nothing is left to work out
+            joined = torch.cat([input, _pointwise(input, self.weight, self.dims)], dim=axis)
         if _channels_last(joined):  # to select along the last axis keeps that format
             output = joined.movedim(1, -1).index_select(-1, self.places()).movedim(-1, 1)
         else:
             output = joined.index_select(axis, self.places())
-        if self.bias is None:
+        bias = self.bias
+        if bias is None:
             return output
-        return output + self.bias.reshape(-1, *(1 for _ in range(self.dims))).to(output)
+        return output + bias.reshape([-1] + [1] * self.dims).to(output)  # of TorchScript
 
 
+@scriptable
 def _pointwise(values: Tensor, weight: Tensor, dims: int) -> Tensor:
-    if not len(weight):  # full rank: nothing is left to work out
-        return values.narrow(-1 - dims, 0, 0)
-    if not dims:
+    if dims == 0:
         return F.linear(values, weight)
-    convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
-    found: Tensor = convolve(values, weight)
-    return found
+    if dims == 1:
+        return F.conv1d(values, weight)
+    return F.conv2d(values, weight) if dims == 2 else F.conv3d(values, weight)  # noqa: PLR2004
 
 
+@scriptable
 def _channels_last(values: Tensor) -> bool:
-    known = {4: torch.channels_last, 5: torch.channels_last_3d}.get(values.ndim)
-    return known is not None and not values.is_contiguous() and values.is_contiguous(memory_format=known)
+    if values.is_contiguous():
+        return False
+    if values.ndim == 4:  # noqa: PLR2004
+        return values.is_contiguous(memory_format=torch.channels_last)
+    return values.ndim == 5 and values.is_contiguous(memory_format=torch.channels_last_3d)  # noqa: PLR2004
 
 
 def _coded(places: Tensor) -> Tensor:
