@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import Unpack, override
 
@@ -19,24 +18,22 @@ from lightning_compress.analysis.trace import ExampleInput
 from lightning_compress.compress import Compression, compress_model_
 from lightning_compress.core.checks import require_flag, with_known_keywords
 from lightning_compress.core.effort import Effort, EffortName
-from lightning_compress.core.errors import BudgetError, ConfigurationError, UnsupportedError
 from lightning_compress.core.fine_tuning import Distill, Schedule
 from lightning_compress.core.parallel import from_first
-from lightning_compress.core.plan import Plan, percent
+from lightning_compress.core.plan import Plan
 from lightning_compress.core.progress import Progress
 from lightning_compress.core.settings import Budget, Objective, Patterns, SearchKeywords, SearchSettings
 from lightning_compress.kinds.registry import resolve_kinds
 from lightning_compress.search.api import search_with_statistics
 from lightning_compress.search.strategies import strategy_of
-from lightning_compress.surgery.embodied import embodied_plan
 from lightning_compress.surgery.swap import Replacement
 from lightning_compress.training.checkpoint import (
     RestoringCallback,
     configure_as_dense,
     install_shadows,
-    plan_in,
     require_same_layout,
 )
+from lightning_compress.training.checks import check_schedule, plan_of_factorised
 from lightning_compress.training.distill import Teacher
 from lightning_compress.training.distributed import require_supported
 from lightning_compress.training.fine_tuning import FineTuning
@@ -48,9 +45,16 @@ from lightning_compress.training.fit_state import (
     factor_layers,
     rebuilt_teacher,
 )
-from lightning_compress.training.optimizers import exchange_parameters_, exchanges_of, optimizer_layout
+from lightning_compress.training.optimizers import (
+    OptimizersBefore,
+    exchange_parameters_,
+    exchanges_of,
+    optimizer_layout,
+)
+from lightning_compress.training.payload import Payload
 from lightning_compress.training.plain import plain
-from lightning_compress.training.rounds import reconcile_
+from lightning_compress.training.restoring import Restoration
+from lightning_compress.training.rounds import make_dense_, reconcile_
 from lightning_compress.training.running_fit import RunningFit
 from lightning_compress.training.schedule import PhaseTracker
 
@@ -130,22 +134,15 @@ class Compress(RestoringCallback):
         self._state = FitState(PhaseTracker(self.schedule))  # of one fit, until the next one
         self._left: FromCheckpoint | FromDenseCheckpoint | None = None  # from loading a checkpoint to on_fit_start
         self._fine_tuning: FineTuning | None = None  # from on_fit_start to the end of the fit
+        self._undo = contextlib.ExitStack()  # what a checkpoint changed, until the first batch
         self._shadows = Shadows()
 
     def _check_settings(self) -> None:
         """Checks the settings that no class of its own checks, and that they fit together."""
-        require_flag("heal", self.heal)
-        require_flag("require_used", self.require_used)
+        for name in ("heal", "require_used"):
+            require_flag(name, getattr(self, name))
         require_inputs(self.example_input, self.calibration)
-        for number, phase in enumerate(self.schedule.phases):
-            if phase.distill and self.distill is None:
-                msg = f"phase {number} of the schedule has distill=true: say what to distil, as in distill='logits'."
-                raise ConfigurationError(msg)
-        bounds = self.budget.bounds
-        for last in self.schedule.budgets[-1:]:
-            if not bounds or any(last.bounds.get(name, math.inf) > bound for name, bound in bounds.items()):
-                msg = f"the schedule ends at {last}, which does not keep the budget of the callback, {self.budget}."
-                raise BudgetError(msg)
+        check_schedule(self.schedule, self.budget, self.distill)
 
     @classmethod
     def arguments(cls) -> list[str]:
@@ -205,6 +202,7 @@ class Compress(RestoringCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the schedule and the distillation."""
+        self._undo.pop_all()  # dropped, not called
         if self._fine_tuning is not None:
             self._fine_tuning.start()
 
@@ -212,13 +210,13 @@ class Compress(RestoringCallback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Enters the next phase if the one before is over, with a round of compression if it asks for one."""
         if self._fine_tuning is not None:
-            self._fine_tuning.follow_schedule(boundary=True)
+            self._follow_schedule(self._fine_tuning, boundary=True)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Does the same for phases whose length is in steps."""
         if self._fine_tuning is not None:
-            self._fine_tuning.follow_schedule(boundary=False)
+            self._follow_schedule(self._fine_tuning, boundary=False)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -243,12 +241,8 @@ class Compress(RestoringCallback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows the schedule the metrics of the epoch, where there was a validation."""
-        if self._fine_tuning is None or not self._fine_tuning.awaits_metric:
-            return
-        if (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
-            seen = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            seen = trainer.strategy.broadcast(seen)  # all ranks go on together, as the first one sees it
-            self._fine_tuning.observe(seen)
+        if self._fine_tuning is not None:
+            self._fine_tuning.after_epoch()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -259,20 +253,31 @@ class Compress(RestoringCallback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Does the same after an error or Ctrl-C."""
+        """Does the same after an error or Ctrl-C; before the first batch the module becomes what it was."""
+        self._undo.close()
         self._end_fit()
 
     def _end_fit(self) -> None:
         self._left = None
+        self._undo.pop_all()  # dropped, not called
         if self._fine_tuning is not None:
             self._fine_tuning.stop()
             self._fine_tuning = None
         self._shadows.remove()
 
+    def _follow_schedule(self, fine_tuning: FineTuning, *, boundary: bool) -> None:
+        before = self.plan, self.seconds
+        try:
+            fine_tuning.follow_schedule(boundary=boundary)
+        except BaseException:
+            self._set_results(*before)
+            raise
+
     # --- the three ways into a fit -------------------------------------------------------------
 
     def _go_on(self, fit: RunningFit, left: FromCheckpoint) -> None:
         """Goes on from the checkpoint of a compressed run, which has given the module its structure."""
+        self._undo.callback(OptimizersBefore(fit.optimizers).put_back_)
         exchange_parameters_(fit.optimizers, left.exchanges)
         if left.layout is not None:
             require_same_layout(left.layout, optimizer_layout(fit.optimizers, fit.module))
@@ -281,43 +286,28 @@ class Compress(RestoringCallback):
     def _take_as_factorised(self, fit: RunningFit) -> None:
         """Takes a module that is factorised already as it is: it is trained without schedule and distillation."""
         example = self._example_input(fit) if self.budget.needs_example_input else None
-        plan = embodied_plan(fit.module, example)
-        sizes = [name for name in self.budget.limits() if name != "latency"]  # no dense model to measure that against
-        for resource in sizes:
-            kept, limit = plan.kept[resource], self.budget.limits()[resource]
-            if kept is None or kept > limit:
-                msg = (
-                    f"the module is already factorised with {percent(kept)} of its {resource} kept, the budget is "
-                    f"{self.budget}: start from the dense module to compress it further."
-                )
-                raise UnsupportedError(msg)
-        if self.distill is not None:
-            msg = "distill= needs the dense module as its teacher: the module given to fit is already factorised."
-            raise UnsupportedError(msg)
+        plan = plan_of_factorised(fit.module, self.budget, self.distill, example)
         self.plan = self.plan or plan
-        rank_zero_info(
-            f"Compress: the module is already factorised ({percent(plan.kept['params'])} of its parameters "
-            "kept); fine-tuning."
-        )
 
     def _compress_dense(self, fit: RunningFit, left: FromDenseCheckpoint | None) -> None:
         """Compresses a dense module, and hands the factors to the optimizers; an error leaves it dense."""
         teacher = Teacher(fit.module, self.distill) if self.distill is not None else None
-        if left is not None:
-            exchange_parameters_(fit.optimizers, left.exchanges)
-        done = self._compress(fit, (*self.schedule.budgets, self.budget)[0])
-        self._state.teacher = teacher.fingerprint if teacher is not None else None
-        fit.log_plan(done, 1)
-        before = [[list(group["params"]) for group in o.param_groups] for o in fit.optimizers]
-        try:
+        with contextlib.ExitStack() as undo:  # of all that comes, logging too
+            undo.callback(self._set_results, self.plan, self.seconds)
+            undo.callback(OptimizersBefore(fit.optimizers).put_back_)
+            if left is not None:
+                exchange_parameters_(fit.optimizers, left.exchanges)
+            done = self._compress(fit, (*self.schedule.budgets, self.budget)[0])
+            undo.callback(done.undo_, fit.module)
+            self._state.teacher = teacher.fingerprint if teacher is not None else None
+            before = [[list(group["params"]) for group in o.param_groups] for o in fit.optimizers]
             exchange_parameters_(fit.optimizers, exchanges_of(done.replacements))
             if left is not None:
                 left.carry_states_(before, fit.optimizers)
-        except BaseException:
-            done.undo_(fit.module)
-            raise
-        fit.structure_changed()
-        self._fine_tune(fit, done.replacements, teacher)
+            fit.structure_changed()
+            self._fine_tune(fit, done.replacements, teacher)
+            fit.log_plan(done, 1)
+            undo.pop_all()
 
     def _compress(self, fit: RunningFit, budget: Budget) -> Compression:
         """Compresses the dense module of a fit in place: at its start, and in every later round the merged one."""
@@ -339,6 +329,9 @@ class Compress(RestoringCallback):
     def _example_input(self, fit: RunningFit) -> ExampleInput | None:
         return fit.example_input(self.example_input, needed=self.budget.needs_example_input)
 
+    def _set_results(self, plan: Plan | None, seconds: Mapping[str, float]) -> None:
+        self.plan, self.seconds = plan, seconds
+
     def _fine_tune(self, fit: RunningFit, replacements: Sequence[Replacement], teacher: Teacher | None) -> None:
         self._fine_tuning = FineTuning(
             fit,
@@ -353,39 +346,50 @@ class Compress(RestoringCallback):
     # --- checkpoints ---------------------------------------------------------------------------
 
     @override
-    def restore(self, pl_module: LightningModule, payload: Mapping[str, Any]) -> None:
+    def restore(self, pl_module: LightningModule, payload: Payload, restoration: Restoration) -> None:
         """Rebuilds the factorised structure from a checkpoint, before its weights are loaded.
 
         Args:
             pl_module: The module, dense or factorised, in the way of this checkpoint or of another round.
-            payload: What the checkpoint holds under `CHECKPOINT_KEY`.
+            payload: What the checkpoint holds.
+            restoration: Undoes it; of a fit, until its first batch.
 
         Raises:
-            ResumeError: If the dense teacher cannot be rebuilt from the module as it is.
-            PlanError: If the plan cannot be read or does not fit the module.
+            ResumeError: If the dense teacher cannot be rebuilt from the module as it is, or the schedule is another.
+            PlanError: If the plan does not fit the module.
         """
-        plan = plan_in(payload)
+        restoration.add_undo(self._set_results, self.plan, self.seconds)
         if pl_module.trainer.state.fn != TrainerFn.FITTING:
-            reconcile_(pl_module, plan)
-            self.plan = plan
+            restoration.rebuilt(reconcile_(pl_module, payload.plan))
+            self.plan = payload.plan
             return
         teacher = rebuilt_teacher(pl_module, self.distill, payload) if self.distill is not None else None
-        replacements, exchanges = reconcile_(pl_module, plan)
-        self.plan = plan
+        self._undo.callback(restoration.undo)
+        restoration.add_undo(setattr, self, "_state", FitState(PhaseTracker(self.schedule)))
         self._state.load(payload, teacher)
-        self._left = FromCheckpoint(replacements, exchanges, payload.get("optimizers"), teacher)
-        configure = functools.partial(configure_as_dense, pl_module, pl_module.configure_optimizers, replacements)
+        rebuilt = reconcile_(pl_module, payload.plan)
+        restoration.rebuilt(rebuilt)
+        self.plan = payload.plan
+        self._left = FromCheckpoint(rebuilt.replacements, rebuilt.exchanges, payload.optimizers, teacher)
+        configure = functools.partial(
+            configure_as_dense, pl_module, pl_module.configure_optimizers, rebuilt.replacements
+        )
         self._shadows.put(pl_module, "configure_optimizers", configure)
 
     @override
-    def restore_dense(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def restore_dense(self, pl_module: LightningModule, checkpoint: dict[str, Any], restoration: Restoration) -> None:
         """Makes the module dense if it is not, and keeps the checkpoint: its optimizer states are to be carried over.
 
         Args:
             pl_module: The module.
             checkpoint: That of a dense run; its optimizer states are rewritten before they are loaded.
+            restoration: Undoes it until the first batch.
         """
-        self._left = FromDenseCheckpoint.restored_(pl_module, checkpoint)
+        rebuilt = make_dense_(pl_module)
+        if rebuilt.merged is not None:
+            self._undo.callback(restoration.undo)
+            restoration.rebuilt(rebuilt)
+        self._left = FromDenseCheckpoint(checkpoint, rebuilt.exchanges)
 
     @override
     def extend_payload(self, payload: dict[str, Any]) -> None:

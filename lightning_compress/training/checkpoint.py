@@ -17,17 +17,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_compress.core.checks import readable
 from lightning_compress.core.errors import ResumeError, WeightsError
-from lightning_compress.core.plan import Plan
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.surgery.embodied import embodied_plan
 from lightning_compress.surgery.swap import Replacement, install, uninstall
 from lightning_compress.training.averages import restart_averages
 from lightning_compress.training.compat import callbacks_of, trainer_of, weights_only_keyword
 from lightning_compress.training.optimizers import optimizer_layout
+from lightning_compress.training.payload import CHECKPOINT_KEY, CHECKPOINT_VERSION, Payload, payload_of
+from lightning_compress.training.restoring import Restoration
 from lightning_compress.training.rounds import reconcile_
-
-CHECKPOINT_KEY = "lightning_compress"
-CHECKPOINT_VERSION = 1
 
 _Module = TypeVar("_Module", bound=LightningModule)
 
@@ -43,11 +41,11 @@ class RestoringCallback(Callback):
     optimizers_before: Any = None
 
     @abstractmethod
-    def restore(self, pl_module: LightningModule, payload: Mapping[str, Any]) -> None:
-        """Rebuilds the factorised structure before the weights are loaded."""
+    def restore(self, pl_module: LightningModule, payload: Payload, restoration: Restoration) -> None:
+        """Rebuilds the factorised structure before the weights are loaded; in a fit it ends the restoration."""
 
     @abstractmethod
-    def restore_dense(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def restore_dense(self, pl_module: LightningModule, checkpoint: dict[str, Any], restoration: Restoration) -> None:
         """Prepares a fit that goes on from the checkpoint of a dense run, before its weights are loaded."""
 
     @abstractmethod
@@ -58,23 +56,14 @@ class RestoringCallback(Callback):
 def install_shadows(pl_module: LightningModule) -> None:
     """Wraps the two hooks on the instance; partials of module-level functions survive copy and pickle."""
     for name, function in (("on_load_checkpoint", _on_load), ("on_save_checkpoint", _on_save)):
-        own = pl_module.__dict__.get(name)
-        if not (isinstance(own, functools.partial) and own.func is function):
+        if not _is_shadowed(pl_module, name, function):
+            own = pl_module.__dict__.get(name)
             setattr(pl_module, name, functools.partial(function, pl_module, own))
 
 
-def plan_in(payload: Mapping[str, Any]) -> Plan:
-    """Returns the plan of a checkpoint's payload.
-
-    Raises:
-        ResumeError: If the payload is of another version.
-        PlanFormatError: If the plan cannot be read.
-    """
-    version = payload.get("version")
-    if version != CHECKPOINT_VERSION:
-        msg = f"the checkpoint's compression has version {version!r}, this library reads {CHECKPOINT_VERSION}: update."
-        raise ResumeError(msg)
-    return Plan.from_json(payload["plan"])
+def _is_shadowed(pl_module: LightningModule, name: str, function: Callable[..., None]) -> bool:
+    own = pl_module.__dict__.get(name)
+    return isinstance(own, functools.partial) and own.func is function
 
 
 def configure_as_dense(
@@ -117,13 +106,17 @@ class CompressedCheckpointMixin:
         """Rebuilds the factorised structure.
 
         Raises:
-            ResumeError: If the checkpoint is of another version.
+            ResumeError: If what the checkpoint holds of it is damaged or of another version.
             PlanError: If its plan cannot be read or does not fit.
         """
-        payload = checkpoint.get(CHECKPOINT_KEY)
-        if payload is not None:
-            reconcile_(cast(LightningModule, self), plan_in(payload))
-        cast(Any, super()).on_load_checkpoint(checkpoint)
+        module, payload = cast(LightningModule, self), payload_of(checkpoint)
+        if payload is None or _is_shadowed(module, "on_load_checkpoint", _on_load):
+            cast(Any, super()).on_load_checkpoint(checkpoint)
+            return
+        with Restoration(module).undoing() as restoration:
+            restoration.rebuilt(reconcile_(module, payload.plan))
+            cast(Any, super()).on_load_checkpoint(checkpoint)
+            restoration.await_weights()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the plan, also in a trainer without the callback."""
@@ -173,21 +166,24 @@ def _callback_of(pl_module: LightningModule) -> RestoringCallback | None:
 
 
 def _on_load(pl_module: LightningModule, own: Callable[[Any], None] | None, checkpoint: dict[str, Any]) -> None:
-    payload = checkpoint.get(CHECKPOINT_KEY)
-    callback = _callback_of(pl_module)
+    callback, trainer = _callback_of(pl_module), trainer_of(pl_module)
+    fitting = callback is not None and pl_module.trainer.state.fn == TrainerFn.FITTING
     if callback is not None and pl_module.trainer.optimizers is not callback.optimizers_before:
         _call_own(pl_module, own, "on_load_checkpoint", checkpoint)
         return
-    if payload is not None and callback is not None:
-        callback.restore(pl_module, payload)
-    elif payload is not None:
-        reconcile_(pl_module, plan_in(payload))
-    elif callback is not None and pl_module.trainer.state.fn == TrainerFn.FITTING and _is_dense(pl_module, checkpoint):
-        callback.restore_dense(pl_module, checkpoint)
-    trainer = trainer_of(pl_module)
-    if payload is not None and trainer is not None:
-        restart_averages(trainer, pl_module)
-    _call_own(pl_module, own, "on_load_checkpoint", checkpoint)
+    payload = payload_of(checkpoint)
+    with Restoration(pl_module).undoing() as restoration:
+        if payload is not None and callback is not None:
+            callback.restore(pl_module, payload, restoration)
+        elif payload is not None:
+            restoration.rebuilt(reconcile_(pl_module, payload.plan))
+        elif callback is not None and fitting and _is_dense(pl_module, checkpoint):
+            callback.restore_dense(pl_module, checkpoint, restoration)
+        if payload is not None and trainer is not None:
+            restart_averages(trainer, pl_module)
+        _call_own(pl_module, own, "on_load_checkpoint", checkpoint)
+        if restoration.begun:
+            restoration.await_weights(keep=fitting)
 
 
 def _on_save(pl_module: LightningModule, own: Callable[[Any], None] | None, checkpoint: dict[str, Any]) -> None:
@@ -216,7 +212,7 @@ def _is_dense(pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> bool
         if isinstance(module, FactorisedLayer)
         for child in module.factors()
     ]
-    return not factors or not all(name in checkpoint["state_dict"] for name in factors)
+    return not factors or not all(name in checkpoint.get("state_dict", ()) for name in factors)
 
 
 def _call_own(

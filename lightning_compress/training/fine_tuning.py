@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import cast
 
 from torch import nn
 
@@ -13,7 +14,7 @@ from lightning_compress.surgery.swap import Replacement
 from lightning_compress.training.distill import Distillation, Teacher
 from lightning_compress.training.first_batch_check import FirstBatchCheck
 from lightning_compress.training.fit_state import Shadows, factor_layers
-from lightning_compress.training.optimizers import exchange_parameters_, held_by
+from lightning_compress.training.optimizers import OptimizersBefore, exchange_parameters_, held_by
 from lightning_compress.training.rounds import compress_again_
 from lightning_compress.training.running_fit import RunningFit
 from lightning_compress.training.schedule import PhaseTracker, ScaledSteps, drop_gradients, trained_in
@@ -92,32 +93,36 @@ class FineTuning:
         where = self._fit.epoch, self._fit.step
         if not self._phases.over(*where, boundary=boundary):
             return
-        phase = self._phases.advance(*where)
-        self._fit.log({"compress/phase": self._phases.state()["phase"]})
-        if phase.budget is not None:
-            self.next_round(phase.budget)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._phases.load, self._phases.state())
+            phase = self._phases.advance(*where)
+            self._fit.log({"compress/phase": self._phases.state()["phase"]})
+            if phase.budget is not None:
+                self.next_round(phase.budget)
+            undo.pop_all()
 
     def next_round(self, budget: Budget) -> None:
         """Searches again on the weights as they are now; optimizers keep the state of everything that stays.
 
         Raises:
-            LightningCompressError: As a compression or `exchange_parameters_` does; the module is then as it was.
+            Exception: As a compression, `exchange_parameters_` or a logger does; module and optimizers are then as they
+                were.
         """
-        module = self._fit.module
-        again = compress_again_(module, lambda _: self._compress(budget))
-        try:
-            exchange_parameters_(self._fit.optimizers, again.exchanges)
-        except BaseException:
-            again.undo_(module)
-            raise
-        self._fit.structure_changed()
-        if self._scaled is not None:
-            self._scaled.refresh()
-        if self._distillation is not None:
-            self._distillation.attach()
-        self._check.stop()
-        self._check = self._first_batch_check(again.done.replacements)
-        self._fit.log_plan(again.done, self._phases.round)
+        fit, module = self._fit, self._fit.module
+        with contextlib.ExitStack() as undo:  # of all that comes, logging too
+            undo.callback(OptimizersBefore(fit.optimizers).put_back_)
+            again = compress_again_(module, lambda _: self._compress(budget))
+            undo.callback(again.undo_, module)
+            exchange_parameters_(fit.optimizers, again.exchanges)
+            fit.structure_changed()
+            if self._scaled is not None:
+                self._scaled.refresh()
+            if self._distillation is not None:
+                self._distillation.attach()
+            self._check.stop()
+            self._check = self._first_batch_check(again.done.replacements)
+            fit.log_plan(again.done, self._phases.round)
+            undo.pop_all()
 
     def after_backward(self) -> None:
         """Notes which factors have a gradient, until the first batch is over."""
@@ -140,18 +145,14 @@ class FineTuning:
         if self._scaled is not None:
             self._fit.module.log("compress/lr_scale", self._scaled.scale)
 
-    @property
-    def awaits_metric(self) -> bool:
-        """Whether the phase ends when a metric stops getting better."""
-        return self._phases.phase.until_plateau is not None
-
-    def observe(self, metrics: Mapping[str, Any]) -> None:
-        """Shows the schedule the metrics of an epoch.
+    def after_epoch(self) -> None:
+        """Shows the schedule the metrics of an epoch, if it waits for one and there was a validation.
 
         Raises:
             ConfigurationError: If the one that it waits for is not among them.
         """
-        self._phases.observe(metrics)
+        if self._phases.phase.until_plateau is not None and self._fit.validated:
+            self._phases.observe(self._fit.metrics())
 
     def _require_time(self) -> None:
         """Warns where the fit is too short for all rounds of compression."""

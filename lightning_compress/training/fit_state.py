@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,10 @@ from torch.optim import Optimizer
 from lightning_compress.core.errors import ResumeError
 from lightning_compress.core.fine_tuning import Distill
 from lightning_compress.layers.factorised import FactorisedLayer
-from lightning_compress.surgery.merge import merge_layers_
 from lightning_compress.surgery.swap import Replacement
 from lightning_compress.training.distill import Teacher
 from lightning_compress.training.optimizers import Exchange, carried_states
-from lightning_compress.training.rounds import exchanges_between
+from lightning_compress.training.payload import Payload
 from lightning_compress.training.schedule import PhaseTracker
 
 
@@ -50,12 +49,6 @@ class FromDenseCheckpoint:
     checkpoint: dict[str, Any]
     exchanges: tuple[Exchange, ...]
 
-    @classmethod
-    def restored_(cls, module: nn.Module, checkpoint: dict[str, Any]) -> FromDenseCheckpoint:
-        """Makes a module dense if it is not."""
-        exchanges = tuple(exchanges_between(merge_layers_(module), ())) if factor_layers(module) else ()
-        return cls(checkpoint, exchanges)
-
     def carry_states_(
         self, before: Sequence[Sequence[Sequence[nn.Parameter]]], optimizers: Sequence[Optimizer]
     ) -> None:
@@ -86,15 +79,18 @@ class FitState:
     phases: PhaseTracker
     teacher: str | None = None
 
-    def load(self, payload: Mapping[str, Any], teacher: Teacher | None) -> None:
+    def load(self, payload: Payload, teacher: Teacher | None) -> None:
         """Goes on from a checkpoint of a compressed run.
 
         Args:
-            payload: What it holds under `CHECKPOINT_KEY`.
+            payload: What it holds.
             teacher: The one rebuilt for it.
+
+        Raises:
+            ResumeError: If the checkpoint stands in a phase that the schedule does not have.
         """
-        if payload.get("schedule") is not None:
-            self.phases.load(payload["schedule"])
+        if payload.schedule is not None:
+            self.phases.load(payload.schedule)
         else:  # of a fit that had none to follow: it counts as begun with that fit
             self.phases.begin(0, 0)
         self.teacher = teacher.fingerprint if teacher is not None else None
@@ -126,13 +122,13 @@ class Shadows:
         self._before.clear()
 
 
-def rebuilt_teacher(pl_module: LightningModule, settings: Distill, payload: Mapping[str, Any]) -> Teacher:
+def rebuilt_teacher(pl_module: LightningModule, settings: Distill, payload: Payload) -> Teacher:
     """Returns the teacher of the run that a checkpoint is of, made from a module that is still dense.
 
     Args:
         pl_module: The module with the weights it had when that run began.
         settings: What to distil and how.
-        payload: What the checkpoint holds under `CHECKPOINT_KEY`.
+        payload: What the checkpoint holds.
 
     Raises:
         ResumeError: If the module is factorised, or has other weights.
@@ -143,7 +139,7 @@ def rebuilt_teacher(pl_module: LightningModule, settings: Distill, payload: Mapp
         raise ResumeError(msg)
     convert = pl_module.trainer.precision_plugin.convert_module  # the first run's teacher was converted too
     teacher = Teacher(pl_module, settings, convert=convert)
-    if teacher.fingerprint != payload.get("teacher"):
+    if teacher.fingerprint != payload.teacher:
         msg = f"the module's weights are not those of the teacher the checkpoint was distilled from. {advice}"
         raise ResumeError(msg)
     return teacher

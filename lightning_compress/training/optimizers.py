@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_compress.core.compat import caches_parameter_count, forget_parameter_count_
 from lightning_compress.core.errors import OrphanParameterError, ResumeError, UnsupportedError
 from lightning_compress.layers.factorised import FactorisedLayer
+from lightning_compress.layers.folding import weight_parameters
 from lightning_compress.surgery.swap import Replacement
 
 _MATRIX_ONLY = "Muon"
@@ -53,8 +54,8 @@ def exchanges_of(replacements: Sequence[Replacement]) -> list[Exchange]:
 
 
 def dense_weight(layer: nn.Module) -> tuple[tuple[str, nn.Parameter], ...]:
-    """Returns the weight of a dense layer with its name."""
-    return (("weight", cast(nn.Parameter, layer.weight)),)
+    """Returns the weight of a dense layer with its name, or what it is computed from."""
+    return weight_parameters(layer)
 
 
 def factor_weights(layer: FactorisedLayer) -> tuple[tuple[str, nn.Parameter], ...]:
@@ -111,6 +112,37 @@ def exchange_parameters_(optimizers: Sequence[Optimizer], exchanges: Sequence[Ex
         if caches_parameter_count(optimizer):
             forget_parameter_count_(optimizer)
     _require_no_orphans(optimizers, held, exchanges, anchors)
+
+
+class OptimizersBefore:
+    """What optimizers hold, to be put back in place.
+
+    Args:
+        optimizers: The optimizers, before anything is exchanged.
+    """
+
+    def __init__(self, optimizers: Iterable[Optimizer]) -> None:
+        self._kept = [(o, o.param_groups, list(o.param_groups), o.state, dict(o.state)) for o in optimizers]
+        self._groups = [
+            (group, dict(group), {name: list(value) for name, value in group.items() if isinstance(value, list)})
+            for optimizer, *_ in self._kept
+            for group in optimizer.param_groups
+        ]
+
+    def put_back_(self) -> None:
+        """Makes groups, Parameters and state what they were, in the same lists and dictionaries."""
+        for group, settings, lists in self._groups:
+            group.clear()
+            group.update(settings)
+            for name, content in lists.items():
+                group[name][:] = content
+        for optimizer, groups, content, state, by_parameter in self._kept:
+            if caches_parameter_count(optimizer):
+                forget_parameter_count_(optimizer)
+            groups[:] = content
+            state.clear()
+            state.update(by_parameter)
+            optimizer.param_groups, optimizer.state = groups, state
 
 
 def optimizer_layout(optimizers: Sequence[Optimizer], model: nn.Module) -> list[dict[str, Any]]:

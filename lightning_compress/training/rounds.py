@@ -12,7 +12,7 @@ from lightning_compress.core.plan import Plan
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.surgery.embodied import embodied_plan
 from lightning_compress.surgery.merge import Merged, merge_layers_
-from lightning_compress.surgery.swap import Replacement, apply_shells_
+from lightning_compress.surgery.swap import Replacement, apply_shells_, uninstall
 from lightning_compress.training.optimizers import Exchange, dense_weight, exchanges_of, factor_weights
 
 
@@ -87,28 +87,54 @@ def exchanges_between(merged: Merged, replacements: Sequence[Replacement]) -> li
     return exchanges
 
 
-def reconcile_(model: nn.Module, plan: Plan) -> tuple[tuple[Replacement, ...], tuple[Exchange, ...]]:
+@dataclass(frozen=True)
+class Rebuilt:
+    """How a model was given the structure of a plan.
+
+    Attributes:
+        replacements: What was replaced by what, dense layers by shells.
+        exchanges: What that means for optimizers.
+        merged: What the layers were before if the model was factorised in another way.
+    """
+
+    replacements: tuple[Replacement, ...] = ()
+    exchanges: tuple[Exchange, ...] = ()
+    merged: Merged | None = None
+
+    def undo_(self, model: nn.Module) -> None:
+        """Puts back the layers that were there."""
+        uninstall(model, self.replacements)
+        if self.merged is not None:
+            self.merged.undo_(model)
+
+
+def reconcile_(model: nn.Module, plan: Plan) -> Rebuilt:
     """Gives a model the structure of a plan, with factors of zeros, whatever structure it has.
 
     A model that is factorised in another way, as in an earlier or later round, becomes dense first. One that is
     already factorised as planned stays as it is.
-
-    Returns:
-        What was replaced by what, dense layers by shells, and what that means for optimizers.
 
     Raises:
         PlanError: If the plan does not fit the model; it is then as it was.
     """
     if not any(isinstance(module, FactorisedLayer) for module in model.modules()) or _embodies(model, plan):
         replacements = apply_shells_(model, plan)
-        return replacements, tuple(exchanges_of(replacements))
+        return Rebuilt(replacements, tuple(exchanges_of(replacements)))
     merged = merge_layers_(model)
     try:
         replacements = apply_shells_(model, plan)
     except BaseException:
         merged.undo_(model)
         raise
-    return replacements, tuple(exchanges_between(merged, replacements))
+    return Rebuilt(replacements, tuple(exchanges_between(merged, replacements)), merged)
+
+
+def make_dense_(model: nn.Module) -> Rebuilt:
+    """Makes a model dense if it is not."""
+    if not any(isinstance(module, FactorisedLayer) for module in model.modules()):
+        return Rebuilt()
+    merged = merge_layers_(model)
+    return Rebuilt((), tuple(exchanges_between(merged, ())), merged)
 
 
 def _embodies(model: nn.Module, plan: Plan) -> bool:

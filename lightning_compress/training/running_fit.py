@@ -71,6 +71,16 @@ class RunningFit:
             return math.inf
         return max(1, math.ceil(batches / self._trainer.accumulate_grad_batches))
 
+    @property
+    def validated(self) -> bool:
+        """Whether an epoch that ends now is one with a validation."""
+        return (self.epoch + 1) % (self._trainer.check_val_every_n_epoch or 1) == 0
+
+    def metrics(self) -> dict[str, float]:
+        """Returns what was logged in an epoch, as the first rank sees it: all go on together."""
+        seen = {name: float(value) for name, value in self._trainer.callback_metrics.items()}
+        return self._trainer.strategy.broadcast(seen)
+
     def warn(self, message: str) -> None:
         """Warns once for all ranks, unless the fit is but a trial run."""
         if not cast(Any, self._trainer).fast_dev_run:

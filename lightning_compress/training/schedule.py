@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.core.checks import did_you_mean
-from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.errors import ConfigurationError, ResumeError
 from lightning_compress.core.fine_tuning import Phase, Schedule
 from lightning_compress.core.settings import Budget
 
@@ -135,8 +135,18 @@ class PhaseTracker:
         return dict(self._state)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Goes to where the fit stood when a checkpoint was saved."""
-        self._state = {key: state[key] for key in ("phase", "first_step", "epoch", "step", "best", "waited")}
+        """Goes to where the fit stood when a checkpoint was saved.
+
+        Raises:
+            ResumeError: If that is in a phase that the schedule does not have.
+        """
+        if state and state["phase"] > len(self._phases):
+            msg = (
+                f"the checkpoint stands in phase {state['phase']} of its schedule, counted from 0, and that of the "
+                f"callback has {len(self._phases)} phases: give Compress the schedule of the fit that saved it."
+            )
+            raise ResumeError(msg)
+        self._state = dict(state)
 
 
 def budgets_in(phases: Iterable[Phase]) -> tuple[Budget, ...]:

@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW
 from lightning_compress import Budget, merge_
 from lightning_compress.core.errors import CompressionWarning, ConfigurationError, InfeasibleBudgetError
 from lightning_compress.training.optimizers import exchange_parameters_
-from lightning_compress.training.rounds import compress_again_, reconcile_
+from lightning_compress.training.rounds import Rebuilt, compress_again_, reconcile_
 from tests.support.compressing import CLOSED_FORM, WEIGHTS_ALONE, compress, compressed_model
 from tests.support.fitting import QUIET, count, factorised, held_by, require_same_state
 from tests.support.nets import TinyNet, TinyTask, TwoManual
@@ -124,13 +124,12 @@ def test_structure_of_any_round_is_rebuilt_from_any_other(first, second):
     smaller(net, first)
     plan = smaller(other, second).plan
     optimizer = SGD(net.parameters(), lr=0.1)
-    _, exchanges = reconcile_(net, plan)
-    exchange_parameters_([optimizer], exchanges)
+    exchange_parameters_([optimizer], reconcile_(net, plan).exchanges)
     net.load_state_dict(other.state_dict())
     assert factorised(net) == factorised(other)
     assert sorted(held_by([optimizer])) == sorted(id(p) for p in net.parameters())
     kept = list(net.modules())
-    assert reconcile_(net, plan) == ((), ())
+    assert reconcile_(net, plan) == Rebuilt()
     assert [a is b for a, b in zip(net.modules(), kept, strict=True)]
 
 
