@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -39,7 +39,7 @@ from lightning_compress.analysis.trace import (
 )
 from lightning_compress.core.compat import tree_flatten, tree_map, tree_unflatten
 from lightning_compress.core.effort import current_effort
-from lightning_compress.core.parallel import shared_map
+from lightning_compress.core.parallel import Pace, shared_map
 from lightning_compress.core.progress import Progress, silent
 
 LEARNING_RATE = 0.2
@@ -306,10 +306,13 @@ def _match(
         loss = deviation + _indecision(outputs)
         return (loss, deviation) if bool(torch.isfinite(loss)) else None
 
-    with _watching(norms, deviations), inference(model), torch.inference_mode(mode=False), torch.enable_grad():
+    modes = (inference(model), torch.inference_mode(mode=False), torch.enable_grad())
+    with closing(Pace()) as pace, _watching(norms, deviations), modes[0], modes[1], modes[2]:
         optimizer = torch.optim.Adam(free, betas=(0.5, 0.9))
         for step in range(steps + 1):
-            if (found := loss_now()) is None:
+            with pace.step():
+                found = loss_now()
+            if found is None:
                 break
             loss, deviation = found
             if float(loss.detach()) < best_loss:

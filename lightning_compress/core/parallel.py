@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -16,6 +18,12 @@ from lightning_compress.core.effort import current_effort, trying
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+TRIED = 2
+"""Steps that are measured with all threads, and with one."""
+SLOWER = 1.2
+"""How much longer a step must take with all threads for one to be used; those that wait for a core take far longer."""
 
 
 class Processes:
@@ -125,14 +133,78 @@ def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> lis
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread for what torch, numpy and scipy work out, whatever the process is set to."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """One thread for what torch, numpy and scipy work out, whatever the process is set to.
+
+    Counted over the process: of the user's own threads that are in it at once the first one saw what there was.
+    """
+    _LIMIT.enter()
     try:
-        with _libraries().limit(limits=1):
-            yield
+        yield
     finally:
+        _LIMIT.leave()
+
+
+class _Limit:
+    """Who has asked for one thread, and what there was before."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._threads = 1
+        self._libraries = contextlib.ExitStack()
+        self._own = threading.local()  # torch's count is one of each thread
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._threads = torch.get_num_threads()
+                self._libraries.enter_context(_libraries().limit(limits=1))
+            self._inside += 1
+            self._own.depth = getattr(self._own, "depth", 0) + 1
+            torch.set_num_threads(1)
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            self._own.depth -= 1
+            if not self._inside:
+                self._libraries.close()
+            if not self._own.depth:
+                torch.set_num_threads(self._threads)
+
+
+_LIMIT = _Limit()
+
+
+class Pace:
+    """Threads of torch for many steps of one kind: one alone where more take longer, as on a machine that is busy.
+
+    A few steps are measured with all and with one; where nothing else runs, all are kept.
+    """
+
+    def __init__(self) -> None:
+        self._all = torch.get_num_threads()
+        self._seconds: dict[int, list[float]] = {self._all: [], 1: []}
+        self._left = [self._all] * (1 + TRIED) + [1] * TRIED if self._all > 1 else []
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Measures a step while it is not known what is faster."""
+        if not self._left:
+            yield
+            return
+        threads = self._left.pop(0)
         torch.set_num_threads(threads)
+        start = time.perf_counter()
+        yield
+        self._seconds[threads].append(time.perf_counter() - start)
+        if not self._left:
+            busy = min(self._seconds[self._all][1:]) > SLOWER * min(self._seconds[1])  # the first one was cold
+            torch.set_num_threads(1 if busy else self._all)
+
+    def close(self) -> None:
+        """Puts back what there was."""
+        torch.set_num_threads(self._all)
 
 
 @functools.cache

@@ -27,6 +27,7 @@ from lightning_compress.analysis.trace import (
 )
 from lightning_compress.core.effort import current_effort
 from lightning_compress.core.errors import CompressionWarning
+from lightning_compress.core.parallel import Pace
 from lightning_compress.layers.unfused.recurrent import UnfusedRecurrent
 from lightning_compress.surgery.state import NORMS, BestState
 from lightning_compress.surgery.swap import Replacement
@@ -117,16 +118,18 @@ def distil(  # noqa: PLR0917
     with torch.inference_mode(mode=False):
         free = [parameter.detach() for parameter in trained]  # the same memory, without the parameters' own gradients
         optimizer = torch.optim.Adam(free, lr=rate)
-        for step in range(1, steps + 1):
-            risen = rate * min(1.0, step / WARM_UP)
-            optimizer.param_groups[0]["lr"] = risen * (1 + math.cos(math.pi * step / steps)) / 2
-            arguments = _shuffled(batches, generator)
-            gradients = _gradients(dense, model, replacements, trained, arguments)
-            for parameter, gradient in zip(free, gradients, strict=True):
-                parameter.grad = gradient
-            optimizer.step()
-            if step % EVERY == 0 or step == steps:
-                yield step
+        with contextlib.closing(Pace()) as pace:
+            for step in range(1, steps + 1):
+                risen = rate * min(1.0, step / WARM_UP)
+                optimizer.param_groups[0]["lr"] = risen * (1 + math.cos(math.pi * step / steps)) / 2
+                with pace.step():
+                    arguments = _shuffled(batches, generator)
+                    gradients = _gradients(dense, model, replacements, trained, arguments)
+                for parameter, gradient in zip(free, gradients, strict=True):
+                    parameter.grad = gradient
+                optimizer.step()
+                if step % EVERY == 0 or step == steps:
+                    yield step
 
 
 def _gradients(
