@@ -151,14 +151,16 @@ class _Limit:
         self._lock = threading.Lock()
         self._inside = 0
         self._threads = 1
-        self._libraries = contextlib.ExitStack()
+        self._libraries: Any = None
         self._own = threading.local()  # torch's count is one of each thread
 
     def enter(self) -> None:
         with self._lock:
             if not self._inside:
                 self._threads = torch.get_num_threads()
-                self._libraries.enter_context(_libraries().limit(limits=1))
+                self._libraries = _libraries().limit(limits=1)
+            elif not getattr(self._own, "depth", 0):
+                _libraries().limit(limits=1)  # OpenMP's count is one of each thread too
             self._inside += 1
             self._own.depth = getattr(self._own, "depth", 0) + 1
             torch.set_num_threads(1)
@@ -167,9 +169,8 @@ class _Limit:
         with self._lock:
             self._inside -= 1
             self._own.depth -= 1
-            if not self._inside:
-                self._libraries.close()
             if not self._own.depth:
+                self._libraries.restore_original_limits()
                 torch.set_num_threads(self._threads)
 
 

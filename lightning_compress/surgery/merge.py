@@ -10,6 +10,7 @@ from torch import nn
 from lightning_compress.analysis.inventory import list_layers
 from lightning_compress.analysis.usable import require_module
 from lightning_compress.core.errors import ModelError
+from lightning_compress.core.interrupts import uninterrupted
 from lightning_compress.core.progress import Progress, reporting
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.layers.unfused import Unfusing, fuse_, redo_, share_hooks
@@ -55,8 +56,9 @@ class Merged:
 
     def undo_(self, model: nn.Module) -> None:
         """Puts the factorised layers back."""
-        redo_(model, self.fusings)
-        install(model, self.replacements)
+        with uninterrupted():
+            redo_(model, self.fusings)
+            install(model, self.replacements)
 
 
 def merge_layers_(model: nn.Module, *, progress: Progress | None = None) -> Merged:
@@ -89,5 +91,6 @@ def merge_layers_(model: nn.Module, *, progress: Progress | None = None) -> Merg
         dense[layer.name].register_parameter("weight", dense[owners[layer.name]]._parameters["weight"])
         share_hooks(module, dense[layer.name])
     replacements = tuple(Replacement(layer.aliases, dense[layer.name], module) for layer, module in found)
-    uninstall(model, replacements)
-    return Merged(replacements, fuse_(model))
+    with uninterrupted():
+        uninstall(model, replacements)
+        return Merged(replacements, fuse_(model))

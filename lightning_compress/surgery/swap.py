@@ -17,6 +17,7 @@ from lightning_compress.analysis.trace import ExampleInput
 from lightning_compress.analysis.usable import require_module, require_usable_weights
 from lightning_compress.core.checks import did_you_mean
 from lightning_compress.core.errors import ConfigurationError, ForwardMismatchError, PlanMismatchError
+from lightning_compress.core.interrupts import uninterrupted
 from lightning_compress.core.plan import LayerPlan, Plan
 from lightning_compress.core.progress import Progress, reporting, silent
 from lightning_compress.kinds.metric import Metric
@@ -173,7 +174,11 @@ def _replace(
         raise
     if channels_last and replacements:
         replacements[0] = dataclasses.replace(replacements[0], relaid=_others(model, replacements))
-    install(model, replacements)
+    try:
+        install(model, replacements)
+    except BaseException:
+        uninstall(model, replacements)
+        raise
     return tuple(replacements)
 
 
@@ -204,20 +209,22 @@ def _unfusings(replacements: Sequence[Replacement]) -> list[Unfusing]:
 
 def install(model: nn.Module, replacements: Sequence[Replacement]) -> None:
     """Puts the factorised layers in, under every name, and the weights of others in their format."""
-    redo_(model, _unfusings(replacements))
-    for replacement in replacements:
-        put_(model, replacement.aliases, replacement.factorised)
-        put_in_channels_last_(replacement.relaid)
-    follow_structure(model)
+    with uninterrupted():
+        redo_(model, _unfusings(replacements))
+        for replacement in replacements:
+            put_(model, replacement.aliases, replacement.factorised)
+            put_in_channels_last_(replacement.relaid)
+        follow_structure(model)
 
 
 def uninstall(model: nn.Module, replacements: Sequence[Replacement]) -> None:
     """Puts the dense layers back, under every name, and the weights of others in the format they had."""
-    for replacement in replacements:
-        put_(model, replacement.aliases, replacement.dense)
-        put_back_(replacement.relaid)
-    undo_(model, _unfusings(replacements))
-    follow_structure(model)
+    with uninterrupted():
+        for replacement in replacements:
+            put_(model, replacement.aliases, replacement.dense)
+            put_back_(replacement.relaid)
+        undo_(model, _unfusings(replacements))
+        follow_structure(model)
 
 
 def _checked(model: nn.Module, plan: Plan) -> list[tuple[Layer, LayerPlan]]:
@@ -296,7 +303,7 @@ def _groups(pairs: Sequence[tuple[Layer, LayerPlan]]) -> list[list[tuple[Layer, 
         ):
             msg = f"the plan's layers that share the first factor of {name!r} differ in kind, rank or inputs."
             raise PlanMismatchError(msg)
-        if any(layer.partners or not isinstance(layer.module, nn.Linear) for layer, _ in group):
+        if any(layer.partners or not isinstance(layer.plain, nn.Linear) for layer, _ in group):
             msg = f"the plan's layers that share the first factor of {name!r} are not all linear, with own weights."
             raise PlanMismatchError(msg)
     return list(groups.values())
