@@ -88,7 +88,9 @@ def _fit_shared_(group: Sequence[Replacement], *, all_of_it: bool) -> None:
             reduce, expand = joint_factors(weights, [None] * len(group), group[0].factorised.ranks[0])
         else:
             expand = [_matrices(r.factorised)[last] for r in group]
-            reduce = _solved(torch.cat(expand), torch.cat(weights))
+            sizes = [weight.norm().clamp_min(torch.finfo(weight.dtype).tiny) for weight in weights]  # as joint_factors
+            both = [torch.cat([m / size for m, size in zip(of, sizes, strict=True)]) for of in (expand, weights)]
+            reduce = _solved(*both)
     for replacement, own in zip(group, expand, strict=True):
         replacement.factorised.load_factors({first: reduce, last: own})
 
