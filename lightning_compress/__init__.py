@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lightning_compress.core.plan import LayerPlan, Plan
     from lightning_compress.core.settings import Budget, Override
     from lightning_compress.core.target import Target
+    from lightning_compress.layers.adapter import LayerAdapter
+    from lightning_compress.layers.adapters import register_layer_adapter
     from lightning_compress.layers.factorised import FactorisedLayer
     from lightning_compress.on_disk.api import compress_checkpoint
     from lightning_compress.search.api import search_ranks
@@ -40,6 +42,7 @@ _HOMES = {
     "Distill": "core.fine_tuning",
     "FactorisedLayer": "layers.factorised",
     "LatencyTable": "analysis.latency.table",
+    "LayerAdapter": "layers.adapter",
     "LayerPlan": "core.plan",
     "LightningCompressError": "core.errors",
     "Override": "core.settings",
@@ -55,6 +58,7 @@ _HOMES = {
     "load_compressed_checkpoint": "training.checkpoint",
     "load_pretrained": "surgery.pretrained",
     "merge_": "surgery.merge",
+    "register_layer_adapter": "layers.adapters",
     "save_compressed": "surgery.save",
     "search_ranks": "search.api",
 }
@@ -66,6 +70,7 @@ __all__ = [
     "Distill",
     "FactorisedLayer",
     "LatencyTable",
+    "LayerAdapter",
     "LayerPlan",
     "LightningCompressError",
     "Override",
@@ -81,6 +86,7 @@ __all__ = [
     "load_compressed_checkpoint",
     "load_pretrained",
     "merge_",
+    "register_layer_adapter",
     "save_compressed",
     "search_ranks",
 ]

@@ -12,17 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.analysis.foreign import frozen, in_metrics
+from lightning_compress.analysis.reasons import why_dense
 from lightning_compress.analysis.trace import Trace
-from lightning_compress.core.compat import has_gradient_hooks
+from lightning_compress.core.compat import held_parameters
 from lightning_compress.core.errors import (
     NothingToFactoriseError,
     SelectionError,
 )
 from lightning_compress.core.settings import Override, Patterns, overrides_of, require_patterns
 from lightning_compress.kinds.registry import DECOMPOSITIONS, LayerCall, Operator, is_automatic, resolve_kinds
+from lightning_compress.layers.adapters import adapter_of
 from lightning_compress.layers.factorised import FactorisedLayer
-from lightning_compress.layers.families import canonical, family_of, known_types, layer_type, operator_of, own_layout
-from lightning_compress.layers.unfused import STATE_DICT_HOOKS, UnfusedModule, unfusable
+from lightning_compress.layers.families import canonical, operator_of, own_layout
+from lightning_compress.layers.folding import foldings, is_of, spared_by, type_name
+from lightning_compress.layers.unfused import UnfusedModule, inside_factorised, unfusable
 
 TIED_KINDS = ("svd",)
 """Kinds whose factors can serve a weight and its transpose."""
@@ -49,6 +52,7 @@ class Layer:
             model), each with its names: they become factorised layers of the same factors.
         whole: Names of the unfused attention or recurrent layer it is a projection of, none otherwise.
         whole_type: The torch class of that.
+        folded: The plain layer that a module with a computed weight is now, None for other modules.
     """
 
     name: str
@@ -63,16 +67,23 @@ class Layer:
     partners: tuple[tuple[tuple[str, ...], nn.Module], ...] = ()
     whole: tuple[str, ...] = ()
     whole_type: type[nn.Module] | None = None
+    folded: nn.Module | None = None
 
     @property
     def type(self) -> str:
         """Name of the module's class; one for all factorised layers."""
-        return (FactorisedLayer if isinstance(self.module, FactorisedLayer) else type(self.module)).__name__
+        factorised = isinstance(self.module, FactorisedLayer)
+        return FactorisedLayer.__name__ if factorised else type_name(self.module)
+
+    @property
+    def plain(self) -> nn.Module:
+        """The module, or the plain layer that it is when its weight is computed."""
+        return self.folded if self.folded is not None else self.module
 
     @property
     def weight(self) -> Tensor:
         """The dense weight."""
-        return cast(Tensor, self.module.weight)
+        return cast(Tensor, self.plain.weight)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -82,11 +93,16 @@ class Layer:
     @property
     def operator(self) -> Operator:
         """What a layer that can be factorised does."""
-        return operator_of(self.module)
+        return operator_of(self.plain)
+
+    @property
+    def spared(self) -> tuple[int, int]:
+        """Parameters and bytes beside the dense weight that are gone with it, those that it is computed from."""
+        return spared_by(self.plain)
 
     def canonical_weight(self) -> Tensor:
         """Returns the dense weight as (groups · out, in, *kernel)."""
-        return canonical(self.module, self.weight)
+        return canonical(self.plain, self.weight)
 
     def double_weight(self) -> Tensor:
         """Returns the canonical weight as decompositions take it, float64 on the CPU."""
@@ -94,7 +110,7 @@ class Layer:
 
     def own_layout(self, weight: Tensor) -> Tensor:
         """Returns a canonical weight in the layout of the module's own."""
-        return own_layout(self.module, weight)
+        return own_layout(self.plain, weight)
 
 
 def take_inventory(
@@ -149,27 +165,28 @@ def take_inventory(
 def list_layers(model: nn.Module, trace: Trace | None = None) -> list[Layer]:
     """Returns every parameterised module in order, with a reason where it cannot be factorised."""
     aliases: dict[int, list[str]] = {}
-    inside: set[int] = set()
+    inside = inside_factorised(model)
     wholes: dict[int, UnfusedModule] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         aliases.setdefault(id(module), []).append(name)
-        if isinstance(module, FactorisedLayer):
-            inside.update(id(child) for child in module.modules())
-            inside.discard(id(module))
-        elif isinstance(module, UnfusedModule):
+        if isinstance(module, UnfusedModule):
             wholes.update({id(child): module for child in module.children()})
+    folds = foldings(model, inside)
+    inside |= {id(part) for f in folds.values() if f.plain for part in f.layer.modules() if part is not f.layer}
     holders, ties, fused = _holders(model), _ties(model), unfusable(model)
     shared = {key for key, count in holders.items() if count > 1}
     layers = []
     for name, module in model.named_modules():
-        own = list(module.parameters(recurse=isinstance(module, FactorisedLayer)))
+        fold = folds.get(id(module))
+        plain = fold.plain if fold is not None else None
+        own = list(module.parameters(recurse=isinstance(module, FactorisedLayer) or plain is not None))
         if own and id(module) not in inside:
-            count = sum(p.numel() for p in own)
-            reason = f"it cannot be unfused: {fused[name]}" if fused.get(name) else None
-            reason = reason or _why_dense(module, shared, trace, name)
+            count = sum(p.numel() for p in own) + spared_by(module)[0]
+            reason = f"it cannot be unfused: {fused[name]}" if fused.get(name) else fold and fold.reason
+            reason = reason or why_dense(plain or module, shared, trace, name)
             partners: list[tuple[tuple[str, ...], nn.Module]] = []
             first, *others = ties.get(id(module), [(name, module)])
-            if others and reason is not None and id(module._parameters.get("weight")) in shared:
+            if others and reason is not None and id(held_parameters(module).get("weight")) in shared:
                 parts = [holder for holder, tied in (first, *others) if id(tied) in wholes]
                 reason = _why_tied(first, others, holders, trace) if not parts else _TIED_PART.format(parts[0])
                 if reason is None and first[1] is module:
@@ -177,7 +194,7 @@ def list_layers(model: nn.Module, trace: Trace | None = None) -> list[Layer]:
                 elif reason is None:
                     reason = f"its weight is that of {first[0]!r} and is factorised with it"
             names = tuple(aliases[id(module)])
-            layer = Layer(name, names, module, count, reason=reason, partners=tuple(partners))
+            layer = Layer(name, names, module, count, reason=reason, partners=tuple(partners), folded=plain)
             if (whole := wholes.get(id(module))) is not None:
                 layer = replace(layer, whole=tuple(aliases[id(whole)]), whole_type=whole.fused_type)
             layers.append(layer)
@@ -195,8 +212,8 @@ def _ties(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     """Returns the modules that hold the same weight, by the id of each: embeddings first, then linear layers."""
     holders: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
-        if module._parameters.get("weight") is not None:
-            holders.setdefault(id(module._parameters["weight"]), []).append((name, module))
+        if (weight := held_parameters(module).get("weight")) is not None:
+            holders.setdefault(id(weight), []).append((name, module))
     groups = [sorted(g, key=lambda named: not isinstance(named[1], nn.Embedding)) for g in holders.values()]
     return {id(module): group for group in groups if len(group) > 1 for _, module in group}
 
@@ -208,12 +225,12 @@ def _why_tied(
     trace: Trace | None,
 ) -> str | None:
     """Returns why modules of one weight cannot be factorised together, None if they can."""
-    simple = all(type(module) in (nn.Embedding, nn.Linear) for _, module in (first, *others))
+    simple = all(_plain_class(module) in (nn.Embedding, nn.Linear) for _, module in (first, *others))
     if not simple or holders[id(first[1].weight)] != 1 + len(others):
         return "its weight is tied to another module's, factorising would untie it"
     unshared = {key for key, count in holders.items() if count > 1} - {id(first[1].weight)}
     for name, module in (first, *others):
-        reason = _why_dense(module, unshared, None, name)
+        reason = why_dense(module, unshared, None, name)
         if reason is not None:
             return f"its weight is tied to that of {name!r}, of which holds: {reason}"
         if trace is not None and name in trace.read_elsewhere:
@@ -223,11 +240,16 @@ def _why_tied(
     return None
 
 
+def _plain_class(module: nn.Module) -> type[nn.Module]:
+    adapter = adapter_of(module)
+    return adapter.plain if adapter is not None and adapter.weight is None else type(module)
+
+
 def matches(layer: Layer, pattern: str | type) -> bool:
     """Returns whether a name, a glob over names, a class name or a class matches the layer, or what it is a part of."""
     whole = layer.whole_type
     if isinstance(pattern, type):
-        return isinstance(layer.module, pattern) or (whole is not None and issubclass(whole, pattern))
+        return is_of(layer.module, pattern) or (whole is not None and issubclass(whole, pattern))
     class_name = pattern.rpartition(".")[2] if pattern.startswith(("nn.", "torch.nn.")) else pattern
     if class_name in (layer.type, whole.__name__ if whole is not None else None):
         return True
@@ -301,58 +323,11 @@ def _calls(layer: Layer, trace: Trace) -> tuple[LayerCall, ...]:
     return (*trace.calls[layer.name], *partners)
 
 
-def _why_dense(module: nn.Module, shared: set[int], trace: Trace | None, name: str) -> str | None:
-    if isinstance(module, FactorisedLayer):
-        return f"already factorised ({module.kind}, ranks {module.ranks})"
-    if layer_type(module) is None:
-        unfused = "its projections are layers of their own, and it holds nothing but their biases"
-        return unfused if isinstance(module, UnfusedModule) else _why_unknown(module)
-    if not name:
-        return "it is the model itself, which has no parent to swap it in; wrap it, as in nn.Sequential(layer)"
-    if "forward" in module.__dict__:
-        return "its forward method was replaced on the instance"
-    if any(getattr(module, hooks, None) for hooks in STATE_DICT_HOOKS):
-        return "it carries state-dict hooks, which expect a dense weight"
-    return _why_weight_dense(module, shared) or _why_use_dense(trace, name)
-
-
-def _why_unknown(module: nn.Module) -> str:
-    parent = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in known_types()), None)
-    if parent is not None:
-        return f"{type(module).__name__} is a subclass of {parent} and may use its weight in its own way"
-    return f"no kind factorises {type(module).__name__}"
-
-
-def _why_weight_dense(module: nn.Module, shared: set[int]) -> str | None:
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed from other parameters (weight_norm, spectral_norm, pruning or the like)"
-    if not weight.is_floating_point():
-        return f"its weight is of dtype {weight.dtype}"
-    if not weight.numel():
-        return f"its weight is empty, of shape {tuple(weight.shape)}"
-    if (refusal := family_of(module).refusal(module)) is not None:
-        return refusal
-    if id(weight) in shared:
-        return "its weight is tied to another module's, factorising would untie it"
-    return "its weight carries a gradient hook, which factors would lose" if has_gradient_hooks(weight) else None
-
-
-def _why_use_dense(trace: Trace | None, name: str) -> str | None:
-    if trace is None:
-        return None
-    if name in trace.read_elsewhere:
-        return "its weight is used outside its own forward"
-    if not trace.calls[name]:
-        return "it is not called in the forward pass on the example input"
-    return trace.refused.get(name)
-
-
 def _holders(model: nn.Module) -> dict[int, int]:
     """Returns how often each parameter is held, by its id."""
     holders: dict[int, int] = {}
     for module in model.modules():
-        for parameter in module._parameters.values():
+        for parameter in held_parameters(module).values():
             if parameter is not None:
                 holders[id(parameter)] = holders.get(id(parameter), 0) + 1
     return holders

@@ -17,7 +17,6 @@ from lightning_compress.analysis.trace import (
     Arguments,
     hooked,
     inference,
-    input_of,
     output_tensors,
     run,
     sample_counts,
@@ -26,6 +25,7 @@ from lightning_compress.core.errors import ExampleInputError
 from lightning_compress.kinds.base import Operator
 from lightning_compress.kinds.metric import Metric
 from lightning_compress.kinds.shrinkage import Folds, SampleSums, few_outputs, shrunk
+from lightning_compress.layers.adapters import entering
 from lightning_compress.layers.families import canonical, family_of, operator_of
 
 POSITIONS = 2**14
@@ -184,7 +184,7 @@ class _InputSums:
     def hooks(self) -> Iterator[RemovableHandle]:
         for name, layer in self.layers.items():
             yield layer.register_forward_pre_hook(
-                lambda module, args, kwargs, name=name: self.gather(name, module, input_of(args, kwargs)),
+                lambda module, args, kwargs, name=name: self.gather(name, module, entering(module, args, kwargs)),
                 with_kwargs=True,
             )
 

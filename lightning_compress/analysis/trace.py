@@ -22,6 +22,7 @@ from lightning_compress.core.checks import shown
 from lightning_compress.core.compat import activations_kept, tree_leaves, tree_map, uncompiled
 from lightning_compress.core.errors import ExampleInputError
 from lightning_compress.kinds.registry import LayerCall
+from lightning_compress.layers.adapters import entering
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.layers.families import family_of, layer_type
 from lightning_compress.layers.unfused import unfused
@@ -78,10 +79,10 @@ def _trace(model: nn.Module, example_input: ExampleInput) -> Trace:
     def record(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             uses.leave(name)
-            read[name].append(input_of(args, kwargs))  # kept, so that no other tensor gets its identity
             module = module.template if isinstance(module, FactorisedLayer) else module
-            family = family_of(module)
-            calls[name].append(family.call(module, input_of(args, kwargs), output))
+            family, entered = family_of(module), entering(module, args, kwargs)
+            read[name].append(entered)  # kept, so that no other tensor gets its identity
+            calls[name].append(family.call(module, entered, output))
             if (refusal := family.call_refusal(module, args, kwargs)) is not None:
                 refused[name] = refusal
 

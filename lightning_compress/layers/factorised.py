@@ -28,6 +28,7 @@ from lightning_compress.layers.families import (
 )
 from lightning_compress.layers.memory_format import channels_last_format, in_channels_last
 from lightning_compress.layers.refit import refit_
+from lightning_compress.layers.scripted import InOrder, scriptable
 from lightning_compress.layers.weight import weight_of
 
 _SHAPE_ATTRIBUTES = (
@@ -52,6 +53,8 @@ _SHAPE_ATTRIBUTES = (
 ASSIGNED = "an assignment"
 MATRIX = 2
 """Dimensions of a weight that has no memory format."""
+HINT = "lightning_compress: "
+"""How the name of an entry below a layer begins that is no tensor of it: it is for who loads a state dict elsewhere."""
 
 
 class _Product(NamedTuple):
@@ -75,7 +78,8 @@ class _Product(NamedTuple):
         return True
 
 
-class FactorisedLayer(nn.Module):
+@scriptable
+class FactorisedLayer(InOrder):
     """A dense layer's replacement: its factors as plain torch layers, applied in order.
 
     It is iterated and indexed as an nn.Sequential is, and is none: code that takes an nn.Sequential for a list of
@@ -97,7 +101,10 @@ class FactorisedLayer(nn.Module):
         error: Predicted relative error of the plan it was made from, None if unknown.
         merged: Whether it runs as the dense layer in eval mode.
         shares_first: Whether its first factor is that of other layers, of other weights, too.
+        dense_spared: Parameters and bytes that the dense layer had beside its weight to compute it from.
     """
+
+    dense_spared: tuple[int, int] = (0, 0)
 
     def __init__(
         self,
@@ -107,18 +114,16 @@ class FactorisedLayer(nn.Module):
         decomposition: Decomposition,
         ranks: tuple[int, ...],
     ) -> None:
-        super().__init__()
-        for name, child in children.items():
-            self.add_module(name, child)
+        super().__init__(children)
         self._decomposition = decomposition
         self.kind = decomposition.kind
         self.ranks = ranks
         self.weight_shape = tuple(cast(Tensor, dense.weight).shape)
         self.dense_type = type(dense).__name__
-        self.error: float | None = None
+        self.error = cast("float | None", None)
         self.merged = False
         self.shares_first = False
-        self._product: _Product | None = None
+        self._product = cast("_Product | None", None)
         self.operator = operator_of(dense)
         self._template = (template_of(dense),)  # in a tuple: no child
         for name in _SHAPE_ATTRIBUTES:
@@ -126,8 +131,16 @@ class FactorisedLayer(nn.Module):
                 setattr(self, name, getattr(dense, name))
 
     @override
+    @scriptable
     def forward(self, input: Tensor) -> Tensor:
         """Returns the output."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self.scripted(input)
+        return self.as_written(input)
+
+    @override
+    @torch.jit.unused
+    def as_written(self, input: Tensor) -> Tensor:
         if self.merged and not self.training and not torch.is_grad_enabled() and not is_recorded():
             product = self._kept_product()
             return product.run(input) if product is not None else self._by_factors(input)
@@ -320,6 +333,12 @@ class FactorisedLayer(nn.Module):
         if name == "weight":
             raise self.refused(ASSIGNED)
         super().register_parameter(name, param)
+
+    @override
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in [name for name in state_dict if name.startswith(prefix + HINT)]:
+            del state_dict[name]  # torch hands every module a dictionary of its own
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def bias(self) -> nn.Parameter | None:

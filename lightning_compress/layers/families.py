@@ -26,8 +26,10 @@ from typing_extensions import override
 from lightning_compress.kinds.base import Decomposition, LayerCall, Operator, Stage
 from lightning_compress.kinds.interpolative import Interpolative
 from lightning_compress.kinds.tensorised import TtEmbedding
+from lightning_compress.layers.adapters import adapter_of, full_name
 from lightning_compress.layers.interpolation import Interpolation
 from lightning_compress.layers.patches import all_patches, some_patches, stuffed_between
+from lightning_compress.layers.scripted import scriptable
 from lightning_compress.layers.tensorised import lookup_cores
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -49,6 +51,7 @@ class TransposedLinear(nn.Module):
         self.bias: nn.Parameter | None
         self.register_parameter("bias", None)
 
+    @scriptable
     def forward(self, input: Tensor) -> Tensor:
         """Returns (…, out) for (…, in)."""
         return F.linear(input, self.weight.T, self.bias)
@@ -237,7 +240,7 @@ class _EmbeddingType(LayerType):
         names = ["padding_idx", "scale_grad_by_freq", "sparse"]
         if isinstance(layer, nn.EmbeddingBag):
             names += ["mode", "include_last_offset"]
-        make: Any = type(layer)
+        make: Any = nn.EmbeddingBag if isinstance(layer, nn.EmbeddingBag) else nn.Embedding
         settings = {name: getattr(layer, name) for name in names}
         return cast(nn.Module, make(stage.inputs, stage.outputs, **settings, device="meta"))
 
@@ -267,12 +270,15 @@ _HARMLESS = frozenset(
 def layer_type(layer: nn.Module) -> LayerType | None:
     """Returns the family of a layer by its class, or by that of which it is a subclass in nothing but the name.
 
-    Another subclass may use its weight in its own way.
+    Another subclass may use its weight in its own way, unless it has an adapter that says how.
     """
     known = _LAYER_TYPES.get(type(layer))
-    known = known if known is not None else _BY_NAME.get(_full_name(layer))
-    if known is None and (parent := _plain_parent(layer)) is not None:
-        known = _LAYER_TYPES[parent]
+    known = known if known is not None else _BY_NAME.get(full_name(type(layer)))
+    if known is None:
+        parent, adapter = _plain_parent(layer), adapter_of(layer)
+        if parent is None and adapter is not None and adapter.weight is None:
+            parent = adapter.plain
+        known = _LAYER_TYPES[parent] if parent is not None else None
     return known
 
 
@@ -287,17 +293,21 @@ def _plain_parent(layer: nn.Module) -> type[nn.Module] | None:
         static = all(isinstance(value, (staticmethod, classmethod)) for value in own.values())
         if not issubclass(cls, parent) or not static or any(hasattr(parent, name) for name in own):
             return None
-    attributes, parameters = _state_of(cast(Any, parent))  # mypy takes no class for hashable
+    attributes, parameters = state_of(parent)
     more = {name for name in vars(layer) if not name.startswith("_")} - attributes
     holds = layer._modules or layer._buffers or layer._parameters.keys() - parameters
     return None if more or holds else parent
 
 
-@functools.cache
-def _state_of(parent: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
+def state_of(parent: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
     """Returns the names of the attributes and of the parameters that the layers of a known class have."""
+    return _state_of(cast(Any, parent))  # mypy takes no class for hashable
+
+
+@functools.cache
+def _state_of(parent: Any) -> tuple[frozenset[str], frozenset[str]]:
     sizes = (1,) * (3 if issubclass(parent, _ConvNd) else 2)
-    example: nn.Module = cast(Any, parent)(*sizes, device="meta")
+    example: nn.Module = parent(*sizes, device="meta")
     return frozenset({*vars(example), *example._parameters}), frozenset(example._parameters)
 
 
@@ -318,7 +328,7 @@ def known_types() -> list[str]:
 
 def canonical(layer: nn.Module, weight: Tensor) -> Tensor:
     """Returns a layer's own weight, or anything of its layout, as (groups · out, in, *kernel)."""
-    if isinstance(layer, (*_EMBEDDINGS, TransposedLinear)) or _full_name(layer) in _BY_NAME:
+    if isinstance(layer, (*_EMBEDDINGS, TransposedLinear)) or full_name(type(layer)) in _BY_NAME:
         return weight.T
     if isinstance(layer, _ConvTransposeNd):
         return _swapped(weight, layer.groups)
@@ -364,7 +374,8 @@ def template_of(layer: nn.Module) -> nn.Module:
         name: None if p is None else nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
         for name, p in layer._parameters.items()
     }
-    twin._modules, twin._buffers = {}, dict(layer._buffers)
+    twin._modules = {name: template_of(child) for name, child in layer._modules.items() if child is not None}
+    twin._buffers = dict(layer._buffers)
     return twin
 
 
@@ -381,10 +392,6 @@ def canonical_factors(children: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 def stored_factor(child: nn.Module, factor: Tensor) -> Tensor:
     """Returns a canonical factor as a child layer's weight; an `Interpolation` takes over what it does not store."""
     return child.arrange(factor) if isinstance(child, Interpolation) else own_layout(child, factor)
-
-
-def _full_name(layer: nn.Module) -> str:
-    return f"{type(layer).__module__}.{type(layer).__qualname__}"
 
 
 def _swapped(weight: Tensor, groups: int) -> Tensor:

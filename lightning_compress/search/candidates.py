@@ -235,8 +235,9 @@ def _undominated(errors: Floats, costs: Floats) -> Ints:
 
 
 def _dense_costs(layer: Layer) -> Floats:
-    params = layer.weight.numel()
-    return np.array([params, dense_macs(layer), params * layer.weight.element_size(), 0.0], dtype=np.float64)
+    params, (more, more_bytes) = layer.weight.numel(), layer.spared
+    size = params * layer.weight.element_size() + more_bytes
+    return np.array([params + more, dense_macs(layer), size, 0.0], dtype=np.float64)
 
 
 def dense_macs(layer: Layer) -> int:

@@ -250,7 +250,10 @@ class JointLayers(Unit):
                 kind=table.kinds[row],
                 ranks=ranks,
                 error=float(error),
-                params_after=layer.parameters - out * in_ + ranks[0] * (out + (in_ if index == 0 else 0)),
+                params_after=layer.parameters
+                - layer.spared[0]
+                - out * in_
+                + ranks[0] * (out + (in_ if index == 0 else 0)),
                 macs_after=None if plan.macs_before is None else ranks[0] * (out + in_) * positions,
                 reason=None,
                 joint_with=self.name,
@@ -276,7 +279,7 @@ def joint_units(units: Sequence[SingleLayer], traced: Trace | None) -> list[Join
     groups: dict[tuple[object, ...], list[Layer]] = {}
     for unit in units:
         layer = unit.layer
-        if "svd" in layer.kinds and type(layer.module) is nn.Linear and not unit.is_tied:
+        if "svd" in layer.kinds and type(layer.module) is nn.Linear and layer.type == "Linear" and not unit.is_tied:
             key = (
                 traced.inputs.get(layer.name),
                 layer.name.rpartition(".")[0],

@@ -14,10 +14,12 @@ from lightning_compress.kinds.base import threads_for
 from lightning_compress.kinds.joint_svd import joint_factors
 from lightning_compress.kinds.metric import Metric
 from lightning_compress.kinds.registry import DECOMPOSITIONS, Decomposition, fit_factors
-from lightning_compress.layers.factorised import FactorisedLayer, factorised_type
+from lightning_compress.layers.adapted import make_factorised
+from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.layers.families import TransposedLinear, children_of, operator_of, stored_factor
+from lightning_compress.layers.folding import SPARED, spared_by, type_name
+from lightning_compress.layers.hooks import share_hooks
 from lightning_compress.layers.memory_format import channels_last_format, in_channels_last
-from lightning_compress.layers.unfused import share_hooks
 
 
 def build_layer(
@@ -32,7 +34,7 @@ def build_layer(
         decompose: Whether to compute the factors; else they are zeros.
         channels_last: Whether factors are put in that format; else they are in that of the weight.
     """
-    dense, weight = layer.module, cast(nn.Parameter, layer.module.weight)
+    dense, weight = layer.plain, cast(nn.Parameter, layer.weight)
     decomposition = DECOMPOSITIONS[planned.kind]
     children = children_of(decomposition, dense, planned.ranks)
     factors: dict[str, Tensor] = {}
@@ -72,11 +74,11 @@ def build_joint_layers(
     first = nn.Parameter(_like(reduce, layers[0].weight), requires_grad=trained)
     built = []
     for (layer, planned), values in zip(group, expand, strict=True):
-        children = children_of(decomposition, layer.module, planned.ranks)
+        children = children_of(decomposition, layer.plain, planned.ranks)
         children["reduce"].register_parameter("weight", first)
         own = nn.Parameter(_like(values, layer.weight), requires_grad=layer.weight.requires_grad)
         children["expand"].register_parameter("weight", own)
-        new = _finished(children, layer.module, decomposition, planned)
+        new = _finished(children, layer.plain, decomposition, planned)
         new.shares_first = len(group) > 1
         built.append(new)
     return built
@@ -109,7 +111,9 @@ def _finished(
     if "bias" in dense._parameters:
         last = children[list(children)[-1]]
         last.register_parameter("bias", cast("nn.Parameter | None", dense.bias))
-    new = factorised_type(dense, decomposition)(children, dense=dense, decomposition=decomposition, ranks=like.ranks)
+    new = make_factorised(children, dense=dense, decomposition=decomposition, ranks=like.ranks)
+    new.dense_type, new.dense_spared = type_name(dense), spared_by(dense)
+    new.template.__dict__.pop(SPARED, None)  # multiplied out it has nothing beside its weight
     new.error, new.merged = like.error, like.merged
     share_hooks(dense, new)
     return new.train(dense.training)

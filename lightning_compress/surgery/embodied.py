@@ -53,8 +53,9 @@ def _embodied(model: nn.Module, example_input: ExampleInput | None) -> Plan:
         macs = _macs_of([twin for twin in listed if owners.get(twin.name) == layer.name], traced)
         planned = _as_planned(layer, module, again, macs, shares)
         layers.append(planned)
-        saved = planned.params_before - planned.params_after
-        saved_bytes += saved * factors[0].element_size() - sum(b.numel() * b.element_size() for b in module.buffers())
+        saved = planned.params_before - planned.params_after - module.dense_spared[0]
+        buffers = sum(b.numel() * b.element_size() for b in module.buffers())
+        saved_bytes += saved * factors[0].element_size() - buffers + module.dense_spared[1]
     now = measure_costs(model, macs=traced.macs if traced is not None else None)
     saved_params = sum(p.params_before - p.params_after for p in layers)
     saved_macs = sum((p.macs_before or 0) - (p.macs_after or 0) for p in layers)
@@ -104,7 +105,7 @@ def _as_planned(
         module.ranks,
         module.weight_shape,
         module.error if module.error is not None else 0.0,
-        params_before=after + torch.Size(module.weight_shape).numel() - stored + again,
+        params_before=after + torch.Size(module.weight_shape).numel() - stored + again + module.dense_spared[0],
         params_after=after,
         macs_before=macs[0],
         macs_after=macs[1],

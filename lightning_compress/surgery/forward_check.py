@@ -46,7 +46,9 @@ from lightning_compress.core.errors import (
     InfeasibleBudgetError,
 )
 from lightning_compress.core.plan import MOST_NAMED, Plan, percent
+from lightning_compress.layers.adapters import adapter_of
 from lightning_compress.layers.factorised import FactorisedLayer
+from lightning_compress.layers.folding import folded
 from lightning_compress.layers.unfused import unfused
 
 MISCOUNTED = 0.02
@@ -166,8 +168,9 @@ def _hooks(model: nn.Module, pairs: Pairs, found: Pass, uses: WeightUses) -> Ite
 
 
 def _watched(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Returns all modules but those inside factorised layers, and TorchScript's, which take no hooks."""
-    parts = {id(p) for m in model.modules() if isinstance(m, FactorisedLayer) for p in m.modules() if p is not m}
+    """Returns all modules but those inside layers that are or can be factorised, and TorchScript's."""
+    whole = [m for m in model.modules() if isinstance(m, FactorisedLayer) or adapter_of(m) is not None]
+    parts = {id(part) for module in whole for part in module.modules() if part is not module}
     return [
         (name, module)
         for name, module in model.named_modules()
@@ -195,13 +198,14 @@ def _entering(found: Pass, uses: WeightUses, name: str, dense: nn.Module) -> Cal
 
 def _handing_on(found: Pass, uses: WeightUses, name: str, dense: nn.Module) -> Callable[..., Any]:
     """Returns a hook that hands on what the dense layer makes of the same input; it comes before those of the user."""
+    plain = folded(dense)
 
     def hand_on(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if module is dense:
             return None
         uses.leave(name)
         with _disable_current_modes():  # it is not part of the compressed model
-            target = dense.forward(*args, **kwargs)
+            target = plain.forward(*args, **kwargs)
         if form_of(output) != form_of(target):
             found.wrong = (
                 found.wrong or f"{name!r} returns {form_of(output)} where the dense layer returned {form_of(target)}"

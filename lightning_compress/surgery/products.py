@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.analysis.trace import Arguments, hooked, inference, input_of
+from lightning_compress.analysis.trace import Arguments, hooked, inference
 from lightning_compress.kinds.base import LayerCall
 from lightning_compress.kinds.registry import DECOMPOSITIONS
+from lightning_compress.layers.adapters import entering
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.layers.families import family_of
 
@@ -64,7 +65,7 @@ def faster_multiplied_out(
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         layer = cast(FactorisedLayer, module).template
-        calls.setdefault(id(module), []).append(family_of(layer).call(layer, input_of(args, kwargs), output))
+        calls.setdefault(id(module), []).append(family_of(layer).call(layer, entering(layer, args, kwargs), output))
 
     candidates = [layer for layer in layers if not layer.operator.lookup]
     with hooked(c.register_forward_hook(note, with_kwargs=True) for c in candidates), inference(model):

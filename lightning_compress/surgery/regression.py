@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.analysis.moments import is_small, positions_of
-from lightning_compress.analysis.trace import Arguments, hooked, inference, input_of
+from lightning_compress.analysis.trace import Arguments, hooked, inference
 from lightning_compress.kinds.base import threads_for
 from lightning_compress.kinds.metric import Metric
 from lightning_compress.kinds.registry import fit_factors
+from lightning_compress.layers.adapters import entering
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.layers.families import canonical, canonical_factors, family_of
 from lightning_compress.surgery.swap import Replacement
@@ -159,8 +160,9 @@ def _inputs_of(model: nn.Module, layer: nn.Module, arguments: Arguments, calls: 
     """Returns what enters a layer in its first calls; the model is not run any further."""
     found: list[Tensor] = []
 
-    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(input_of(args, kwargs))
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        module = module.template if isinstance(module, FactorisedLayer) else module
+        found.append(entering(module, args, kwargs))
         if len(found) >= calls:
             raise _Reached
 

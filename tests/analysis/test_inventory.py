@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrize
 
 from lightning_compress import Budget, apply_plan_, search_ranks
 from lightning_compress.analysis.inventory import list_layers, take_inventory
@@ -99,6 +99,11 @@ def pruned():
     return layer
 
 
+def parametrised(layer):
+    parametrize.register_parametrization(layer, "weight", nn.Identity())
+    return layer
+
+
 SUBCLASS = "{} is a subclass of {} and may use its weight in its own way"
 COMPUTED = "its weight is computed from other parameters"
 RENORMALISED = "its max_norm renormalises the rows it looks up"
@@ -107,7 +112,6 @@ GRADIENT_HOOK = "its weight carries a gradient hook, which factors would lose"
 STATE_HOOKS = "it carries state-dict hooks, which expect a dense weight"
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")  # torch's word on its own function
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -121,8 +125,7 @@ STATE_HOOKS = "it carries state-dict hooks, which expect a dense weight"
         (lambda: nn.Embedding(8, 8, max_norm=1.0), RENORMALISED),
         (lambda: nn.EmbeddingBag(8, 8, max_norm=1.0), RENORMALISED),
         (lambda: nn.EmbeddingBag(8, 8, mode="max"), "it takes the largest of the rows it looks up (mode='max'), which"),
-        (lambda: torch.nn.utils.weight_norm(nn.Linear(8, 8)), COMPUTED),
-        (lambda: parametrizations.weight_norm(nn.Linear(8, 8)), SUBCLASS.format("ParametrizedLinear", "Linear")),
+        (lambda: parametrised(nn.Linear(8, 8)), "it is parametrised (Identity): remove_parametrizations of torch.nn"),
         (pruned, COMPUTED),
         (lambda: nn.Conv2d(8, 8, 3, groups=8), DEPTHWISE),
         (lambda: nn.Conv2d(8, 16, 3, groups=8), DEPTHWISE),

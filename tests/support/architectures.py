@@ -293,7 +293,7 @@ CASES = {
     ),
     "resnext": Case(ResNeXt, image(16), "stem reduce grouped expand shortcut fc"),
     "u-net": Case(UNet, image(16), "down.0 down.1 down.2 up fuse.fine fuse.coarse out"),
-    "audio": Case(Audio, drawn(1, 1, 200), "front body.0 body.1 body.2 back", "normed"),
+    "audio": Case(Audio, drawn(1, 1, 200), "front body.0 body.1 body.2 normed back"),
     "video": Case(video_net, drawn(1, 3, 4, 16, 16), "0 3 4 7"),
     "experts": Case(Experts, (drawn(1, 64, 24),), "router experts.0.gate experts.3.down"),
     "tied language model": Case(LanguageModel, {"input_ids": ids(60), "mask": None}, "tokens body.0 body.2"),

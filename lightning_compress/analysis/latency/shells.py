@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lightning_compress.analysis.inventory import Layer
 from lightning_compress.core.plan import DENSE
 from lightning_compress.kinds.registry import DECOMPOSITIONS
-from lightning_compress.layers.factorised import FactorisedLayer, factorised_type
+from lightning_compress.layers.adapted import make_factorised
+from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.layers.families import children_of
 from lightning_compress.layers.memory_format import in_channels_last
 from lightning_compress.layers.unfused import put_
@@ -51,8 +52,7 @@ def shell_of(dense: nn.Module, form: Form, *, channels_last: bool) -> Factorised
     if "bias" in dense._parameters:
         last = children[list(children)[-1]]
         last.register_parameter("bias", cast("nn.Parameter | None", dense.bias))
-    layer = factorised_type(dense, decomposition)
-    shell = layer(children, dense=dense, decomposition=decomposition, ranks=form.ranks).eval()
+    shell = make_factorised(children, dense=dense, decomposition=decomposition, ranks=form.ranks).eval()
     shell.merged = form.merged
     return shell
 

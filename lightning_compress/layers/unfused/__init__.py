@@ -7,17 +7,17 @@ nn.Linear children and compute the same.
 A model is unfused for a while to look at it (`unfused`) and for good where a projection is factorised (`unfuse_`).
 """
 
+from lightning_compress.layers.hooks import STATE_DICT_HOOKS, share_hooks
 from lightning_compress.layers.unfused.attention import UnfusedAttention
 from lightning_compress.layers.unfused.base import UnfusedModule
 from lightning_compress.layers.unfused.recurrent import UnfusedRecurrent
 from lightning_compress.layers.unfused.swap import (
-    STATE_DICT_HOOKS,
     Unfusing,
     fuse_,
+    inside_factorised,
     kept_fused,
     put_,
     redo_,
-    share_hooks,
     undo_,
     unfusable,
     unfuse_,
@@ -31,6 +31,7 @@ __all__ = [
     "UnfusedRecurrent",
     "Unfusing",
     "fuse_",
+    "inside_factorised",
     "kept_fused",
     "put_",
     "redo_",

@@ -11,29 +11,14 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_compress.core.checks import did_you_mean
+from lightning_compress.core.compat import held_parameters
 from lightning_compress.core.errors import ConfigurationError, ModelError
+from lightning_compress.layers.factorised import FactorisedLayer
+from lightning_compress.layers.folding import foldings
+from lightning_compress.layers.hooks import STATE_DICT_HOOKS, share_hooks
 from lightning_compress.layers.unfused.attention import UnfusedAttention
 from lightning_compress.layers.unfused.base import UnfusedModule
 from lightning_compress.layers.unfused.recurrent import UnfusedRecurrent
-
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
-"""What moves from a module to the one that takes its place."""
-
-STATE_DICT_HOOKS = (
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 
 _KEPT: ContextVar[bool] = ContextVar("kept", default=False)
 
@@ -134,19 +119,40 @@ def fuse_(model: nn.Module) -> tuple[Unfusing, ...]:
 def unfused(model: nn.Module) -> Iterator[None]:
     """Unfuses every layer that can be and puts the torch modules back afterwards, also after an exception.
 
-    Does nothing for what is no module, so that the code inside can say so.
+    Layers with a computed weight are folded for as long, see `layers.folding`. Does nothing for what is no module, so
+    that the code inside can say so.
     """
     if not isinstance(cast(Any, model), nn.Module):
         yield
         return
-    unfusings = unfuse_(model, [name for name, reason in unfusable(model).items() if reason is None])
-    for unfusing in unfusings:
-        if isinstance(unfusing.twin, UnfusedRecurrent):  # cuDNN's kernels cannot be differentiated in eval mode
-            unfusing.twin.stepwise = any(parameter.is_cuda for parameter in unfusing.twin.parameters())
+    with _folded(model):
+        unfusings = unfuse_(model, [name for name, reason in unfusable(model).items() if reason is None])
+        for unfusing in unfusings:
+            if isinstance(unfusing.twin, UnfusedRecurrent):  # cuDNN's kernels cannot be differentiated in eval mode
+                unfusing.twin.stepwise = any(parameter.is_cuda for parameter in unfusing.twin.parameters())
+        try:
+            yield
+        finally:
+            undo_(model, unfusings)
+
+
+@contextlib.contextmanager
+def _folded(model: nn.Module) -> Iterator[None]:
+    """Puts plain layers in the place of those with a computed weight that can be folded, for a while."""
+    found = [(f.aliases, f.layer, f.plain) for f in foldings(model, inside_factorised(model)).values() if f.plain]
     try:
+        for aliases, _, plain in found:
+            put_(model, aliases, plain)
         yield
     finally:
-        undo_(model, unfusings)
+        for aliases, layer, plain in found:
+            put_(model, aliases, layer.train(plain.training))
+
+
+def inside_factorised(model: nn.Module) -> set[int]:
+    """Returns the ids of all modules inside factorised layers."""
+    layers = [module for module in model.modules() if isinstance(module, FactorisedLayer)]
+    return {id(part) for layer in layers for part in layer.modules() if part is not layer}
 
 
 @contextlib.contextmanager
@@ -157,12 +163,6 @@ def kept_fused() -> Iterator[None]:
         yield
     finally:
         _KEPT.reset(token)
-
-
-def share_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Gives a module the hooks of another, as the same dict objects: their handles keep working."""
-    for hooks in HOOKS:
-        target.__dict__[hooks] = source.__dict__[hooks]
 
 
 def put_(model: nn.Module, aliases: Iterable[str], module: nn.Module) -> None:
@@ -186,7 +186,7 @@ def _found(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Module, str | Non
     holders: dict[int, int] = {}
     if candidates:
         for _, module in modules:
-            for key in {id(p) for p in module._parameters.values() if p is not None}:
+            for key in {id(p) for p in held_parameters(module).values() if p is not None}:
                 holders[key] = holders.get(key, 0) + 1
     return [(names, module, _why_fused(names, module, holders)) for names, module in candidates]
 
