@@ -34,6 +34,7 @@ from lightning_compress.surgery.build import build_joint_layers, build_layer, bu
 from lightning_compress.surgery.embodied import owners_of
 from lightning_compress.surgery.forward_check import ForwardCheck, checked
 from lightning_compress.surgery.pretrained import follow_structure
+from lightning_compress.surgery.stale import note_replaced, note_restored
 
 
 @dataclass(frozen=True)
@@ -215,11 +216,13 @@ def install(model: nn.Module, replacements: Sequence[Replacement]) -> None:
             put_(model, replacement.aliases, replacement.factorised)
             put_in_channels_last_(replacement.relaid)
         follow_structure(model)
+        note_replaced({r.aliases[0]: r.dense for r in replacements})
 
 
 def uninstall(model: nn.Module, replacements: Sequence[Replacement]) -> None:
     """Puts the dense layers back, under every name, and the weights of others in the format they had."""
     with uninterrupted():
+        note_restored([r.dense for r in replacements])
         for replacement in replacements:
             put_(model, replacement.aliases, replacement.dense)
             put_back_(replacement.relaid)
