@@ -14,7 +14,7 @@ from lightning_compress.analysis.usable import require_module
 from lightning_compress.core.checks import path_of, readable
 from lightning_compress.core.errors import OutputFolderError, PlanFormatError, WeightsError
 from lightning_compress.core.plan import Plan
-from lightning_compress.layers.factorised import FactorisedLayer
+from lightning_compress.layers.factorised import HINT, FactorisedLayer
 from lightning_compress.surgery.embodied import embodied_plan
 from lightning_compress.surgery.shards import WEIGHTS_FILE, weight_files
 from lightning_compress.surgery.stored import (
@@ -145,7 +145,7 @@ def _unpickled(path: Path) -> Mapping[str, Tensor]:
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
         msg = f"{str(path)!r} holds no tensors by name: expected a state dict, or a checkpoint with a 'state_dict'."
         raise WeightsError(msg)
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in state.items() if isinstance(value, Tensor) and HINT not in name}
 
 
 def read_plan(path: str | Path) -> Plan:

@@ -7,6 +7,7 @@ weights-only checkpoints leave callback states out and callback states load afte
 from __future__ import annotations
 
 import functools
+import pickle
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from lightning_compress.surgery.embodied import embodied_plan
 from lightning_compress.surgery.swap import Replacement, install, uninstall
 from lightning_compress.training.averages import restart_averages
 from lightning_compress.training.compat import callbacks_of, trainer_of, weights_only_keyword
+from lightning_compress.training.hint import add_hint, forget_hints
 from lightning_compress.training.optimizers import optimizer_layout
 from lightning_compress.training.payload import CHECKPOINT_KEY, CHECKPOINT_VERSION, Payload, payload_of
 from lightning_compress.training.restoring import Restoration
@@ -110,6 +112,7 @@ class CompressedCheckpointMixin:
             PlanError: If its plan cannot be read or does not fit.
         """
         module, payload = cast(LightningModule, self), payload_of(checkpoint)
+        forget_hints(checkpoint)
         if payload is None or _is_shadowed(module, "on_load_checkpoint", _on_load):
             cast(Any, super()).on_load_checkpoint(checkpoint)
             return
@@ -132,10 +135,12 @@ def load_compressed_checkpoint(cls: type[_Module], path: str | Path, **kwargs: A
     Args:
         cls: The class that was trained; it need not know about compression.
         path: A checkpoint of a fit with `Compress`, weights-only ones too. One of a dense run loads as it is.
-        **kwargs: Of `cls.load_from_checkpoint`: arguments of the class, `map_location` and so on.
+        **kwargs: Of `cls.load_from_checkpoint`: arguments of the class, `map_location`, `strict`, `weights_only` and so
+            on. With `strict=False`, factors that the checkpoint lacks are decomposed from the dense weights that the
+            class is built with.
 
     Raises:
-        WeightsError: If a pipe or a device is in the place of the file.
+        WeightsError: If a pipe or a device is in the place of the file, or it cannot be unpickled as is.
         ResumeError: If the checkpoint is of another version.
         PlanError: If its plan cannot be read or does not fit the class.
     """
@@ -143,7 +148,14 @@ def load_compressed_checkpoint(cls: type[_Module], path: str | Path, **kwargs: A
     mixed: Any = cls
     if not issubclass(cls, CompressedCheckpointMixin):
         mixed = type(cls.__name__, (CompressedCheckpointMixin, cls), {"__module__": cls.__module__})
-    module = mixed.load_from_checkpoint(path, **{**weights_only_keyword(cls), **kwargs})
+    try:
+        module = mixed.load_from_checkpoint(path, **{**weights_only_keyword(cls), **kwargs})
+    except pickle.UnpicklingError as error:
+        msg = (
+            f"cannot read the checkpoint {str(path)!r} with weights_only=True: it is damaged or holds objects of other "
+            "classes than torch's, such as hyper-parameters. If you trust who wrote it, pass weights_only=False."
+        )
+        raise WeightsError(msg) from error
     module.__class__ = cls
     install_shadows(module)
     return cast(_Module, module)
@@ -172,6 +184,7 @@ def _on_load(pl_module: LightningModule, own: Callable[[Any], None] | None, chec
         _call_own(pl_module, own, "on_load_checkpoint", checkpoint)
         return
     payload = payload_of(checkpoint)
+    forget_hints(checkpoint)
     with Restoration(pl_module).undoing() as restoration:
         if payload is not None and callback is not None:
             callback.restore(pl_module, payload, restoration)
@@ -202,6 +215,7 @@ def _add_payload(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None
     if "optimizer_states" in checkpoint:
         payload["optimizers"] = optimizer_layout(pl_module.trainer.optimizers, pl_module)
     checkpoint[CHECKPOINT_KEY] = payload
+    add_hint(pl_module, checkpoint)
 
 
 def _is_dense(pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> bool:
