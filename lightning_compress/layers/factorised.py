@@ -55,8 +55,6 @@ MATRIX = 2
 """Dimensions of a weight that has no memory format."""
 HINT = "lightning_compress: "
 """How the name of an entry below a layer begins that is no tensor of it: it is for who loads a state dict elsewhere."""
-HINT = "lightning_compress: "
-"""How the name of an entry below a layer begins that is no tensor of it: it is for who loads a state dict elsewhere."""
 
 
 class _Product(NamedTuple):
@@ -335,12 +333,6 @@ class FactorisedLayer(InOrder):
         if name == "weight":
             raise self.refused(ASSIGNED)
         super().register_parameter(name, param)
-
-    @override
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in [name for name in state_dict if name.startswith(prefix + HINT)]:
-            del state_dict[name]  # torch hands every module a dictionary of its own
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @override
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
