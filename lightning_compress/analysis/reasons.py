@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lightning_compress.analysis.trace import Trace
+from lightning_compress.analysis.usable import is_wrapped
 from lightning_compress.core.compat import has_gradient_hooks
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.layers.families import family_of, known_types, layer_type
@@ -69,10 +70,13 @@ def _why_weight_dense(module: nn.Module, shared: set[int]) -> str | None:
     weight = module._parameters.get("weight")
     if weight is None:
         return "its weight is computed from other parameters (weight_norm, spectral_norm, pruning or the like)"
-    if not weight.is_floating_point():
-        return f"its weight is of dtype {weight.dtype}"
-    if not weight.numel():
-        return f"its weight is empty, of shape {tuple(weight.shape)}"
+    if is_wrapped(weight):
+        return f"its weight is a {type(weight).__name__}: compress the model before it is quantised"
+    if not weight.is_floating_point() or not weight.numel():
+        what = (
+            "empty, of shape " + str(tuple(weight.shape)) if weight.is_floating_point() else f"of dtype {weight.dtype}"
+        )
+        return f"its weight is {what}"
     if (refusal := family_of(module).refusal(module)) is not None:
         return refusal
     if id(weight) in shared:

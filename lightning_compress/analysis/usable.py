@@ -11,6 +11,7 @@ from lightning_compress.core.errors import (
     ModelError,
     NonFiniteWeightError,
 )
+from lightning_compress.layers.families import layer_type
 
 
 def require_module(model: object) -> None:
@@ -30,7 +31,7 @@ def require_module(model: object) -> None:
 
 
 def require_usable_weights(model: nn.Module) -> None:
-    """Checks that every parameter has a shape and finite values.
+    """Checks that every parameter has a shape and finite values; frozen ones outside layers may be infinite, as masks.
 
     Raises:
         ConfigurationError: If the model is no module.
@@ -42,10 +43,25 @@ def require_usable_weights(model: nn.Module) -> None:
         if parameter.is_meta:
             msg = f"parameter {name!r} is on the meta device and has no values: load weights before compressing."
             raise ModelError(msg)
+        if is_wrapped(parameter):  # its values are those of another format
+            continue
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            if _is_mask(model, name, parameter):
+                continue
             bad = int((~torch.isfinite(parameter)).sum())
             msg = (
                 f"parameter {name!r} holds {bad} NaN or infinite values of {parameter.numel()}: "
                 "load weights of a run that converged before compressing."
             )
             raise NonFiniteWeightError(msg)
+
+
+def is_wrapped(parameter: nn.Parameter) -> bool:
+    """Returns whether a parameter is a tensor of a class of its own, such as a quantised one."""
+    return hasattr(parameter, "__tensor_flatten__")
+
+
+def _is_mask(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Returns whether a parameter is no weight: infinite where something is hidden, and not trained."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return not parameter.requires_grad and layer_type(owner) is None and not bool(parameter.isnan().any())

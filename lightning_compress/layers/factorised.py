@@ -195,8 +195,8 @@ class FactorisedLayer(InOrder):
     def _wrapped(self, name: str, child: nn.Module) -> str:
         """Returns what there is to say where a wrapper was put in the place of a factor."""
         return (
-            f"a {type(child).__name__} was put in the place of the factor {name!r} of a factorised {self.dense_type} "
-            f"({self.kind}, ranks {self.ranks}), so that its weight is not known: merge it into that factor first, or "
+            f"a {type(child).__module__}.{type(child).__name__} was put in the place of the factor {name!r} of a "
+            f"factorised {self.dense_type} ({self.kind}, ranks {self.ranks}), so that its weight is not known: merge it into that factor first, or "
             "wrap the whole factorised layer, or keep the layer dense with exclude. The model itself runs, trains and "
             "gives its state_dict as it is."
         )
@@ -247,8 +247,8 @@ class FactorisedLayer(InOrder):
             if any(map(is_wrapper, self.children())):
                 return None
             factors = [(child._parameters, cast(Tensor, child.weight)) for child in self.children()]
-            if any(factor.is_inference() for _, factor in factors):  # these do not count how often they are written
-                return None
+            if any(factor.is_inference() or hasattr(factor, "__tensor_flatten__") for _, factor in factors):
+                return None  # these do not count how often they are written
             states = [(own, factor, factor.data_ptr(), factor._version) for own, factor in factors]
             # whoever counts or watches a forward pass: this is none; and it outlives autocast and inference mode
             with _disable_current_modes(), torch.inference_mode(mode=False), torch.no_grad(), self._own_precision():

@@ -381,12 +381,16 @@ def template_of(layer: nn.Module) -> nn.Module:
 
 def canonical_factors(children: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Returns the weights of child layers in canonical form, by name."""
+    weights = {name: _plain(cast(Tensor, child.weight)) for name, child in children.items()}
     return {
-        name: child.expanded(child.weight)
-        if isinstance(child, Interpolation)
-        else canonical(child, cast(Tensor, child.weight))
+        name: child.expanded(weights[name]) if isinstance(child, Interpolation) else canonical(child, weights[name])
         for name, child in children.items()
     }
+
+
+def _plain(weight: Tensor) -> Tensor:
+    """Returns a quantised factor (a tensor of a class of its own) as the numbers that it stands for."""
+    return weight.dequantize() if hasattr(weight, "__tensor_flatten__") else weight
 
 
 def stored_factor(child: nn.Module, factor: Tensor) -> Tensor:

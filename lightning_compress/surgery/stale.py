@@ -23,7 +23,7 @@ _MOST_NAMED = 3
 def note_replaced(dense: Mapping[str, nn.Module]) -> None:
     """Notes the weights of dense layers that a model has lost, by the layers' names: no optimizer should step them."""
     if not _hooked:
-        _hooked.append(register_optimizer_step_pre_hook(_look_at))  # type: ignore[no-untyped-call]
+        _hooked.append(register_optimizer_step_pre_hook(_look_at))
     _checked.clear()
     for name, module in dense.items():
         weight = module._parameters.get("weight")

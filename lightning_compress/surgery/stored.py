@@ -77,6 +77,13 @@ def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not isinstance(value, Tensor):
             msg = f"the state dict holds {name!r}, no tensor (get_extra_state?): safetensors holds tensors only."
             raise WeightsError(msg)
+        if type(value) not in {Tensor, nn.Parameter, nn.Buffer} and hasattr(value, "__tensor_flatten__"):
+            msg = (
+                f"the state dict holds {name!r}, a quantised or otherwise wrapped {type(value).__name__}: safetensors "
+                "holds plain tensors only. Save the model before it is quantised, and quantise it again after "
+                "load_compressed."
+            )
+            raise WeightsError(msg)
         if value.is_meta or value.layout != torch.strided:
             what = "is on the meta device" if value.is_meta else f"is of layout {value.layout}"
             msg = f"the state dict holds {name!r}, which {what}: safetensors holds dense tensors with values only."
@@ -144,9 +151,14 @@ def copy_into_(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> N
         msg = f"the tensors in {str(path)!r} do not fit the model ({type(model).__name__}): {named}."
         raise WeightsError(msg)
     before = {name: own[name].detach().clone() for name in tensors}
+    spread = {name: own[name] for name in tensors if _repeats(own[name])}
     try:
+        for name in spread:
+            _set_buffer_(model, name, own[name].clone(memory_format=torch.contiguous_format))
         model.load_state_dict(dict(tensors), strict=False)  # of tied tensors one is enough
     except BaseException as error:
+        for name, value in spread.items():
+            _set_buffer_(model, name, value)
         with torch.no_grad():
             for name, value in before.items():
                 if not torch.equal(own[name], value):
@@ -155,6 +167,17 @@ def copy_into_(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> N
             raise
         msg = f"the tensors in {str(path)!r} cannot be copied into the model ({type(model).__name__}): {error}"
         raise WeightsError(msg) from error
+
+
+def _repeats(tensor: Tensor) -> bool:
+    """Returns whether some of a buffer's values share their memory, as those of `expand` do: nothing can be written."""
+    expanded = any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return expanded and not isinstance(tensor, nn.Parameter)
+
+
+def _set_buffer_(model: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    model.get_submodule(parent)._buffers[leaf] = value
 
 
 def _problem(stored: Tensor, own: Tensor) -> str | None:
