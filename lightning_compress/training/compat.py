@@ -27,6 +27,15 @@ except ImportError:  # before Lightning 2.6
     AVERAGING = (StochasticWeightAveraging,)
 
 
+OTHER_PACKAGE = "pytorch_lightning"
+"""The name under which Lightning is released a second time, with classes of its own."""
+
+
+def is_of_other_package(thing: object) -> bool:
+    """Returns whether a class of something is of Lightning's other package."""
+    return any(cls.__module__.partition(".")[0] == OTHER_PACKAGE for cls in type(thing).__mro__)
+
+
 def callbacks_of(trainer: Trainer) -> list[Callback]:
     """Returns the callbacks of a trainer: Lightning sets the attribute where no type checker sees it."""
     return cast("list[Callback]", trainer.callbacks)  # type: ignore[attr-defined]

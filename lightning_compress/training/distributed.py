@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 
@@ -22,12 +22,22 @@ from lightning_compress.core.copies import digest_of
 from lightning_compress.core.errors import CompressionWarning, DivergedRanksError, UnsupportedError
 from lightning_compress.core.parallel import Processes, sharing_work
 from lightning_compress.training.checkpoint import RestoringCallback
-from lightning_compress.training.compat import callbacks_of, launches_copies, wrap_again
+from lightning_compress.training.compat import (
+    AVERAGING,
+    OTHER_PACKAGE,
+    callbacks_of,
+    is_of_other_package,
+    launches_copies,
+    wrap_again,
+)
 
 _OTHER_WAY = (
     "Factorise inside configure_model instead, before the strategy shards the layers: apply_plan_(self, plan) with a "
     "plan of search_ranks made beforehand (examples/05_sharded.py)."
 )
+
+_KNOWN_CALLBACKS = {cls.__name__ for cls in (*AVERAGING, BaseFinetuning, ModelPruning)}
+"""Callbacks that are treated in a way of their own."""
 
 
 def require_supported(trainer: Trainer) -> None:
@@ -36,6 +46,7 @@ def require_supported(trainer: Trainer) -> None:
     Raises:
         UnsupportedError: If there is one; the message names a way that works.
     """
+    _require_own_package(trainer)
     strategy = trainer.strategy
     name = type(strategy).__name__
     if launches_copies(strategy):
@@ -57,6 +68,25 @@ def require_supported(trainer: Trainer) -> None:
     if sum(isinstance(callback, RestoringCallback) for callback in callbacks) > 1:
         msg = "the trainer has more than one Compress callback: use one, its budget may bound several resources."
         raise UnsupportedError(msg)
+
+
+def _require_own_package(trainer: Trainer) -> None:
+    """Refuses what comes from Lightning's other package, whose classes are none of those that are asked for here."""
+    if is_of_other_package(trainer):
+        msg = (
+            f"the trainer is of the package {OTHER_PACKAGE}, Compress of lightning.pytorch, and the two do not know "
+            "each other's classes: import the Trainer, LightningModule and all callbacks from lightning.pytorch "
+            "(import lightning.pytorch as pl)."
+        )
+        raise UnsupportedError(msg)
+    foreign = [callback for callback in callbacks_of(trainer) if is_of_other_package(callback)]
+    for callback in foreign:
+        if {cls.__name__ for cls in type(callback).__mro__} & _KNOWN_CALLBACKS:
+            msg = (
+                f"the callback {type(callback).__name__} is of the package {OTHER_PACKAGE}, Compress of "
+                f"lightning.pytorch, which has to know it: import {type(callback).__name__} from lightning.pytorch."
+            )
+            raise UnsupportedError(msg)
 
 
 def shared_compression(

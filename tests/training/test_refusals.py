@@ -9,7 +9,7 @@ from lightning_compress import Budget, Compress
 from lightning_compress.core.errors import BudgetError, ConfigurationError, ExampleInputError, UnsupportedError
 from tests.support.compressing import compress
 from tests.support.fitting import QUIET
-from tests.support.nets import TinyTask
+from tests.support.nets import TinyNet, TinyTask
 
 pytestmark = QUIET
 
@@ -119,3 +119,44 @@ def test_factorised_module_that_cannot_be_taken_as_it_is_is_left_alone(
     with pytest.raises(UnsupportedError, match=said):
         make_trainer(Compress(budget, **settings)).fit(task, loader)
     before.check()
+
+
+# --- Lightning's other package ------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("enter", ["fit", "test"])
+def test_a_trainer_of_the_other_package_is_named(loader, tmp_path, unchanged, enter):
+    other = pytest.importorskip("pytorch_lightning")
+    module = other_task(other)
+    before = unchanged(module.net)
+    settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "default_root_dir": tmp_path}
+    trainer = other.Trainer(max_epochs=1, callbacks=[compress()], enable_checkpointing=False, **settings)
+    said = r"the trainer is of the package pytorch_lightning, Compress of lightning\.pytorch.*import the Trainer"
+    with pytest.raises(UnsupportedError, match=said):
+        getattr(trainer, enter)(module, loader)
+    before.check_all_but_values()
+
+
+def other_task(other):
+    class OtherTask(other.LightningModule):
+        forward, training_step, test_step = TinyTask.forward, TinyTask.training_step, TinyTask.test_step
+        configure_optimizers = TinyTask.configure_optimizers
+
+    module = OtherTask.__new__(OtherTask)
+    other.LightningModule.__init__(module)
+    module.net, module.configure = TinyNet(), None
+    return module
+
+
+@pytest.mark.parametrize("name", ["StochasticWeightAveraging", "ModelPruning", "BackboneFinetuning"])
+def test_a_callback_of_the_other_package_that_has_to_be_known_is_named(make_trainer, loader, unchanged, name):
+    other = pytest.importorskip("pytorch_lightning")
+    arguments = {"StochasticWeightAveraging": (0.1,), "ModelPruning": ("l1_unstructured",)}.get(name, ())
+    task = TinyTask()
+    before = unchanged(task.net)
+    callback = getattr(other.callbacks, name)(*arguments)
+    said = rf"the callback {name} is of the package pytorch_lightning.*: import {name} from lightning\.pytorch"
+    with pytest.raises(UnsupportedError, match=said):
+        make_trainer(compress(), callback).fit(task, loader)
+    before.check_all_but_values()
