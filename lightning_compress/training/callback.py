@@ -266,12 +266,10 @@ class Compress(RestoringCallback):
         self._shadows.remove()
 
     def _follow_schedule(self, fine_tuning: FineTuning, *, boundary: bool) -> None:
-        before = self.plan, self.seconds
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(vars(self).update, plan=self.plan, seconds=self.seconds)
             fine_tuning.follow_schedule(boundary=boundary)
-        except BaseException:
-            self._set_results(*before)
-            raise
+            undo.pop_all()
 
     # --- the three ways into a fit -------------------------------------------------------------
 
@@ -279,6 +277,7 @@ class Compress(RestoringCallback):
         """Goes on from the checkpoint of a compressed run, which has given the module its structure."""
         self._undo.callback(OptimizersBefore(fit.optimizers).put_back_)
         exchange_parameters_(fit.optimizers, left.exchanges)
+        fit.restore_finetuning(left.frozen)
         if left.layout is not None:
             require_same_layout(left.layout, optimizer_layout(fit.optimizers, fit.module))
         self._fine_tune(fit, left.replacements, left.teacher)
@@ -291,17 +290,20 @@ class Compress(RestoringCallback):
 
     def _compress_dense(self, fit: RunningFit, left: FromDenseCheckpoint | None) -> None:
         """Compresses a dense module, and hands the factors to the optimizers; an error leaves it dense."""
+        fit.require_no_averages()
         teacher = Teacher(fit.module, self.distill) if self.distill is not None else None
         with contextlib.ExitStack() as undo:  # of all that comes, logging too
-            undo.callback(self._set_results, self.plan, self.seconds)
+            undo.callback(vars(self).update, plan=self.plan, seconds=self.seconds)
             undo.callback(OptimizersBefore(fit.optimizers).put_back_)
             if left is not None:
                 exchange_parameters_(fit.optimizers, left.exchanges)
+                fit.restore_finetuning(None)
             done = self._compress(fit, (*self.schedule.budgets, self.budget)[0])
             undo.callback(done.undo_, fit.module)
             self._state.teacher = teacher.fingerprint if teacher is not None else None
             before = [[list(group["params"]) for group in o.param_groups] for o in fit.optimizers]
             exchange_parameters_(fit.optimizers, exchanges_of(done.replacements))
+            fit.exchanged()
             if left is not None:
                 left.carry_states_(before, fit.optimizers)
             fit.structure_changed()
@@ -329,9 +331,6 @@ class Compress(RestoringCallback):
     def _example_input(self, fit: RunningFit) -> ExampleInput | None:
         return fit.example_input(self.example_input, needed=self.budget.needs_example_input)
 
-    def _set_results(self, plan: Plan | None, seconds: Mapping[str, float]) -> None:
-        self.plan, self.seconds = plan, seconds
-
     def _fine_tune(self, fit: RunningFit, replacements: Sequence[Replacement], teacher: Teacher | None) -> None:
         self._fine_tuning = FineTuning(
             fit,
@@ -358,7 +357,7 @@ class Compress(RestoringCallback):
             ResumeError: If the dense teacher cannot be rebuilt from the module as it is, or the schedule is another.
             PlanError: If the plan does not fit the module.
         """
-        restoration.add_undo(self._set_results, self.plan, self.seconds)
+        restoration.add_undo(vars(self).update, plan=self.plan, seconds=self.seconds)
         if pl_module.trainer.state.fn != TrainerFn.FITTING:
             restoration.rebuilt(reconcile_(pl_module, payload.plan))
             self.plan = payload.plan
@@ -370,10 +369,9 @@ class Compress(RestoringCallback):
         rebuilt = reconcile_(pl_module, payload.plan)
         restoration.rebuilt(rebuilt)
         self.plan = payload.plan
-        self._left = FromCheckpoint(rebuilt.replacements, rebuilt.exchanges, payload.optimizers, teacher)
-        configure = functools.partial(
-            configure_as_dense, pl_module, pl_module.configure_optimizers, rebuilt.replacements
-        )
+        shells = rebuilt.replacements
+        self._left = FromCheckpoint(shells, rebuilt.exchanges, payload.optimizers, teacher, payload.frozen)
+        configure = functools.partial(configure_as_dense, pl_module, pl_module.configure_optimizers, shells)
         self._shadows.put(pl_module, "configure_optimizers", configure)
 
     @override

@@ -21,8 +21,9 @@ from lightning_compress.core.errors import ResumeError, WeightsError
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.surgery.embodied import embodied_plan
 from lightning_compress.surgery.swap import Replacement, install, uninstall
-from lightning_compress.training.averages import restart_averages
+from lightning_compress.training.averages import require_no_averages, restart_averages
 from lightning_compress.training.compat import callbacks_of, trainer_of, weights_only_keyword
+from lightning_compress.training.finetuning import frozen_by_callbacks
 from lightning_compress.training.hint import add_hint, forget_hints
 from lightning_compress.training.optimizers import optimizer_layout
 from lightning_compress.training.payload import CHECKPOINT_KEY, CHECKPOINT_VERSION, Payload, payload_of
@@ -185,6 +186,8 @@ def _on_load(pl_module: LightningModule, own: Callable[[Any], None] | None, chec
         return
     payload = payload_of(checkpoint)
     forget_hints(checkpoint)
+    if payload is not None and fitting:
+        require_no_averages(pl_module.trainer, pl_module)
     with Restoration(pl_module).undoing() as restoration:
         if payload is not None and callback is not None:
             callback.restore(pl_module, payload, restoration)
@@ -212,6 +215,9 @@ def _add_payload(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None
     if callback is not None:
         callback.extend_payload(payload)
     payload.setdefault("plan", embodied_plan(pl_module).to_json())
+    frozen = frozen_by_callbacks(pl_module)
+    if frozen is not None:
+        payload["frozen"] = frozen
     if "optimizer_states" in checkpoint:
         payload["optimizers"] = optimizer_layout(pl_module.trainer.optimizers, pl_module)
     checkpoint[CHECKPOINT_KEY] = payload

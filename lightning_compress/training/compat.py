@@ -6,14 +6,16 @@ Everything here works from Lightning 2.4, the oldest that is supported, to 2.6. 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource, _request_dataloader
 from torch import nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_compress.core.compat import TRAINER_ATTRIBUTE
@@ -44,6 +46,19 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
 def trainer_of(pl_module: LightningModule) -> Trainer | None:
     """Returns the trainer of a module, None without one, where its property `trainer` raises."""
     return cast("Trainer | None", getattr(pl_module, TRAINER_ATTRIBUTE))
+
+
+def rename_groups(callback: BaseFinetuning, pl_module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
+    """Brings up to date what a finetuning callback keeps of param groups, by the names of their parameters.
+
+    It makes the groups of a resumed fit of that, and itself notes only groups that are new. Lightning 2.4 to 2.6.
+    """
+    names = {parameter: name for name, parameter in pl_module.named_parameters()}
+    kept = callback._internal_optimizer_metadata
+    for index, optimizer in enumerate(optimizers):
+        if index in kept:
+            groups = optimizer.param_groups[: len(kept[index])]
+            kept[index] = callback._apply_mapping_to_param_groups(groups, names)
 
 
 def launches_copies(strategy: Strategy) -> bool:

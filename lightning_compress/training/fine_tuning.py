@@ -109,11 +109,13 @@ class FineTuning:
                 were.
         """
         fit, module = self._fit, self._fit.module
+        fit.require_no_averages()
         with contextlib.ExitStack() as undo:  # of all that comes, logging too
             undo.callback(OptimizersBefore(fit.optimizers).put_back_)
             again = compress_again_(module, lambda _: self._compress(budget))
             undo.callback(again.undo_, module)
             exchange_parameters_(fit.optimizers, again.exchanges)
+            fit.exchanged()
             fit.structure_changed()
             if self._scaled is not None:
                 self._scaled.refresh()

@@ -29,12 +29,14 @@ class FromCheckpoint:
         exchanges: What that means for the optimizers.
         layout: That of the optimizers whose states the checkpoint holds; None if it holds none.
         teacher: The dense module as it was when the first run began; None without distillation.
+        frozen: The parameters that were not trained, beside a callback that changes that; None without one.
     """
 
     replacements: tuple[Replacement, ...]
     exchanges: tuple[Exchange, ...]
     layout: Sequence[Any] | None
     teacher: Teacher | None
+    frozen: Sequence[str] | None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from lightning_compress.core.plan import Plan
 
 CHECKPOINT_KEY = "lightning_compress"
 CHECKPOINT_VERSION = 1
-_PARTS = ("plan", "schedule", "optimizers", "teacher")
+_PARTS = ("plan", "schedule", "optimizers", "teacher", "frozen")
 _SCHEDULE = {"phase", "first_step", "epoch", "step", "best", "waited"}
 
 
@@ -26,12 +26,14 @@ class Payload:
         schedule: Where the fit stood in its schedule, as `PhaseTracker.state` says it; None for a fit without one.
         optimizers: Classes and parameter names of the optimizers, as `optimizer_layout` returns them; None for none.
         teacher: Fingerprint of the teacher; None without distillation.
+        frozen: Names of the parameters that were not trained, beside a callback that changes that; None without one.
     """
 
     plan: Plan
     schedule: Mapping[str, Any] | None = None
     optimizers: list[Any] | None = None
     teacher: str | None = None
+    frozen: list[str] | None = None
 
     @classmethod
     def read(cls, stored: object) -> Payload:
@@ -51,7 +53,7 @@ class Payload:
                 "update."
             )
             raise ResumeError(msg)
-        plan, schedule, optimizers, teacher = (stored.get(name) for name in _PARTS)
+        plan, schedule, optimizers, teacher, frozen = (stored.get(name) for name in _PARTS)
         _require(isinstance(plan, str), "'plan' of its compression", plan, "the text of a plan")
         names = ", ".join(sorted(_SCHEDULE))
         known = schedule is None or _is_schedule(schedule)
@@ -59,7 +61,9 @@ class Payload:
         known = optimizers is None or _is_layout(optimizers)
         _require(known, "'optimizers' of its compression", optimizers, "classes and names of parameters")
         _require(isinstance(teacher, (str, type(None))), "'teacher' of its compression", teacher, "a fingerprint")
-        return cls(Plan.from_json(cast(str, plan)), schedule, optimizers, teacher)
+        known = frozen is None or _is_names(frozen)
+        _require(known, "'frozen' of its compression", frozen, "names of parameters")
+        return cls(Plan.from_json(cast(str, plan)), schedule, optimizers, teacher, frozen)
 
 
 def payload_of(checkpoint: Mapping[str, Any]) -> Payload | None:
@@ -102,6 +106,10 @@ def _is_layout(value: object) -> bool:
         isinstance(each, Mapping)
         and isinstance(each.get("type"), str)
         and isinstance(each.get("groups"), list)
-        and all(isinstance(g, list) and all(isinstance(name, str) for name in g) for g in each["groups"])
+        and all(_is_names(group) for group in each["groups"])
         for each in value
     )
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)

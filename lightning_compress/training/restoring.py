@@ -33,9 +33,9 @@ class Restoration:
         self._shells = Shells(())
         self._begun = False
 
-    def add_undo(self, function: Callable[..., object], *arguments: Any) -> None:
+    def add_undo(self, function: Callable[..., object], *arguments: Any, **named: Any) -> None:
         """Adds something that is done if the restoration fails, before all that was added earlier."""
-        self._undo.callback(function, *arguments)
+        self._undo.callback(function, *arguments, **named)
 
     def rebuilt(self, rebuilt: Rebuilt) -> None:
         """Notes a structure that was rebuilt, and the values that the weights are about to be loaded over."""

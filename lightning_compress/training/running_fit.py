@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
@@ -17,9 +17,10 @@ from lightning_compress.analysis.trace import ExampleInput, is_shape, trace
 from lightning_compress.compress import Compression
 from lightning_compress.core.errors import CompressionWarning, ExampleInputError
 from lightning_compress.core.progress import Progress, bar
-from lightning_compress.training.averages import restart_averages
-from lightning_compress.training.compat import callbacks_of, training_data
+from lightning_compress.training.averages import require_no_averages, restart_averages
+from lightning_compress.training.compat import callbacks_of, rename_groups, training_data
 from lightning_compress.training.distributed import rewrap, shared_compression
+from lightning_compress.training.finetuning import thaw_
 from lightning_compress.training.first_batch import guesses, shapes_of_first_batch
 
 
@@ -94,6 +95,35 @@ class RunningFit:
         """
         with self._progress() as progress:
             return shared_compression(self._trainer.strategy, self.module, lambda: function(progress))
+
+    def require_no_averages(self) -> None:
+        """Refuses to change the structure beside an average that could not follow.
+
+        Raises:
+            UnsupportedError: If a callback keeps one.
+        """
+        require_no_averages(self._trainer, self.module)
+
+    def restore_finetuning(self, frozen: Collection[str] | None) -> None:
+        """Lets finetuning callbacks put back the groups they had added, and thaws what they had thawed.
+
+        They do the former in their own `on_fit_start`, which may come later, and the latter never: in the epoch that it
+        was due in alone.
+
+        Args:
+            frozen: The parameters that were not trained when the checkpoint was saved; None if unknown.
+        """
+        for callback in callbacks_of(self._trainer):
+            if isinstance(callback, BaseFinetuning):
+                BaseFinetuning.on_fit_start(callback, self._trainer, self.module)
+        if frozen is not None and self.unfreezes and thaw_(self.module, frozen):
+            rewrap(self._trainer.strategy, self.module)
+
+    def exchanged(self) -> None:
+        """Lets finetuning callbacks note the names of the parameters that are in the groups now."""
+        for callback in callbacks_of(self._trainer):
+            if isinstance(callback, BaseFinetuning):
+                rename_groups(callback, self.module, self.optimizers)
 
     def structure_changed(self) -> None:
         """Lets everything follow that was made for the layers before: DDP's wrapper, averaged copies."""
