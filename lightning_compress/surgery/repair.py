@@ -15,12 +15,14 @@ import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_compress.analysis.distance import NEGLIGIBLE, output_distance
 from lightning_compress.analysis.statistics import Statistics
-from lightning_compress.analysis.trace import Arguments
+from lightning_compress.analysis.trace import Arguments, sample_counts
+from lightning_compress.core.compat import tree_map
 from lightning_compress.core.effort import current_effort
 from lightning_compress.core.memory import freed_memory_kept
 from lightning_compress.core.progress import Progress, reporting, silent
@@ -90,8 +92,7 @@ def _heal(
     seed: int,
     progress: Progress,
 ) -> Healing:
-    held_out = max(1, len(statistics.batches) // 4)
-    fitting, judging = statistics.batches[:-held_out] or statistics.batches, statistics.batches[-held_out:]
+    fitting, judging = _held_out(statistics.batches)
     start = time.perf_counter()
     states = BestState(model, lambda: output_distance(dense, model, judging))
     before = states.best
@@ -109,6 +110,23 @@ def _heal(
         raise
     seconds = {"regression": middle - start, "distillation": time.perf_counter() - middle}
     return Healing(before, regressed, states.best, seconds, skipped)
+
+
+def _held_out(batches: Sequence[Arguments]) -> tuple[Sequence[Arguments], Sequence[Arguments]]:
+    """Returns batches to fit to and the last quarter of them, or of the samples of a single one, to judge by."""
+    if len(batches) > 1:
+        held_out = max(1, len(batches) // 4)
+        return batches[:-held_out], batches[-held_out:]
+    counts = sample_counts(batches)
+    if len(counts) != 1 or min(counts) < 2:  # noqa: PLR2004
+        return batches, batches
+    at = max(1, min(counts) * 3 // 4)
+
+    def part(samples: slice) -> Arguments:
+        cut = tree_map(lambda leaf: leaf[samples] if isinstance(leaf, Tensor) and leaf.ndim else leaf, batches[0])
+        return cast(Arguments, cut)
+
+    return [part(slice(at))], [part(slice(at, None))]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_compress.core.errors import CompressionWarning
+from lightning_compress.layers.folding import weight_parameters
 
 _replaced: Any = WeakIdKeyDictionary()
 """Weights that trained layers had, and the layers' names."""
@@ -26,15 +27,16 @@ def note_replaced(dense: Mapping[str, nn.Module]) -> None:
         _hooked.append(register_optimizer_step_pre_hook(_look_at))
     _checked.clear()
     for name, module in dense.items():
-        weight = module._parameters.get("weight")
-        if weight is not None and weight.requires_grad:
-            _replaced[weight] = name
+        for _, weight in weight_parameters(module):
+            if weight.requires_grad:
+                _replaced[weight] = name
 
 
 def note_restored(dense: Iterable[nn.Module]) -> None:
     """Forgets the weights of dense layers that a model has again."""
     for module in dense:
-        _replaced.pop(module._parameters.get("weight"), None)
+        for _, weight in weight_parameters(module):
+            _replaced.pop(weight, None)
 
 
 _hooked: list[Any] = []

@@ -13,7 +13,7 @@ from lightning_compress import Budget, apply_plan_, search_ranks
 from lightning_compress.analysis.distance import output_distance
 from lightning_compress.analysis.statistics import Statistics, gather_statistics
 from lightning_compress.compress import Compression
-from lightning_compress.surgery.repair import heal_
+from lightning_compress.surgery.repair import _held_out, heal_
 from lightning_compress.surgery.state import shared_state
 from tests.support.healing import FEW, Case, image_case, image_model, images_like, same, state_of, statistics_on
 from tests.support.interruptions import failing_at
@@ -262,7 +262,7 @@ MODELS = {
     "a layer used twice": lambda: (Doubled(16, 3), [(x, {}) for x in arguments([64] * 4, 16)], 0.6),
     # as the last batch of a loader may be: no batch norm can take statistics over it
     "a batch of one sample": lambda: (with_norm(), [(x, {}) for x in arguments((32, 32, 1, 32), 8)], 0.8),
-    "one batch fitted and judged": lambda: (image_model(), images_like(1), 0.6),
+    "one batch for both": lambda: (image_model(), images_like(1), 0.6),
 }
 
 
@@ -271,10 +271,21 @@ def test_models_of_other_kinds_are_healed(which):
     dense, batches, keep = MODELS[which]()
     dense.eval()
     case = Case(dense, statistics_on(dense, batches), keep)
-    case.judging = batches[-1:]
+    case.judging = _held_out(batches)[1]
     names = [name for name, _ in case.model.named_modules(remove_duplicate=False)]
     healing = case.heal(steps=FEW)
     assert healing.after <= healing.before if "one" in which else healing.after < healing.before
     assert healing.after == pytest.approx(case.distance(), rel=1e-6)
     assert all(bool(torch.isfinite(value).all()) for value in case.model.state_dict().values())
     assert [name for name, _ in case.model.named_modules(remove_duplicate=False)] == names
+
+
+def test_samples_of_a_single_batch_are_held_out_too():
+    batch = ((torch.arange(8.0)[:, None],), {"mask": torch.ones(8, 2), "scale": torch.tensor(3.0)})
+    fitting, judging = _held_out([batch])
+    assert [part[0][0].flatten().tolist() for part in (*fitting, *judging)] == [[0, 1, 2, 3, 4, 5], [6, 7]]
+    assert judging[0][1]["mask"].shape == (2, 2)
+    assert judging[0][1]["scale"] == 3.0
+    unequal = ((torch.ones(8, 1), torch.ones(4, 1)), {})
+    assert _held_out([unequal]) == ([unequal], [unequal])
+    assert [len(part) for part in _held_out([batch] * 5)] == [4, 1]
