@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from lightning_compress.analysis.trace import Trace
 from lightning_compress.analysis.usable import is_wrapped
-from lightning_compress.core.compat import has_gradient_hooks
+from lightning_compress.core.compat import has_gradient_hooks, held_parameters
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.layers.families import family_of, known_types, layer_type
 from lightning_compress.layers.folding import type_name, why_adapter_unfit
@@ -63,7 +63,10 @@ def _why_unknown(module: nn.Module) -> str:
     parent = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in known_types()), None)
     if parent is not None:
         return f"{type_name(module)} is a subclass of {parent} and may use its weight in its own way{NEEDS_ADAPTER}"
-    return f"no kind factorises {type(module).__name__}"
+    known = f"no kind factorises {type(module).__name__}"
+    weight = held_parameters(module).get("weight")
+    foreign = weight is not None and weight.ndim > 1 and not type(module).__module__.startswith("torch.")
+    return f"{known}{NEEDS_ADAPTER}" if foreign else known
 
 
 def _why_weight_dense(module: nn.Module, shared: set[int]) -> str | None:

@@ -8,15 +8,16 @@ from warnings import warn
 import numpy as np
 
 from lightning_compress.analysis.inspection import Inspection
+from lightning_compress.analysis.reasons import NEEDS_ADAPTER
 from lightning_compress.core.errors import CompressionWarning
-from lightning_compress.core.plan import DENSE, LayerPlan, Plan
+from lightning_compress.core.plan import DENSE, LayerPlan, Plan, percent
 from lightning_compress.core.settings import Budget, SearchSettings
 from lightning_compress.kinds.base import Ints
 from lightning_compress.search.choice import Choice
 from lightning_compress.search.end_to_end import output_distance
 from lightning_compress.search.exact import solve
 from lightning_compress.search.problem import Problem, costs_after
-from lightning_compress.search.safeguards import gives_up_most
+from lightning_compress.search.safeguards import MOST_OF_A_LAYER, gives_up_most
 from lightning_compress.search.units import Unit, planned_layer
 
 CERTIFICATE_GAP = 1e-3
@@ -66,6 +67,26 @@ def warn_of_layers_given_up(plan: Plan) -> None:
             "min_rank by overrides, or raise the budget."
         )
         warn(msg, CompressionWarning, stacklevel=4)
+    _warn_of_classes(plan)
+
+
+def _warn_of_classes(plan: Plan) -> None:
+    """Warns of layers that lose most of themselves because the classes of most of the model are not known."""
+    unknown: dict[str, int] = {}
+    for layer in plan.layers:
+        if layer.reason is not None and layer.reason.endswith(NEEDS_ADAPTER):
+            unknown[layer.type] = unknown.get(layer.type, 0) + layer.params_before
+    share = sum(unknown.values()) / plan.dense.params
+    for layer in plan.layers if share > MOST_OF_A_LAYER else ():
+        if layer.error > MOST_OF_A_LAYER:
+            largest = max(unknown, key=lambda name: unknown[name])
+            msg = (
+                f"layer {layer.name!r} loses {percent(layer.error)} of its energy ({layer.kind}, ranks {layer.ranks}) "
+                f"while {percent(share)} of the parameters stay dense because nothing is known of their class "
+                f"({', '.join(unknown)}). Say what such a layer does, as in register_layer_adapter({largest}, "
+                "LayerAdapter(nn.Conv2d, before=…)), or raise the budget."
+            )
+            warn(msg, CompressionWarning, stacklevel=5)
 
 
 def _layer_plans(found: Choice, inspection: Inspection) -> list[LayerPlan]:
