@@ -223,7 +223,7 @@ def _require_decreasing(phases: Sequence[Phase]) -> None:
         raise BudgetError(msg)
     for before, after in itertools.pairwise(budgets):
         first, second = before.bounds, after.bounds
-        if not first or set(first) != set(second):
+        if not first or set(first) != set(second) or before.of != after.of:
             msg = f"the rounds of the schedule bound different things, {before}, then {after}: bound the same in all."
             raise BudgetError(msg)
         if first == second or any(second[name] > first[name] for name in first):

@@ -34,8 +34,8 @@ RESOURCES = ("params", "macs", "bytes", "latency")
 class Budget:
     """Upper bounds on the compressed model, as the fraction of the dense model that is kept.
 
-    Several bounds at once all hold. The fraction is always of the WHOLE model: layers that
-    cannot be factorised count too.
+    Several bounds at once all hold. The fraction is always of the WHOLE model, or of the part named by `of`: layers
+    that cannot be factorised count too.
 
     Attributes:
         params: Kept fraction of the number of parameters, in (0, 1].
@@ -48,10 +48,13 @@ class Budget:
         max_error: A quality target in the place of bounds: the smallest model whose outputs on synthetic
             inputs stay within this distance of the dense ones, ‖f − f̂‖² / ‖f − mean f‖² in (0, 1), right
             after the swap.
+        of: Name of a submodule, such as "generator", that bounds on parameters and bytes are of: it alone is
+            compressed.
 
     Raises:
         BudgetError: If a bound is no number in (0, 1], milliseconds are none above 0, no bound is given at
-            all, both `params` and `ratio` are given, or `max_error` beside a bound.
+            all, both `params` and `ratio` are given, `max_error` beside a bound, or `of` beside anything else than
+            parameters and bytes.
     """
 
     params: float | None = None
@@ -61,6 +64,7 @@ class Budget:
     bytes: float | None = None
     ratio: str | None = None
     max_error: float | None = None
+    of: str | None = None
 
     def __post_init__(self) -> None:
         if self.ratio is not None:
@@ -88,6 +92,18 @@ class Budget:
             msg = (
                 f"Budget() bounds nothing: give at least one of {', '.join(RESOURCES)}, latency_ms, ratio='5x', or "
                 "max_error."
+            )
+            raise BudgetError(msg)
+        if self.of is not None:
+            self._check_of()
+
+    def _check_of(self) -> None:
+        named = isinstance(cast(Any, self.of), str) and self.of
+        if not named or not self.bounds or not set(self.bounds) <= _OF:
+            given = ", ".join(self.bounds or ["max_error"])
+            msg = (
+                f"Budget({given}, of={shown(self.of)}): expected the name of a submodule, and bounds on params and "
+                "bytes alone; other bounds are of the whole model."
             )
             raise BudgetError(msg)
 
@@ -134,15 +150,17 @@ class Budget:
             found["latency"] = min(found.get("latency", 1.0), 1e-3 * self.latency_ms / dense_seconds)
         return found
 
-    def as_dict(self) -> dict[str, float]:
-        """Returns what was given: the bounds, or the quality target."""
-        return self.bounds or {"max_error": float(cast(float, self.max_error))}
+    def as_dict(self) -> dict[str, Any]:
+        """Returns what was given: the bounds or the quality target, and what they are of."""
+        part = {"of": self.of} if self.of is not None else {}
+        return {**(self.bounds or {"max_error": self.max_error}), **part}
 
     def __str__(self) -> str:
         """Returns the bounds as a user would write them."""
         if not self.bounds:
             return f"output distance <= {self.max_error:g}"
-        written = [f"{name} <= {100 * limit:g} %" for name, limit in self.limits().items()]
+        part = f" of {self.of}" if self.of is not None else ""
+        written = [f"{name}{part} <= {100 * limit:g} %" for name, limit in self.limits().items()]
         return ", ".join(written + ([f"latency <= {self.latency_ms:g} ms"] if self.latency_ms is not None else []))
 
     @classmethod
@@ -161,6 +179,10 @@ class Budget:
             "which keeps at most 20 % of the parameters."
         )
         raise BudgetError(msg)
+
+
+_OF = {"params", "bytes"}
+"""What can be bounded of a submodule alone."""
 
 
 def _parse_ratio(ratio: object) -> float:

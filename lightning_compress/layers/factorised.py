@@ -196,9 +196,9 @@ class FactorisedLayer(InOrder):
         """Returns what there is to say where a wrapper was put in the place of a factor."""
         return (
             f"a {type(child).__module__}.{type(child).__name__} was put in the place of the factor {name!r} of a "
-            f"factorised {self.dense_type} ({self.kind}, ranks {self.ranks}), so that its weight is not known: merge it into that factor first, or "
-            "wrap the whole factorised layer, or keep the layer dense with exclude. The model itself runs, trains and "
-            "gives its state_dict as it is."
+            f"factorised {self.dense_type} ({self.kind}, ranks {self.ranks}), so that its weight is not known: merge "
+            "it into that factor first, or wrap the whole factorised layer, or keep the layer dense with exclude. The "
+            "model itself runs, trains and gives its state_dict as it is."
         )
 
     @torch.no_grad()

@@ -174,6 +174,9 @@ def _settings(keywords: Mapping[str, Any]) -> SearchSettings:
 
 def _budget(value: Budget | Mapping[str, Any]) -> Budget:
     budget = Budget.from_value(value)
+    if budget.of is not None:
+        msg = f"{budget}: a checkpoint is compressed as a whole, give bounds without of={budget.of!r}."
+        raise BudgetError(msg)
     if budget.needs_example_input or budget.max_error is not None:
         msg = (
             f"a budget in MACs, latency or max_error ({budget}) needs forward passes, and a checkpoint is compressed "

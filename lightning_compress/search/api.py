@@ -16,7 +16,7 @@ from lightning_compress.analysis.statistics import Statistics, require_inputs
 from lightning_compress.analysis.trace import ExampleInput
 from lightning_compress.analysis.usable import require_usable_weights
 from lightning_compress.core.effort import trying
-from lightning_compress.core.errors import ConfigurationError, ExampleInputError
+from lightning_compress.core.errors import ConfigurationError, ExampleInputError, InfeasibleBudgetError
 from lightning_compress.core.memory import freed_memory_kept
 from lightning_compress.core.parallel import current_processes, from_first
 from lightning_compress.core.plan import Plan
@@ -29,6 +29,7 @@ from lightning_compress.search.choice import Choice, choose, never_behind_the_we
 from lightning_compress.search.end_to_end import evaluator_of
 from lightning_compress.search.latency import timings_of
 from lightning_compress.search.objective import statistics_for
+from lightning_compress.search.part import of_the_whole, outside_excluded
 from lightning_compress.search.quality_target import within_error
 from lightning_compress.search.strategies import strategy_of
 from lightning_compress.search.tables import compared_resources, join_where_better, tabulate_units
@@ -129,7 +130,8 @@ def _search_unfused(  # noqa: PLR0917
     selection = {**settings.selection, "spare_frozen": spare_frozen}
     if strategy.kinds is not None and is_automatic(settings.kinds):
         selection["kinds"] = strategy.kinds
-    inspection = inspect_model(model, selection, example_input)
+    inspection = inspect_model(model, outside_excluded(model, budget, selection), example_input)
+    asked, budget = budget, of_the_whole(model, budget)
     statistics, objective = statistics_for(
         inspection, strategy, settings, example_input, calibration, statistics, report
     )
@@ -140,9 +142,15 @@ def _search_unfused(  # noqa: PLR0917
     tables = tabulate_units(units, compared, settings.rank_multiple, statistics, report)
     if current_processes().rank:  # the first process measures and chooses
         return cast(Plan, from_first("the search", None)), statistics
-    found = _search(inspection, units, tables, budget, settings, statistics, objective, example_input, report)
+    try:
+        found = _search(inspection, units, tables, budget, settings, statistics, objective, example_input, report)
+    except InfeasibleBudgetError as error:
+        if asked.of is None:
+            raise
+        msg = f"{asked} cannot be kept; as bounds on the whole model, of which nothing else is compressed: {error}"
+        raise InfeasibleBudgetError(msg) from error
     parts = {**(statistics.seconds if statistics is not None else {}), "search": time.perf_counter() - searched}
-    plan = to_plan(found, inspection, budget, settings, parts)
+    plan = to_plan(found, inspection, asked, settings, parts)
     plan = replace(plan, seconds=time.perf_counter() - start)
     if strategy.thorough:
         warn_of_layers_given_up(plan)

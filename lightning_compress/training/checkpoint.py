@@ -227,12 +227,13 @@ def _add_payload(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None
 def _is_dense(pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> bool:
     """Returns whether a checkpoint without a plan lacks the factors that the module has."""
     factors = [
-        f"{name}.{child}.weight"
+        f"{name}.{child}."
         for name, module in pl_module.named_modules()
         if isinstance(module, FactorisedLayer)
-        for child in module.factors()
+        for child, _ in module.named_children()
     ]
-    return not factors or not all(name in checkpoint.get("state_dict", ()) for name in factors)
+    names = list(checkpoint.get("state_dict", ()))
+    return not factors or not all(any(name.startswith(factor) for name in names) for factor in factors)
 
 
 def _call_own(

@@ -12,6 +12,7 @@ from lightning_compress.core.errors import BudgetError, ConfigurationError, Unsu
 from lightning_compress.core.fine_tuning import Distill, Schedule
 from lightning_compress.core.plan import Plan, percent
 from lightning_compress.core.settings import Budget
+from lightning_compress.search.part import kept_of
 from lightning_compress.surgery.embodied import embodied_plan
 
 
@@ -27,7 +28,11 @@ def check_schedule(schedule: Schedule, budget: Budget, distill: Distill | None) 
             raise ConfigurationError(msg)
     bounds = budget.bounds
     for last in schedule.budgets[-1:]:
-        if not bounds or any(last.bounds.get(name, math.inf) > bound for name, bound in bounds.items()):
+        if (
+            not bounds
+            or last.of != budget.of
+            or any(last.bounds.get(name, math.inf) > bound for name, bound in bounds.items())
+        ):
             msg = f"the schedule ends at {last}, which does not keep the budget of the callback, {budget}."
             raise BudgetError(msg)
 
@@ -49,7 +54,7 @@ def plan_of_factorised(
     """
     plan = embodied_plan(module, example_input)
     for resource in [name for name in budget.limits() if name != "latency"]:
-        kept, limit = plan.kept[resource], budget.limits()[resource]
+        kept, limit = kept_of(plan, resource, budget.of), budget.limits()[resource]
         if kept is None or kept > limit:
             msg = (
                 f"the module is already factorised with {percent(kept)} of its {resource} kept, the budget is "

@@ -49,7 +49,8 @@ def _first_layer(pl_module: LightningModule, state: Mapping[str, Any]) -> str | 
     found = [
         name
         for name, module in pl_module.named_modules()
-        if isinstance(module, FactorisedLayer) and all(f"{name}.{child}.weight" in state for child in module.factors())
+        if isinstance(module, FactorisedLayer)
+        and all(f"{name}.{child}.weight" in state for child, _ in module.named_children())
     ]
     whole = [name for name in found if not any(name.startswith(f"{other}.") for other in unfused)]
     return next(iter([*whole, *found]), None)

@@ -174,7 +174,7 @@ def test_settings_from_a_wrong_type_say_what_to_write(parse, what, values, write
 
 
 KNOWN = {
-    "budget": (Budget.from_value, "params, macs, latency, latency_ms, bytes, ratio, max_error"),
+    "budget": (Budget.from_value, "params, macs, latency, latency_ms, bytes, ratio, max_error, of"),
     "schedule": (Schedule.from_value, "warmup_steps, phases"),
     "distill": (Distill.from_value, "weight, temperature, module, kind, blocks, function, dtype"),
     "overrides['fc*']": (lambda value: Override.from_value(value, "fc*"), "kinds, min_rank, max_rank, dense"),
