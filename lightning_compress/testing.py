@@ -40,8 +40,9 @@ from lightning_compress.kinds.registry import (
     weighted_energy,
 )
 from lightning_compress.kinds.tensorised import TtEmbedding
-from lightning_compress.layers.factorised import FactorisedLayer, FactorisedLookup
+from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.layers.families import canonical, children_of, family_of, operator_of, stored_factor
+from lightning_compress.layers.variants import FactorisedLookup
 
 EXACT, EXACT_IN_METRIC = 1e-10, 1e-5
 """Relative squared error at full rank; second moments have a ridge, which costs a little."""

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.amp import is_autocast_available
-from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils._python_dispatch import _disable_current_modes
 from typing_extensions import Self, override
 
@@ -18,7 +17,6 @@ from lightning_compress.core.compat import is_recorded
 from lightning_compress.core.errors import UnsupportedError
 from lightning_compress.kinds.base import Decomposition
 from lightning_compress.kinds.registry import multiplied_out
-from lightning_compress.kinds.tensorised import TtEmbedding
 from lightning_compress.layers.families import (
     canonical_factors,
     operator_of,
@@ -312,7 +310,8 @@ class FactorisedLayer(InOrder):
             f"{what} on the weight of a factorised {self.dense_type} ({self.kind}, ranks {self.ranks}, weight "
             f"{self.weight_shape}): the layer holds factors, the weight is their product, and what is done to it would "
             "be lost. Keep the layer dense with exclude, write by layer.set_weight_(weight), which refits the factors, "
-            "or work on a copy, layer.weight.clone()."
+            "or work on a copy, layer.weight.clone(). A batch norm behind the layer is fused into its last factor: "
+            "torch's fuse_conv_bn_eval(layer[-1], norm)."
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -354,61 +353,3 @@ class FactorisedLayer(InOrder):
 def is_wrapper(child: nn.Module) -> bool:
     """Returns whether a child of a factorised layer is none of its factors: a weight that it has is that of another."""
     return not ("weight" in child._parameters or "weight" in vars(child) or hasattr(child, "parametrizations"))
-
-
-class FactorisedTransposed(FactorisedLayer):
-    """Replaces a transposed convolution, which may be told the size of its output."""
-
-    @override
-    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """Returns the output.
-
-        Raises:
-            UnsupportedError: If the size of the output is given.
-        """
-        if output_size is not None:
-            msg = (
-                f"a factorised {self.dense_type} cannot be called with output_size={output_size}: keep the layer dense "
-                "with exclude, or pass an example_input to the search, which then keeps it."
-            )
-            raise UnsupportedError(msg)
-        return super().forward(input)
-
-
-class FactorisedBag(FactorisedLayer):
-    """Replaces an nn.EmbeddingBag, which takes more than one argument."""
-
-    @override
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns the bags; arguments are those of nn.EmbeddingBag."""
-        first, *others = self
-        output = first(input, *args, **kwargs)
-        for module in others:
-            output = module(output)
-        return cast(Tensor, output)
-
-
-class FactorisedLookup(FactorisedLayer):
-    """Replaces an nn.Embedding by cores that each look up their own part of the index."""
-
-    @override
-    def forward(self, input: Tensor) -> Tensor:
-        """Returns the rows, (…, embedding_dim); those of the padding index pass no gradient, as those of nn.Embedding.
-
-        An index beyond the last row is not always noticed: the cores have room for a few more.
-        """
-        output: Tensor | None = None
-        for core in self:
-            output = core(input, output)
-        rows = cast(Tensor, output)
-        padding = getattr(self, "padding_idx", None)
-        return rows if padding is None else torch.where((input == padding)[..., None], rows.detach(), rows)
-
-
-def factorised_type(dense: nn.Module, decomposition: Decomposition) -> type[FactorisedLayer]:
-    """Returns the class that a dense layer's factors are called by."""
-    if isinstance(decomposition, TtEmbedding):
-        return FactorisedLookup
-    if isinstance(dense, nn.EmbeddingBag):
-        return FactorisedBag
-    return FactorisedTransposed if isinstance(dense, _ConvTransposeNd) else FactorisedLayer

@@ -29,32 +29,12 @@ from lightning_compress.kinds.tensorised import TtEmbedding
 from lightning_compress.layers.adapters import adapter_of, full_name
 from lightning_compress.layers.interpolation import Interpolation
 from lightning_compress.layers.patches import all_patches, some_patches, stuffed_between
-from lightning_compress.layers.scripted import scriptable
 from lightning_compress.layers.tensorised import lookup_cores
+from lightning_compress.layers.transposed import TransposedLinear
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-
-
-class TransposedLinear(nn.Module):
-    """x ↦ x W for the weight W, (in, out), of another layer that uses it as x Wᵀ.
-
-    Args:
-        in_features: Size of the inputs.
-        out_features: Size of the outputs.
-    """
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(in_features, out_features, device="meta"))
-        self.bias: nn.Parameter | None
-        self.register_parameter("bias", None)
-
-    @scriptable
-    def forward(self, input: Tensor) -> Tensor:
-        """Returns (…, out) for (…, in)."""
-        return F.linear(input, self.weight.T, self.bias)
 
 
 class LayerType(ABC):
@@ -217,6 +197,8 @@ class _EmbeddingType(LayerType):
     def refusal(self, layer: nn.Module) -> str | None:
         if getattr(layer, "max_norm", None) is not None:
             return "its max_norm renormalises the rows it looks up"
+        if getattr(layer, "sparse", False):
+            return "its gradients are sparse, as SparseAdam needs, a second factor's are not: set layer.sparse = False"
         if getattr(layer, "mode", "mean") == "max":
             return "it takes the largest of the rows it looks up (mode='max'), which factors cannot"
         return None

@@ -248,6 +248,7 @@ def _difference(layer: nn.Module, adapter: LayerAdapter) -> str | None:
     for training in (False, True):
         with torch.no_grad(), _copied(layer, training=training) as copied:
             expected = cast(Any, copied).forward(*args)
+            expected = expected.detach() if isinstance(expected, Tensor) else expected
         with torch.no_grad():
             found = run_adapted(plain, adapter, args, {})
         if not isinstance(expected, Tensor) or (expected.shape, expected.dtype) != (found.shape, found.dtype):

@@ -140,8 +140,15 @@ def _positional_arguments(first: str, args: tuple[Any, ...], kwargs: dict[str, A
     return given[first], given.get("length", 0), given.get("position_ids")
 
 
+def _sliced(_layer: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Returns positions from a length on, one row for all inputs; those of Whisper."""
+    ids, length, positions = _positional_arguments("input_ids", args, kwargs)
+    return torch.arange(length, length + ids.shape[1], device=ids.device) if positions is None else positions
+
+
 def _some_ids(layer: Any) -> tuple[Tensor]:
-    return (torch.zeros(1, min(3, layer.num_embeddings - layer.offset), dtype=torch.long, device=layer.weight.device),)
+    count = min(3, layer.num_embeddings - getattr(layer, "offset", 0))
+    return (torch.zeros(1, count, dtype=torch.long, device=layer.weight.device),)
 
 
 def _whole_mask(layer: Any) -> tuple[Tensor]:
@@ -191,6 +198,7 @@ _BY_NAME: dict[str, LayerAdapter] = {
     "Conv2dStaticSamePadding": LayerAdapter(nn.Conv2d, before=_padded_by_static, settings=("static_padding",)),
     "Conv2dSamePadding": LayerAdapter(nn.Conv2d, before=_padded_by_zeros, settings=("zero_pad_2d",)),
     "FalconLinear": _LINEAR,
+    "WhisperPositionalEmbedding": LayerAdapter(nn.Embedding, before=_sliced, example=_some_ids),
     "timm.layers.linear.Linear": _LINEAR,
     "whisper.model.Linear": _LINEAR,
 }

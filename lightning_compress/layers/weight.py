@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
+from warnings import warn
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from lightning_compress.core.compat import tree_leaves, tree_map
+from lightning_compress.core.errors import CompressionWarning
 
 if TYPE_CHECKING:
     from lightning_compress.layers.factorised import FactorisedLayer
@@ -190,7 +192,7 @@ def _answer(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, 
         if func in _ANSWERED or (func is Tensor.type and len(args) == 1 and not kwargs):
             return func(*args, **kwargs)
         if func == cast(Any, Tensor.grad).__get__:  # that of a product is kept nowhere; torch would warn
-            return func(*args) if args[0].is_leaf else None
+            return func(*args) if args[0].is_leaf else _without_gradient(args[0])
         weights = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, _Guarded)]
         if (target := _written(func, args, kwargs)) is not None:
             return target._write(func, args, kwargs)
@@ -200,6 +202,18 @@ def _answer(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, 
             if func is Tensor.__deepcopy__:
                 return args[1].setdefault(id(args[0]), args[0]._read(linked=False).clone())
         return _run(func, args, kwargs, weights)
+
+
+def _without_gradient(weight: Any) -> None:
+    """Warns whoever asks for the gradient of a weight after its factors got theirs, as loggers of norms do."""
+    factors = weight.layer.factors() if isinstance(weight, FactorisedWeight) else {}
+    if any(factor.grad is not None for factor in factors.values()):
+        named = ", ".join(f"layer.{name}.weight.grad" for name in factors)
+        msg = (
+            f"the weight of a factorised {weight.layer.dense_type} has no gradient (layer.weight.grad is None): its "
+            f"factors have ({named}). Go through model.named_parameters(), which has them."
+        )
+        warn(msg, CompressionWarning, stacklevel=5)
 
 
 _respond: list[Callable[..., Any]] = [_answer]

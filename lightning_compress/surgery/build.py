@@ -14,12 +14,13 @@ from lightning_compress.kinds.base import threads_for
 from lightning_compress.kinds.joint_svd import joint_factors
 from lightning_compress.kinds.metric import Metric
 from lightning_compress.kinds.registry import DECOMPOSITIONS, Decomposition, fit_factors
-from lightning_compress.layers.adapted import make_factorised
 from lightning_compress.layers.factorised import FactorisedLayer
-from lightning_compress.layers.families import TransposedLinear, children_of, operator_of, stored_factor
+from lightning_compress.layers.families import children_of, operator_of, stored_factor
 from lightning_compress.layers.folding import SPARED, spared_by, type_name
 from lightning_compress.layers.hooks import share_hooks
 from lightning_compress.layers.memory_format import channels_last_format, in_channels_last
+from lightning_compress.layers.transposed import TransposedLinear
+from lightning_compress.layers.variants import make_factorised
 
 
 def build_layer(

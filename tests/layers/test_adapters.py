@@ -12,12 +12,16 @@ from torch.nn.utils import parametrizations
 
 from lightning_compress import (
     LayerAdapter,
+    LayerPlan,
+    Plan,
     apply_plan_,
     load_compressed,
     merge_,
     register_layer_adapter,
     save_compressed,
 )
+from lightning_compress.analysis.inventory import list_layers
+from lightning_compress.core.costs import Costs
 from lightning_compress.core.errors import CompressionWarning, ConfigurationError
 from lightning_compress.layers import adapters
 from lightning_compress.layers.unfused import unfused
@@ -216,3 +220,66 @@ def test_efficientnet_that_pads_by_itself_is_factorised_in_its_convolutions():
     }
     open_ = sum(layer.parameters for layer in layers.values() if layer.reason is None)
     assert open_ > 0.9 * sum(p.numel() for p in net.parameters())
+
+
+# --- packages that need not be installed
+
+
+def language_models():
+    return {
+        "bart": ("BartConfig", "BartForConditionalGeneration", BART, "embed_positions"),
+        "opt": ("OPTConfig", "OPTForCausalLM", OPT, "embed_positions"),
+        "gemma": ("Gemma3TextConfig", "Gemma3ForCausalLM", GEMMA, "embed_tokens"),
+        "falcon": ("FalconConfig", "FalconForCausalLM", FALCON, "dense_h_to_4h"),
+    }
+
+
+BART = {
+    "vocab_size": 300,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "max_position_embeddings": 64,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "scale_embedding": True,
+}
+OPT = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "word_embed_proj_dim": 32,
+}
+GEMMA = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "head_dim": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+FALCON = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("name", language_models())
+def test_classes_of_transformers_are_factorised_at_full_rank_to_the_same_outputs(name):
+    transformers = pytest.importorskip("transformers")
+    config, cls, sizes, of_class = language_models()[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, cls)(getattr(transformers, config)(**sizes)).eval()
+    ids = {"input_ids": torch.randint(3, 300, (1, 8), generator=torch.Generator().manual_seed(1))}
+    open_ = [layer for layer in list_layers(model) if layer.reason is None]
+    assert any(of_class in layer.name for layer in open_)
+    ranks = [(layer, (min(layer.operator.shape[:2]),)) for layer in open_]
+    planned = [LayerPlan(la.name, la.type, "svd", rank, la.weight_shape, 0.0, 2, 1) for la, rank in ranks]
+    with torch.no_grad():
+        expected = model(**ids).logits
+        apply_plan_(model, Plan(tuple(planned), Costs(1, None, 4), Costs(1, None, 4)), example_input=ids)
+        assert near(model(**ids).logits, expected, 1e-3)
+        assert model.double()(**ids).logits.dtype == torch.float64

@@ -185,15 +185,6 @@ def test_row_of_the_padding_index_stays_zero_and_untrained(name):
     assert new.reduce.weight.grad[7].any()
 
 
-@pytest.mark.parametrize("cls", [nn.Embedding, nn.EmbeddingBag])
-def test_sparse_gradients_of_lookups_stay_sparse(cls):
-    new = factorised(randomised(cls(12, 6, sparse=True)), "svd")
-    new(torch.tensor([[1, 2], [2, 5]])).sum().backward()
-    assert new.reduce.weight.grad.is_sparse
-    assert sorted(set(new.reduce.weight.grad._indices()[0].tolist())) == [1, 2, 5]
-    assert not new.expand.weight.grad.is_sparse
-
-
 # --- costs
 
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from lightning_compress.analysis.inventory import Layer
 from lightning_compress.core.plan import DENSE
 from lightning_compress.kinds.registry import DECOMPOSITIONS
-from lightning_compress.layers.adapted import make_factorised
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.layers.families import children_of
 from lightning_compress.layers.memory_format import in_channels_last
 from lightning_compress.layers.unfused import put_
+from lightning_compress.layers.variants import make_factorised
 
 _NUMBERS = 4099
 """Random numbers that are repeated: a prime, so that no two rows are the same."""
