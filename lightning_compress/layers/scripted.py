@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.core.errors import UnsupportedError
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -17,6 +19,17 @@ def scriptable(function: _Function) -> _Function:
     types = typing.get_type_hints(function)
     function.__annotations__ = {name: types[name] for name in function.__annotations__}
     return function
+
+
+class Unscriptable:
+    """A module that TorchScript cannot compile, and says so before it tries."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        msg = (
+            f"torch.jit.script cannot compile a {type(self).__name__}: trace the model (torch.jit.trace, or method='trace' "
+            "of to_torchscript), export it, or merge_ a copy of it first."
+        )
+        raise UnsupportedError(msg)
 
 
 ORDER = ("reduce", "kernel", "axis0", "axis1", "axis2", "core", "expand")

@@ -17,9 +17,10 @@ from lightning_compress.kinds.tensorised import TtEmbedding
 from lightning_compress.layers.adapter import LayerAdapter
 from lightning_compress.layers.adapters import adapter_of
 from lightning_compress.layers.factorised import FactorisedLayer
+from lightning_compress.layers.scripted import Unscriptable
 
 
-class FactorisedTransposed(FactorisedLayer):
+class FactorisedTransposed(Unscriptable, FactorisedLayer):
     """Replaces a transposed convolution, which may be told the size of its output."""
 
     @override
@@ -38,7 +39,7 @@ class FactorisedTransposed(FactorisedLayer):
         return super().forward(input)
 
 
-class FactorisedBag(FactorisedLayer):
+class FactorisedBag(Unscriptable, FactorisedLayer):
     """Replaces an nn.EmbeddingBag, which takes more than one argument."""
 
     @override
@@ -51,7 +52,7 @@ class FactorisedBag(FactorisedLayer):
         return cast(Tensor, output)
 
 
-class FactorisedLookup(FactorisedLayer):
+class FactorisedLookup(Unscriptable, FactorisedLayer):
     """Replaces an nn.Embedding by cores that each look up their own part of the index."""
 
     @override
@@ -68,7 +69,7 @@ class FactorisedLookup(FactorisedLayer):
         return rows if padding is None else torch.where((input == padding)[..., None], rows.detach(), rows)
 
 
-class FactorisedAdapted(FactorisedLayer):
+class FactorisedAdapted(Unscriptable, FactorisedLayer):
     """Replaces a layer with something before or after its operation, see `LayerAdapter`; it is called as that is."""
 
     _adapter: LayerAdapter
@@ -82,6 +83,18 @@ class FactorisedAdapted(FactorisedLayer):
                 return cast(Callable[..., Tensor], product.run)(*args, **kwargs)
         output = self._by_factors(self._adapter.entering(self.template, args, kwargs))
         return self._adapter.leaving(self.template, output)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Is asked by torch.jit.script what to compile.
+
+        Raises:
+            UnsupportedError: Always: what an adapter does is code that TorchScript knows nothing of.
+        """
+        msg = (
+            f"torch.jit.script cannot compile a factorised {self.dense_type}, which does something before or after its "
+            "factors: use torch.jit.trace or torch.export, or compress with exclude."
+        )
+        raise UnsupportedError(msg)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -7,6 +7,7 @@ import copy
 import lightning as L
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -16,11 +17,14 @@ from lightning_compress import (
     FactorisedLayer,
     apply_plan_,
     compress_,
+    compress_checkpoint,
     load_compressed,
     merge_,
     save_compressed,
+    search_ranks,
 )
 from lightning_compress.analysis.costs import measure_costs
+from lightning_compress.core.errors import UnsupportedError
 from lightning_compress.layers.folding import folded, weight_parameters
 from lightning_compress.layers.unfused import unfused
 from lightning_compress.surgery.swap import uninstall
@@ -179,6 +183,40 @@ def test_the_whole_method_with_moments_and_repair(name):
     plan = compress_(net, Budget(params=0.5), example_input=SIZE, target=None, kinds=["channel_svd", "svd"])
     assert plan.source != "weight"
     assert near(outputs(net), expected, 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated", "ignore::torch.jit.TracerWarning")  # of a dense layer
+@pytest.mark.parametrize("name", ["StdConv2dSame", "Conv2dStaticSamePadding"])
+def test_compiled_traced_and_exported(name):
+    net = made(name)
+    apply_plan_(net, at_full_rank(net))
+    expected = outputs(net)
+    assert near(outputs(torch.compile(copy.deepcopy(net), backend="eager", fullgraph=True)), expected)
+    assert near(outputs(torch.export.export(net, (image(3),)).module()), expected)
+    with torch.no_grad():
+        assert near(outputs(torch.jit.trace(net, image(3))), expected)
+    with pytest.raises(UnsupportedError, match=rf"cannot compile a factorised {name}.*torch\.jit\.trace"):
+        torch.jit.script(net)
+
+
+@pytest.mark.parametrize("name", ["StdConv2dSame", "Conv2dStaticSamePadding"])
+def test_timed_on_the_target(name):
+    net = made(name)
+    plan = search_ranks(net, Budget(params=0.5), example_input=SIZE, method="exact", objective="weight")
+    assert plan.compressed.latency is not None
+    apply_plan_(net, plan, example_input=SIZE)
+
+
+def test_a_checkpoint_on_disk_keeps_computed_weights(tmp_path):
+    net = made("weight_norm")
+    (tmp_path / "in").mkdir()
+    save_file(net.state_dict(), tmp_path / "in" / "model.safetensors")
+    with torch.device("meta"):
+        empty = net_of(ALL["weight_norm"]())
+    plan = compress_checkpoint(tmp_path / "in", tmp_path / "out", Budget(params=0.995), model=empty)
+    assert [layer.name for layer in plan.factorised] == ["6"]
+    load_compressed(other := net_of(ALL["weight_norm"]()), tmp_path / "out")
+    assert torch.equal(other[2].weight, net[2].weight)
 
 
 # --- trained

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_compress import Budget, FactorisedLayer, compress_
+from lightning_compress.core.errors import UnsupportedError
 from lightning_compress.layers.scripted import ORDER, InOrder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*")
@@ -50,7 +51,7 @@ CASES = [
 def compressed(make, kind):
     torch.manual_seed(0)
     model = make().eval()
-    compress_(model, Budget(params=0.7), kinds=[kind], **SETTINGS)
+    compress_(model, Budget(params=0.7), kinds=[kind] if kind != "auto" else kind, **SETTINGS)
     return model
 
 
@@ -83,6 +84,25 @@ def test_modules_of_lightning_become_torchscript():
     expected = net.eval()(inputs)
     for how in ({}, {"method": "trace", "example_inputs": inputs}):
         torch.testing.assert_close(net.to_torchscript(**how)(inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs", "name"),
+    [
+        (lambda: nn.Sequential(nn.TransformerEncoderLayer(32, 2, 32)), torch.randn(4, 2, 32), "UnfusedAttention"),
+        (lambda: nn.Sequential(nn.LSTM(32, 32)), torch.randn(4, 2, 32), "UnfusedRecurrent"),
+        (lambda: nn.Sequential(nn.ConvTranspose2d(16, 16, 3)), torch.randn(1, 16, 4, 4), "FactorisedTransposed"),
+    ],
+)
+def test_what_cannot_be_scripted_says_so_and_is_traced(make, inputs, name):
+    model = compressed(make, "auto")
+    with pytest.raises(UnsupportedError, match=rf"torch\.jit\.script cannot compile a {name}: trace the model"):
+        torch.jit.script(model)
+    assert name in {type(module).__name__ for module in model.modules()}
+    expected = model(inputs)
+    found = torch.jit.trace(model, inputs, check_trace=False)(inputs)
+    first = found[0] if isinstance(found, tuple) else found
+    torch.testing.assert_close(first, expected[0] if isinstance(expected, tuple) else expected, rtol=1e-4, atol=1e-5)
 
 
 def test_children_in_another_order_are_not_run_in_torchscript():

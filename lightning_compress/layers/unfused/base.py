@@ -7,12 +7,13 @@ from typing import Any
 from torch import nn
 
 from lightning_compress.layers.factorised import FactorisedLayer
+from lightning_compress.layers.scripted import Unscriptable
 
 _NO_SETTINGS = (*vars(nn.Module()), "_flat_weights", "_flat_weight_refs", "_compiled_call_impl")
 _OWN_SETTINGS = ("fused_type", "stepwise", "_places")
 
 
-class UnfusedModule(nn.Module):
+class UnfusedModule(Unscriptable, nn.Module):
     """An attention or recurrent layer with its projections as children.
 
     All public attributes of the torch module are kept, and its Parameters can be read by their own
