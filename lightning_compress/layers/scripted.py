@@ -26,8 +26,8 @@ class Unscriptable:
 
     def __prepare_scriptable__(self) -> nn.Module:
         msg = (
-            f"torch.jit.script cannot compile a {type(self).__name__}: trace the model (torch.jit.trace, or method='trace' "
-            "of to_torchscript), export it, or merge_ a copy of it first."
+            f"torch.jit.script cannot compile a {type(self).__name__}: trace the model (torch.jit.trace, or "
+            "method='trace' of to_torchscript), export it, or merge_ a copy of it first."
         )
         raise UnsupportedError(msg)
 

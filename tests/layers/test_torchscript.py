@@ -55,9 +55,7 @@ def compressed(make, kind):
     return model
 
 
-@pytest.mark.parametrize(
-    ("make", "inputs", "kind"), CASES, ids=lambda value: getattr(value, "__name__", str(value)[:12])
-)
+@pytest.mark.parametrize(("make", "inputs", "kind"), CASES, ids=[f"{case[0].__name__} {case[2]}" for case in CASES])
 def test_scripted_and_traced_models_compute_the_same(make, inputs, kind, tmp_path):
     model = compressed(make, kind)
     classes = [type(module) for module in model.modules()]
@@ -94,6 +92,7 @@ def test_modules_of_lightning_become_torchscript():
         (lambda: nn.Sequential(nn.ConvTranspose2d(16, 16, 3)), torch.randn(1, 16, 4, 4), "FactorisedTransposed"),
     ],
 )
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_what_cannot_be_scripted_says_so_and_is_traced(make, inputs, name):
     model = compressed(make, "auto")
     with pytest.raises(UnsupportedError, match=rf"torch\.jit\.script cannot compile a {name}: trace the model"):
