@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_compress.analysis.latency.bench import TorchBench
 from lightning_compress.analysis.statistics import Statistics, gather_statistics
 from lightning_compress.analysis.synthetic import LEAST_SIDE
+from lightning_compress.core import store
 from lightning_compress.core.effort import EFFORTS, trying
 from lightning_compress.kinds import shrinkage
 from tests.support.nets import TinyNet, pooled
@@ -30,6 +31,8 @@ def _one_thread_and_a_fixed_seed(monkeypatch) -> None:
 def _stand_in(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIGHTNING_COMPRESS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(store, "find", lambda _: None)  # each test makes its own inputs and fits
+        patch.setattr(store, "keep", lambda *_: None)
         yield StandIn(patch)
 
 

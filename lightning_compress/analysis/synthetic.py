@@ -23,9 +23,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from typing_extensions import override
 
+from lightning_compress.analysis.channels import channel_moments
 from lightning_compress.analysis.drawing import leaves, noise, textured
+from lightning_compress.analysis.kept_inputs import found_or_made
 from lightning_compress.analysis.trace import (
     Arguments,
     ExampleInput,
@@ -120,7 +121,8 @@ def synthesise(
     source, mismatch, drawn = "tokens" if tokens else "noise", None, []
     if optimised:
         batches = [_laid_out(a, channels_last=channels_last) for a in batches]
-        batches, mismatch, whole = _matched(model, batches, norms, steps, progress)
+        make = functools.partial(_matched, model, batches, norms, steps, progress)
+        batches, mismatch, whole = found_or_made(model, batches, steps, make)
         source = "batch norm" if whole else source
     if source == "batch norm" and scarce and _shows_textures(example):
         more = max(1, min(effort.drawn, effort.work // (10 * max(1, macs))) // BATCH)
@@ -306,8 +308,14 @@ def _match(
         loss = deviation + _indecision(outputs)
         return (loss, deviation) if bool(torch.isfinite(loss)) else None
 
-    modes = (inference(model), torch.inference_mode(mode=False), torch.enable_grad())
-    with closing(Pace()) as pace, _watching(norms, deviations), modes[0], modes[1], modes[2]:
+    grad = torch.enable_grad()
+    with (
+        closing(Pace()) as pace,
+        _watching(norms, deviations),
+        inference(model),
+        torch.inference_mode(mode=False),
+        grad,
+    ):
         optimizer = torch.optim.Adam(free, betas=(0.5, 0.9))
         for step in range(steps + 1):
             with pace.step():
@@ -361,34 +369,6 @@ def _is_free(leaf: Any) -> bool:
 def _with_free(leaves: list[Any], free: list[Tensor]) -> list[Any]:
     values = iter(free)
     return [next(values).to(leaf.dtype) if _is_free(leaf) else leaf for leaf in leaves]
-
-
-class _BatchMoments(torch.autograd.Function):
-    """Mean and variance of every channel, (C,) each, of (B, C, …); what `var_mean` gives in a fifth of the time.
-
-    On a CPU that reduces over all but the second axis on a path of its own, and half the optimisation was spent there.
-    """
-
-    @staticmethod
-    @override
-    def forward(ctx: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        dims = [d for d in range(inputs.ndim) if d != 1]
-        mean = inputs.mean(dims, keepdim=True)
-        ctx.save_for_backward(inputs, mean)
-        return mean.flatten(), (inputs - mean).square_().mean(dims)
-
-    @staticmethod
-    @override
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        inputs, mean = cast(tuple[Tensor, Tensor], ctx.saved_tensors)
-        count = inputs.numel() // mean.numel()
-        of_mean, of_variance = (g.reshape_as(mean) / count for g in gradients)
-        return torch.addcmul(of_mean - 2 * of_variance * mean, inputs, 2 * of_variance)
-
-
-def channel_moments(inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns mean and variance of every channel, (C,) float32 each, of (B, C, …); differentiable."""
-    return cast(tuple[Tensor, Tensor], _BatchMoments.apply(inputs.float()))
 
 
 def _deviation(norm: _BatchNorm, inputs: Tensor) -> Tensor:

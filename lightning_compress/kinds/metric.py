@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_compress.core.store import key_of
 from lightning_compress.kinds.base import Floats
 from lightning_compress.kinds.shrinkage import Folds, UnseenErrors
 
@@ -49,6 +50,11 @@ class Metric:
     folds: Folds | None = None
     channels: Tensor | None = None
     fits: dict[tuple[object, ...], dict[str, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of all that fits depend on."""
+        return key_of("metric", self.inputs, self.outputs, self.channels)
 
     @functools.cached_property
     def _groups(self) -> tuple[Metric, ...]:

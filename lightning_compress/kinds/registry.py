@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_compress.core import store
 from lightning_compress.core.checks import did_you_mean
 from lightning_compress.core.effort import current_effort
 from lightning_compress.core.errors import ConfigurationError
@@ -35,6 +36,9 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
 
 AUTOMATIC = ("svd", "interpolative", "channel_svd", "spatial_svd", "tucker2", "tt", "cp3", "cp", "tt_embedding")
 """The kinds that "auto" chooses from, where they say so (`Decomposition.automatic`)."""
+
+_OWN = "lightning_compress."
+"""Where the kinds are from whose fits are kept on disk: this library knows when their code changes."""
 
 _D = TypeVar("_D", bound=Decomposition)
 
@@ -188,7 +192,8 @@ def fit_factors(
         draft: Whether a quick fit will do, see `Decomposition.draft`.
         start: Factors that were fitted to a weight and in a metric near these, see `Decomposition.refit`.
 
-    Iterative fits are kept in the metric, and found there again for the same weight and `Effort`.
+    Iterative fits are kept in the metric, and found there again for the same weight and `Effort`; those of our own
+    kinds on disk too, see `core.store`.
     """
     decomposition = decomposition_of(kind)
     if groups > 1:
@@ -218,8 +223,16 @@ def fit_factors(
         return factors if draft else decomposition.finished(factors)  # gates need components in their order
     key = (decomposition.kind, ranks, draft, current_effort().fits, _digest(weight))
     if key not in metric.fits:
-        factors = _fitted(weight, ranks, metric, fit)
-        metric.fits[key] = factors if draft else decomposition.finished(factors)
+        name = store.key_of("fit", *key, metric.digest) if type(decomposition).__module__.startswith(_OWN) else None
+        stored = store.find(name) if name is not None else None
+        if stored is None:
+            factors = _fitted(weight, ranks, metric, fit)
+            stored = factors if draft else decomposition.finished(factors)
+            if name is not None:
+                store.keep(name, {f"{index}.{own}": factor for index, (own, factor) in enumerate(stored.items())})
+        else:
+            stored = {own.partition(".")[2]: stored[own] for own in sorted(stored)}
+        metric.fits[key] = stored
     return {name: factor.clone() for name, factor in metric.fits[key].items()}
 
 

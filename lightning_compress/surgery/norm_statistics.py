@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from lightning_compress.analysis.synthetic import channel_moments, running_norms
+from lightning_compress.analysis.channels import channel_moments
+from lightning_compress.analysis.synthetic import running_norms
 from lightning_compress.analysis.trace import Arguments, hooked, inference, input_of, sample_counts
 
 LARGEST_FACTOR = 4.0

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import platform
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +17,12 @@ from warnings import warn
 from lightning_compress.core.checks import path_of, readable
 from lightning_compress.core.errors import CompressionWarning, TargetError
 from lightning_compress.core.plan import Plan
+from lightning_compress.core.store import CACHE, cache_folder, is_kept
 
 FORMAT = "lightning_compress/latency"
 SCHEMA = 1
 STEP = 0.02
 """Times are rounded to powers of 1 + STEP: smaller differences are noise."""
-CACHE = "LIGHTNING_COMPRESS_CACHE"
-"""Environment variable with the folder that tables are kept in."""
 
 
 @dataclass
@@ -50,9 +48,9 @@ class LatencyTable:
         """Returns the table of a target from the cache; an empty one if there is none, or it is damaged or foreign."""
         named = {"processor": processor(), "system": platform.system(), **identity}
         name = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
-        path = cache_folder() / f"latency-{name}.json"
+        path = cache_folder() / f"latency-{name}.json" if is_kept() else None
         table = cls(named, path=path)
-        if path.exists():
+        if path is not None and path.exists():
             try:
                 stored = cls.load(path)
             except TargetError as error:
@@ -167,14 +165,6 @@ class LatencyTable:
         """Of the target and the entries that were asked for: the same for the same times."""
         used = {key: self.entries[key] for key in sorted(self.used)}
         return hashlib.sha256(json.dumps([dict(self.identity), used], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def cache_folder() -> Path:
-    """Returns where tables are kept: the folder in LIGHTNING_COMPRESS_CACHE, else that of the user's caches."""
-    if os.environ.get(CACHE):
-        return Path(os.environ[CACHE])
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "lightning_compress"
 
 
 def processor() -> str:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from lightning_compress import Budget, LatencyTable, search_ranks
-from lightning_compress.analysis.latency.table import STEP, cache_folder
+from lightning_compress.analysis.latency.table import STEP
 from lightning_compress.core.errors import CompressionWarning, TargetError
+from lightning_compress.core.store import cache_folder
 
 SETTINGS = {"example_input": (1, 3, 8, 8), "objective": "weight"}
 

@@ -1,0 +1,121 @@
+"""What a compression has worked out, kept on disk under a digest of all that it depends on.
+
+Searches of the same model with other budgets, the jobs of a sweep and a run that goes on after it was interrupted find
+it there again. An entry is a safetensors file; it is written whole or not at all, and one that cannot be read is worked
+out again. The oldest entries go where the folder would get larger than `LIMIT`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+CACHE = "LIGHTNING_COMPRESS_CACHE"
+"""Environment variable with the folder of the cache; "off" for none."""
+LIMIT = 2**30
+"""Bytes of all entries together."""
+LARGEST = 2**26
+"""Bytes of one entry."""
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def cache_folder() -> Path:
+    """Returns where things are kept: the folder in LIGHTNING_COMPRESS_CACHE, else that of the user's caches."""
+    given = os.environ.get(CACHE)
+    if given:
+        return Path(given).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lightning_compress"
+
+
+def is_kept() -> bool:
+    """Returns whether anything is kept."""
+    return os.environ.get(CACHE) != "off"
+
+
+def key_of(what: str, *parts: object) -> str:
+    """Returns the name of an entry.
+
+    Args:
+        what: A word for its kind.
+        parts: All that it depends on: tensors by their values, everything else by its text. The code of this library
+            and the version of torch are among them.
+    """
+    digest = hashlib.blake2b(f"{_code()} {torch.__version__}".encode(), digest_size=20)
+    for part in parts:
+        if isinstance(part, Tensor):
+            digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        else:
+            digest.update(f"{part!r};".encode())
+    return f"{what}-{digest.hexdigest()}"
+
+
+def find(key: str) -> dict[str, Tensor] | None:
+    """Returns the tensors of an entry, None if there is none, or it is damaged."""
+    path = cache_folder() / f"{key}.safetensors"
+    if not is_kept() or not path.is_file():
+        return None
+    try:
+        found = load_file(path)
+        os.utime(path)  # the least recently used go first
+    except (OSError, SafetensorError):
+        return None
+    return found
+
+
+def keep(key: str, tensors: Mapping[str, Tensor]) -> None:
+    """Writes an entry, unless it is too large; a folder that cannot be written keeps nothing."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if not is_kept() or size > LARGEST:
+        return
+    folder = cache_folder()
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        _make_room(folder, size)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
+            pass
+        part = Path(file.name)
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
+            part.replace(folder / f"{key}.safetensors")
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+
+def _make_room(folder: Path, size: int) -> None:
+    """Removes the entries that were not used for the longest time until so many bytes fit in."""
+    entries = sorted(_stated(folder.glob("*.safetensors")))
+    total = size + sum(length for _, length, _ in entries)
+    for _, length, path in entries:
+        if total <= LIMIT:
+            break
+        path.unlink(missing_ok=True)
+        total -= length
+
+
+def _stated(paths: Iterable[Path]) -> Iterable[tuple[float, int, Path]]:
+    for path in paths:
+        with contextlib.suppress(OSError):  # another process removed it
+            state = path.stat()
+            yield state.st_mtime, state.st_size, path
+
+
+@functools.cache
+def _code() -> str:
+    """Returns a digest of this library's code: what another version worked out is not found."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
