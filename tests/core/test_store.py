@@ -73,10 +73,8 @@ def test_off_keeps_nothing(monkeypatch):
 
 
 def searched(model):
-    settings = {"target": None, "kinds": ["cp3", "svd"], "objective": "moments", "example_input": SHAPE, **changes}
-    return search_ranks(
-        model, Budget(params=changes.pop("keep", 0.5)), **{k: v for k, v in settings.items() if k != "keep"}
-    )
+    settings = {"target": None, "kinds": ["cp3", "svd"], "objective": "moments", "example_input": SHAPE}
+    return search_ranks(model, Budget(params=0.5), **settings)
 
 
 @pytest.mark.usefixtures("less_work")
