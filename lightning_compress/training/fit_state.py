@@ -63,7 +63,7 @@ class FromDenseCheckpoint:
         Raises:
             ResumeError: If the states are of other optimizers.
         """
-        if "optimizer_states" in self.checkpoint:  # a weights-only one has none
+        if self.checkpoint.get("optimizer_states"):  # none of weights alone, and empty ones of no fit
             self.checkpoint["optimizer_states"] = carried_states(
                 self.checkpoint["optimizer_states"], before, optimizers
             )

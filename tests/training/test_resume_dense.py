@@ -58,6 +58,16 @@ def test_dense_checkpoint_with_lbfgs_starts_its_history_anew(make_trainer, loade
     assert start.states == [{}]
 
 
+def test_dense_checkpoint_with_no_optimizers_starts_them_anew(make_trainer, loader, tmp_path):
+    path = dense_checkpoint(make_trainer, loader, tmp_path, TinyTask(momentum))
+    content = torch.load(path, weights_only=True)
+    content["optimizer_states"] = []  # of a trainer that has not fitted
+    torch.save(content, path)
+    start = AtStart()
+    make_trainer(compress(), start, max_epochs=2).fit(TinyTask(momentum), loader, ckpt_path=path)
+    assert start.states == [{}]
+
+
 @pytest.mark.filterwarnings("ignore:layer .* loses")  # of an untrained net one layer goes first
 def test_dense_checkpoint_into_a_factorised_module_makes_it_dense_first(make_trainer, loader, tmp_path):
     dense = TinyTask(momentum)
