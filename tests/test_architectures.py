@@ -110,6 +110,7 @@ def require_half(name, compress):
     return plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_half_the_parameters_are_kept_and_the_outputs_have_the_same_structure(name):
     def compress(model, example):
@@ -140,6 +141,7 @@ def test_every_layer_at_full_rank_gives_the_dense_outputs(name):
         assert float((new - old).norm()) <= 1e-6 * float(old.norm())  # CP is fitted by iteration, the rest to 1e-15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobile net", "tied language model", "detector"])
 def test_the_gradient_reaches_every_factor(name):
     model, example = build(name)

@@ -330,6 +330,7 @@ def test_phases_are_these():
     assert list(dict.fromkeys(seen)) == PHASES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("phase", "call"), [*((phase, 1) for phase in PHASES), *((phase, 3) for phase in PHASES if phase in LONG)]
 )

@@ -94,6 +94,7 @@ def test_factors_are_repaired_on_small_images(try_only):
     assert compressed_model(pooled(), Budget(params=0.6), example_input=IMAGE).healing is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["auto", "weight"])
 def test_factors_are_not_repaired_on_scarce_inputs_and_a_warning_says_so(scarce, objective):
     net, statistics = scarce
@@ -241,6 +242,7 @@ def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "absent"),
     [
@@ -254,9 +256,9 @@ def test_importing_the_package_is_cheap(code, absent):
 
 
 PUBLIC = """
-Budget Compress CompressedCheckpointMixin Distill FactorisedLayer LatencyTable LayerPlan LightningCompressError
-Override Phase Plan Plateau Schedule Target apply_plan_ compress_ compress_checkpoint load_compressed
-load_compressed_checkpoint merge_ save_compressed search_ranks
+Budget Compress CompressedCheckpointMixin Distill FactorisedLayer LatencyTable LayerAdapter LayerPlan
+LightningCompressError Override Phase Plan Plateau Schedule Target apply_plan_ compress_ compress_checkpoint
+load_compressed load_compressed_checkpoint load_pretrained merge_ register_layer_adapter save_compressed search_ranks
 """
 
 

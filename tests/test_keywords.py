@@ -149,6 +149,7 @@ def test_public_functions_that_take_a_model_are_all_tried():
     assert takers - set(ARGUMENTS) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ARGUMENTS, ids=lambda function: function.__name__)
 def test_keywords_in_any_order_do_what_positions_do(function, tmp_path):
     names = tuple(ARGUMENTS[function](tmp_path))

@@ -15,6 +15,7 @@ from lightning_compress.kinds.tucker import Tucker2
 from lightning_compress.testing import check_decomposition
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", AUTOMATIC)
 def test_kind_holds_what_everything_relies_on(kind):
     check_decomposition(kind)

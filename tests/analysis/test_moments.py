@@ -81,6 +81,7 @@ def test_norms_take_the_statistics_of_the_batch_for_a_while():
     before.check()
 
 
+@pytest.mark.slow
 def test_moments_of_drawn_inputs_are_the_mean_of_two_kinds_shrunk(scarce):
     net, statistics = scarce
     assert statistics.scarce
@@ -99,6 +100,7 @@ def test_moments_of_drawn_inputs_are_the_mean_of_two_kinds_shrunk(scarce):
         assert found.shrinkage >= OTHER_KIND
 
 
+@pytest.mark.slow
 def test_of_a_layer_with_very_many_inputs_the_moment_of_its_channels_is_kept(monkeypatch, net, images):
     whole = input_moments(net.eval(), [((images,), {})], ["conv1", "conv2"])
     size = net.conv2.weight[0].numel()

@@ -113,6 +113,7 @@ def test_textured_images_have_a_spectrum_nearer_to_photographs_than_noise():
     assert slope(textured((32, 3, 64, 64), torch.Generator().manual_seed(0))) < -1.2 < slope(white)
 
 
+@pytest.mark.slow
 def test_images_are_smaller_where_as_many_large_ones_are_too_dear(try_only):
     net, shape = pooled(), (1, 3, 2 * LEAST_SIDE, 2 * LEAST_SIDE)
     small = synthesise(net, shape, count=8, steps=2)

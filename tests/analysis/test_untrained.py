@@ -56,6 +56,7 @@ def test_trained_reference_networks_do_not_look_untrained(name):
     assert not looks_untrained(reference(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "vgg11", "vit_b_32"])
 def test_networks_as_torchvision_makes_them_look_untrained(name):
     models = pytest.importorskip("torchvision.models")

@@ -176,6 +176,7 @@ def test_a_spectral_norm_is_not_moved_by_the_search():
     assert all(module.training for module in net.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["StdConv2dSame", "Conv2dStaticSamePadding"])
 def test_the_whole_method_with_moments_and_repair(name):
     net = made(name)

@@ -237,6 +237,7 @@ def test_plan_does_not_change_when_a_batch_norm_takes_over_a_scale(objective):
     assert plans[0].output_distance == pytest.approx(plans[1].output_distance, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_models_so_large_that_it_would_take_long_are_searched_by_moments():
     net = nn.Sequential(nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 512)).eval()
     statistics = gather_statistics(net, calibration=[torch.randn(8, 2, 512)])

@@ -59,6 +59,7 @@ def shares(plan):
     return {layer.name: layer.joint_with for layer in plan.layers if layer.joint_with}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"objective": "weight"}, {}, {"method": "exact", "objective": "moments"}])
 def test_layers_with_a_common_row_space_share(model, inputs, settings):
     dense = copy.deepcopy(model)

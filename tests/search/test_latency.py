@@ -38,6 +38,7 @@ def test_time_of_the_whole_model_is_bounded_as_a_fraction_of_dense(net, stand_in
     assert plan.predicted_latency == pytest.approx(plan.compressed.latency, rel=0.05)
 
 
+@pytest.mark.slow
 def test_milliseconds_are_an_absolute_bound_and_hold_with_others(net, stand_in):
     dense = search_ranks(net, Budget(params=0.9), **SETTINGS).dense.latency
     same = search_ranks(net, Budget(latency_ms=0.5e3 * dense), **SETTINGS)

@@ -64,6 +64,7 @@ def misled(net: nn.Module):
     return type(statistics)(statistics.batches, statistics.source, wrong, {}, statistics.judging)
 
 
+@pytest.mark.slow
 def test_the_weights_alone_are_taken_where_moments_mislead():
     net = pooled()
     known = gather_statistics(net, IMAGE)
@@ -78,6 +79,7 @@ def test_the_weights_alone_are_taken_where_moments_mislead():
     assert asked.objective == "moments"  # who asks for it gets it
 
 
+@pytest.mark.slow
 def test_factors_of_a_plan_of_the_weights_are_fitted_to_the_weights_whatever_statistics_are_passed():
     net, models = pooled(), []
     statistics, kinds = misled(net), ["svd", "channel_svd"]

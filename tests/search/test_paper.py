@@ -202,6 +202,7 @@ def test_paper_falls_back_to_other_kinds_only_where_no_factor_fits():
         assert plan.kept["params"] <= 0.05
 
 
+@pytest.mark.slow
 def test_paper_judges_weights_alone():
     net = TinyNet().eval()
     statistics = gather_statistics(net, SHAPE)

@@ -35,6 +35,7 @@ def test_quality_target_as_text_and_mapping():
     assert budget.budgeted == ("params",)
 
 
+@pytest.mark.slow
 def test_quality_targets_hold_and_smaller_ones_never_give_smaller_models(small):
     net, statistics = small
     targets = [0.01, 0.05, 0.2, 0.6]
@@ -102,6 +103,7 @@ def test_quality_target_through_compress_in_place():
     assert sum(p.numel() for p in net.parameters()) == plan.compressed.params < plan.dense.params
 
 
+@pytest.mark.slow
 def test_quality_target_through_the_callback(make_trainer, loader):
     task = TinyTask()
     callback = Compress(Budget(max_error=0.5), method="exact", objective="moments", heal=False)

@@ -76,6 +76,7 @@ def test_correction_scales_the_rough_kinds_alone_and_by_what_is_found(known):
         assert kind not in rough or (index, kind, ranks) in outputs.fitted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0.9, 0.75, 0.6])
 def test_the_whole_budget_is_used_where_errors_are_left(keep):
     net = pooled()
@@ -150,6 +151,7 @@ def test_layers_are_weighed_by_what_they_do_to_the_outputs():
     assert output_distance(outputs, found, choices[1]) < output_distance(outputs, problem, choices[0])
 
 
+@pytest.mark.slow
 def test_layers_of_a_large_model_are_measured_on_few_inputs_or_not_at_all(try_only):
     net = pooled()
     problem, outputs = looked_at(net, IMAGE, kinds=["svd", "channel_svd"])

@@ -109,6 +109,7 @@ def test_optimizer_holds_each_factor_once(model, tokens):
     assert sorted(held) == sorted(id(p) for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_several_embeddings_and_an_output_layer(tokens):
     torch.manual_seed(0)
     model = Language(embeddings=3, bias=False).eval()

@@ -16,6 +16,14 @@ from lightning_compress.surgery import swap
 SETTINGS = {"target": None, "objective": "weight"}
 
 
+@pytest.fixture(autouse=True)
+def _default_handler():
+    """A process that runs in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def network() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))

@@ -157,7 +157,7 @@ def test_model_without_memory_is_an_error(folder):
 
 def test_tensor_that_cannot_be_copied_leaves_the_model_as_it_was(net, unchanged, tmp_path):
     """The first tensors are in the model when torch refuses the last one, of which many entries are one number."""
-    net.fc2.register_buffer("last", torch.zeros(1).expand(4))
+    net.fc2.last = nn.Parameter(torch.zeros(1).expand(4))
     state = {name: value.clone() + 1 for name, value in net.state_dict().items()}
     save_file(state, tmp_path / "w.safetensors")
     before = unchanged(net)

@@ -249,6 +249,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks on modules")
 @pytest.mark.filterwarnings("ignore:torch._dynamo hit config.recompile_limit")
 @pytest.mark.parametrize(("whole", "settings"), COMPILED)

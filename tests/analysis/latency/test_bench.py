@@ -148,6 +148,7 @@ def test_model_that_takes_too_long_to_time_is_searched_without_time(try_only):
     assert plan.target is None
 
 
+@pytest.mark.slow
 def test_default_on_the_clock_plans_measures_and_applies():
     net = TinyNet()
     plan = compress_(net, Budget(params=0.5), example_input=EXAMPLE, heal=False, kinds=["svd", "tucker2"])
