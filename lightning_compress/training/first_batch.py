@@ -10,6 +10,7 @@ import inspect
 import multiprocessing
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -56,7 +57,9 @@ def shapes_of_first_batch(data: Any) -> Any:
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_fetch, args=(data, theirs), daemon=True)
     try:
-        process.start()
+        with warnings.catch_warnings():  # Python 3.12 on: the copy has one thread, and is stopped where it gets stuck
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process.start()
         theirs.close()
         found = ours.recv() if ours.poll(PATIENCE) else f"fetching a batch took longer than {PATIENCE:.0f} s"
     except EOFError:
