@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -28,7 +28,7 @@ class Restoration:
 
     def __init__(self, module: LightningModule) -> None:
         self.module = module
-        self._state = {id(tensor): tensor for tensor in _tensors_of(module)}
+        self._state = {id(held.tensor): held.tensor for held in _tensors_of(module)}
         self._undo = contextlib.ExitStack()
         self._shells = Shells(())
         self._begun = False
@@ -41,7 +41,9 @@ class Restoration:
         """Notes a structure that was rebuilt, and the values that the weights are about to be loaded over."""
         self._begun = True
         self._undo.callback(rebuilt.undo_, self.module)
-        kept = [(tensor, tensor.detach().clone()) for tensor in _tensors_of(self.module) if id(tensor) in self._state]
+        kept = [
+            (held, held.tensor.detach().clone()) for held in _tensors_of(self.module) if id(held.tensor) in self._state
+        ]
         self._undo.callback(_put_back, kept)
         self._shells = Shells(rebuilt.replacements)
 
@@ -118,17 +120,36 @@ def _unwatch(module: LightningModule, own: Callable[..., Any] | None) -> None:
         module.__dict__.pop(_LOAD, None)
 
 
-def _tensors_of(module: LightningModule) -> list[Tensor]:
+class _Held(NamedTuple):
+    """A live tensor of a module.
+
+    Attributes:
+        tensor: The parameter or buffer.
+        buffers: The dictionary that a buffer is in, where a conversion puts another one; None for parameters.
+        name: Its name there.
+    """
+
+    tensor: Tensor
+    buffers: dict[str, Tensor | None] | None = None
+    name: str = ""
+
+
+def _tensors_of(module: LightningModule) -> list[_Held]:
     """Returns the live tensors that a state dict is loaded into, whatever the module's own state_dict leaves out."""
     buffers = [
-        m._buffers[name] for m in module.modules() for name in m._buffers if name not in m._non_persistent_buffers_set
+        _Held(buffer, m._buffers, name)
+        for m in module.modules()
+        for name, buffer in m._buffers.items()
+        if buffer is not None and name not in m._non_persistent_buffers_set
     ]
-    return [*module.parameters(), *(buffer for buffer in buffers if buffer is not None)]
+    return [*map(_Held, module.parameters()), *buffers]
 
 
 @torch.no_grad()
-def _put_back(kept: list[tuple[Tensor, Tensor]]) -> None:
-    for tensor, value in kept:
+def _put_back(kept: list[tuple[_Held, Tensor]]) -> None:
+    for (tensor, buffers, name), value in kept:
+        if buffers is not None:
+            buffers[name] = tensor
         if (tensor.dtype, tensor.device) != (value.dtype, value.device):  # the trainer has converted it
             tensor.data = value
         elif not torch.equal(tensor, value):
