@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.analysis.trace import Arguments, inference, output_tensors
+from lightning_compress.analysis.trace import Arguments, inference, output_tensors, run
 from lightning_compress.core import store
-from lightning_compress.core.compat import tree_flatten, tree_unflatten
+from lightning_compress.core.compat import is_wrapped, tree_flatten, tree_unflatten
 from lightning_compress.core.parallel import current_processes
 
 Matched = tuple[list[Arguments], "float | None", bool]
@@ -28,10 +28,12 @@ def found_or_made(model: nn.Module, start: list[Arguments], steps: int, make: Ca
     """
     if current_processes().size > 1 or not store.is_kept():  # processes exchange what each has made
         return make()
+    state = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
+    if any(value.layout != torch.strided or value.is_meta or is_wrapped(value) for value in state):
+        return make()  # they have no plain values to go by
     leaves = [tree_flatten(batch)[0] for batch in start]
     drawn = [leaf if isinstance(leaf, Tensor) else type(leaf) for own in leaves for leaf in own]
-    state = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
-    key = store.key_of("inputs", repr(model), steps, *_first_outputs(model, start[0]), *drawn, *state)
+    key = store.key_of("inputs", repr(model), steps, *_outputs(model, start[0]), *drawn, *state)
     if (stored := store.find(key)) is not None:
         return _rebuilt(start, stored)
     batches, mismatch, whole = make()
@@ -46,13 +48,14 @@ def found_or_made(model: nn.Module, start: list[Arguments], steps: int, make: Ca
     return batches, mismatch, whole
 
 
-def _first_outputs(model: nn.Module, batch: Arguments) -> list[Tensor]:
-    """Returns what the model makes of the first inputs, so that other code with the same weights is told apart."""
-    leaves, spec = tree_flatten(batch)
-    first = [leaf[:2] if isinstance(leaf, Tensor) and leaf.ndim else leaf for leaf in leaves]
-    args, kwargs = tree_unflatten(first, spec)
+def _outputs(model: nn.Module, batch: Arguments) -> list[Tensor]:
+    """Returns what the model makes of inputs, so that other code with the same weights is told apart.
+
+    Raises:
+        ExampleInputError: If it fails on them.
+    """
     with inference(model):
-        return output_tensors(model(*args, **kwargs))
+        return output_tensors(run(model, batch, "synthetic inputs"))
 
 
 def _rebuilt(start: list[Arguments], stored: dict[str, Tensor]) -> Matched:

@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lightning_compress.analysis.trace import Trace
-from lightning_compress.analysis.usable import is_wrapped
-from lightning_compress.core.compat import has_gradient_hooks, held_parameters
+from lightning_compress.core.compat import has_gradient_hooks, held_parameters, is_quantised
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.layers.families import family_of, known_types, layer_type
 from lightning_compress.layers.folding import type_name, why_adapter_unfit
@@ -73,7 +72,7 @@ def _why_weight_dense(module: nn.Module, shared: set[int]) -> str | None:
     weight = module._parameters.get("weight")
     if weight is None:
         return "its weight is computed from other parameters (weight_norm, spectral_norm, pruning or the like)"
-    if is_wrapped(weight):
+    if is_quantised(weight):
         return f"its weight is a {type(weight).__name__}: compress the model before it is quantised"
     if not weight.is_floating_point() or not weight.numel():
         what = (

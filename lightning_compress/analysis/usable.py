@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from lightning_compress.core.compat import is_quantised
 from lightning_compress.core.errors import (
     ConfigurationError,
     ModelError,
@@ -43,7 +44,7 @@ def require_usable_weights(model: nn.Module) -> None:
         if parameter.is_meta:
             msg = f"parameter {name!r} is on the meta device and has no values: load weights before compressing."
             raise ModelError(msg)
-        if is_wrapped(parameter):  # its values are those of another format
+        if is_quantised(parameter):  # its values are those of another format
             continue
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             if _is_mask(model, name, parameter):
@@ -54,11 +55,6 @@ def require_usable_weights(model: nn.Module) -> None:
                 "load weights of a run that converged before compressing."
             )
             raise NonFiniteWeightError(msg)
-
-
-def is_wrapped(parameter: nn.Parameter) -> bool:
-    """Returns whether a parameter is a tensor of a class of its own, such as a quantised one."""
-    return hasattr(parameter, "__tensor_flatten__")
 
 
 def _is_mask(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:

@@ -31,7 +31,9 @@ __all__ = [
     "has_gradient_hooks",
     "held_parameters",
     "is_compiled",
+    "is_quantised",
     "is_recorded",
+    "is_wrapped",
     "tree_flatten",  # torch has no public name for containers nested as the user likes
     "tree_leaves",
     "tree_map",
@@ -52,6 +54,16 @@ def held_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
     """Returns the parameters that a module itself holds; TorchScript's modules have no dictionary of them."""
     scripted = isinstance(module, torch.jit.ScriptModule)
     return dict(module.named_parameters(recurse=False)) if scripted else module._parameters
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Returns whether a tensor is of a class of its own around others, such as a quantised or a sharded one."""
+    return hasattr(tensor, "__tensor_flatten__")
+
+
+def is_quantised(tensor: Tensor) -> bool:
+    """Returns whether a tensor is of a class of its own that stands for other numbers than it holds."""
+    return is_wrapped(tensor) and type(tensor).dequantize is not Tensor.dequantize
 
 
 def is_compiled(module: nn.Module) -> bool:

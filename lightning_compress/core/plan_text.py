@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 WIDTH, WIDTH_WITH_TIMES = 160, 200
 """Characters of a plan's lines as text."""
+NOTICEABLE = 0.03
+"""By which a model's measured time must exceed that of dense to be called slower."""
 MOST_NAMED = 5
 """Layers in a line of the summary."""
 
@@ -22,8 +24,9 @@ MOST_NAMED = 5
 def plan_text(plan: Plan) -> str:
     """Returns a table: layers, kinds, ranks, errors, sizes, reasons; and the summary."""
     buffer = io.StringIO()
-    timed = any(layer.latency_before is not None for layer in plan.layers)
-    console = Console(file=buffer, width=WIDTH_WITH_TIMES if timed else WIDTH, color_system=None, legacy_windows=False)
+    console = Console(
+        file=buffer, width=WIDTH_WITH_TIMES if _is_timed(plan) else WIDTH, color_system=None, legacy_windows=False
+    )
     console.print(plan_table(plan))
     console.print(plan_summary(plan), soft_wrap=True, highlight=False, markup=False)
     return buffer.getvalue().rstrip()
@@ -32,7 +35,7 @@ def plan_text(plan: Plan) -> str:
 def plan_table(plan: Plan) -> Table:
     """Returns the layers as a rich table."""
     traced = any(layer.macs_before is not None for layer in plan.layers)
-    timed = any(layer.latency_before is not None for layer in plan.layers)
+    timed = _is_timed(plan)
     table = Table(title="Plan", title_justify="left")
     table.add_column("layer", overflow="fold", min_width=12)
     columns = ["type", "kind", "ranks", "error", "measured on", "params", *(["MACs"] if traced else [])]
@@ -56,6 +59,10 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
+def _is_timed(plan: Plan) -> bool:
+    return any(layer.latency_before is not None for layer in plan.layers)
+
+
 def plan_time_lines(plan: Plan) -> list[str]:
     """Returns what there is to say about time: before and after, and which layers are slower than dense."""
     if plan.dense.latency is None or plan.compressed.latency is None or plan.target is None:
@@ -74,7 +81,7 @@ def plan_time_lines(plan: Plan) -> list[str]:
         ]
         more = f", and {len(plan.slower) - MOST_NAMED} more" if len(plan.slower) > MOST_NAMED else ""
         lines.append(f"slower than dense: {', '.join(named)}{more}")
-    if after > 1.03 * before and plan.budget is not None and not plan.budget.bounds_latency:
+    if after > (1 + NOTICEABLE) * before and plan.budget is not None and not plan.budget.bounds_latency:
         lines.append("to keep the dense model's time at a higher loss, or learn that it cannot be kept: latency=1.0")
     if merged := sum(layer.merged for layer in plan.layers):
         lines.append(f"merged: {merged} layers run as dense ones in eval, as their factors would take longer")

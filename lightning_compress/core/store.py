@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightning_compress.core.copies import digest_of
+
 CACHE = "LIGHTNING_COMPRESS_CACHE"
 """Environment variable with the folder of the cache; "off" for none."""
 LIMIT = 2**30
@@ -51,14 +53,11 @@ def key_of(what: str, *parts: object) -> str:
         parts: All that it depends on: tensors by their values, everything else by its text. The code of this library
             and the version of torch are among them.
     """
-    digest = hashlib.blake2b(f"{_code()} {torch.__version__}".encode(), digest_size=20)
-    for part in parts:
-        if isinstance(part, Tensor):
-            digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
-            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        else:
-            digest.update(f"{part!r};".encode())
-    return f"{what}-{digest.hexdigest()}"
+    described = [
+        (f"{part.dtype} {tuple(part.shape)}", part) if isinstance(part, Tensor) else (f"{part!r};", None)
+        for part in parts
+    ]
+    return f"{what}-{digest_of([(f'{_code()} {torch.__version__}', None), *described])}"
 
 
 def find(key: str) -> dict[str, Tensor] | None:
@@ -80,14 +79,15 @@ def keep(key: str, tensors: Mapping[str, Tensor]) -> None:
     if not is_kept() or size > LARGEST:
         return
     folder = cache_folder()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, SafetensorError):
         folder.mkdir(parents=True, exist_ok=True)
         _make_room(folder, size)
         with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
             pass
         part = Path(file.name)
         try:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
+            own = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+            save_file({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in own.items()}, part)
             part.replace(folder / f"{key}.safetensors")
         except BaseException:
             part.unlink(missing_ok=True)

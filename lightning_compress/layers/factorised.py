@@ -13,7 +13,7 @@ from torch.amp import is_autocast_available
 from torch.utils._python_dispatch import _disable_current_modes
 from typing_extensions import Self, override
 
-from lightning_compress.core.compat import is_recorded
+from lightning_compress.core.compat import is_recorded, is_wrapped
 from lightning_compress.core.errors import UnsupportedError
 from lightning_compress.kinds.base import Decomposition
 from lightning_compress.kinds.registry import multiplied_out
@@ -245,7 +245,7 @@ class FactorisedLayer(InOrder):
             if any(map(is_wrapper, self.children())):
                 return None
             factors = [(child._parameters, cast(Tensor, child.weight)) for child in self.children()]
-            if any(factor.is_inference() or hasattr(factor, "__tensor_flatten__") for _, factor in factors):
+            if any(factor.is_inference() or is_wrapped(factor) for _, factor in factors):
                 return None  # these do not count how often they are written
             states = [(own, factor, factor.data_ptr(), factor._version) for own, factor in factors]
             # whoever counts or watches a forward pass: this is none; and it outlives autocast and inference mode

@@ -23,6 +23,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import override
 
+from lightning_compress.core.compat import is_quantised
 from lightning_compress.kinds.base import Decomposition, LayerCall, Operator, Stage
 from lightning_compress.kinds.interpolative import Interpolative
 from lightning_compress.kinds.tensorised import TtEmbedding
@@ -372,7 +373,7 @@ def canonical_factors(children: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 def _plain(weight: Tensor) -> Tensor:
     """Returns a quantised factor (a tensor of a class of its own) as the numbers that it stands for."""
-    return weight.dequantize() if hasattr(weight, "__tensor_flatten__") else weight
+    return weight.dequantize() if is_quantised(weight) else weight
 
 
 def stored_factor(child: nn.Module, factor: Tensor) -> Tensor:

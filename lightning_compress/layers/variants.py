@@ -69,7 +69,7 @@ class FactorisedLookup(Unscriptable, FactorisedLayer):
         return rows if padding is None else torch.where((input == padding)[..., None], rows.detach(), rows)
 
 
-class FactorisedAdapted(Unscriptable, FactorisedLayer):
+class FactorisedAdapted(FactorisedLayer):
     """Replaces a layer with something before or after its operation, see `LayerAdapter`; it is called as that is."""
 
     _adapter: LayerAdapter

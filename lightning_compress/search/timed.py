@@ -99,9 +99,12 @@ def _in_format(
         choice = _roughly_best(problem)
         if no_slower:
             bounded = problem_of(filled, dense, budget, units, timing, no_slower=True)
-            fast = _roughly_best(bounded) if is_feasible(bounded) else None
-            if fast is not None and not _is_dear(signal_loss(bounded, fast), signal_loss(problem, choice)):
-                problem, choice = bounded, fast
+            if bounded.fits(choice):
+                problem = bounded
+            elif is_feasible(bounded):
+                fast = _roughly_best(bounded)
+                if not _is_dear(signal_loss(bounded, fast), signal_loss(problem, choice)):
+                    problem, choice = bounded, fast
         predicted = latency_of(filled, choice, timing)
         reading = timing.whole(units, filled, choice) if step < CORRECTIONS else None
         if reading is None or abs(reading.seconds - predicted) <= NEAR_ENOUGH * reading.seconds:

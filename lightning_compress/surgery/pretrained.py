@@ -12,13 +12,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
+from warnings import warn
 
 from torch import nn
 
 from lightning_compress.analysis.inventory import Layer, list_layers
 from lightning_compress.core.checks import path_of
-from lightning_compress.core.errors import ConfigurationError, UnsupportedError, WeightsError
+from lightning_compress.core.errors import CompressionWarning, ConfigurationError, UnsupportedError, WeightsError
 from lightning_compress.core.plan import LayerPlan
+from lightning_compress.kinds.registry import DECOMPOSITIONS
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.layers.unfused import put_
 from lightning_compress.surgery.build import build_layer, build_tied_layer
@@ -154,7 +156,18 @@ def _resize_token_embeddings(model: nn.Module, *args: Any, **kwargs: Any) -> nn.
 
 
 def _factorise_alike_(model: nn.Module, layer: Layer, planned: LayerPlan) -> None:
-    """Replaces a dense layer, and those of the same weight, in the kind and ranks of the plan of its former self."""
+    """Replaces a dense layer, and those of the same weight, in the kind and ranks of the plan of its former self.
+
+    It stays dense, with a warning, where it has become too small for those ranks.
+    """
+    largest = DECOMPOSITIONS[planned.kind].max_ranks(layer.operator.shape)
+    if any(rank > most for rank, most in zip(planned.ranks, largest, strict=True)):
+        msg = (
+            f"{layer.name!r} stays dense: its weight {layer.weight_shape} is too small for the ranks {planned.ranks} "
+            f"({planned.kind}) that it had. Compress it again."
+        )
+        warn(msg, CompressionWarning, stacklevel=4)
+        return
     new = build_layer(layer, replace(planned, weight_shape=layer.weight_shape), None, decompose=True)
     put_(model, layer.aliases, new)
     for aliases, partner in layer.partners:

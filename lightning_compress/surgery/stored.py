@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_compress.core.checks import readable
+from lightning_compress.core.compat import is_wrapped
 from lightning_compress.core.copies import digest_of
 from lightning_compress.core.errors import WeightsError
 
@@ -77,7 +78,7 @@ def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not isinstance(value, Tensor):
             msg = f"the state dict holds {name!r}, no tensor (get_extra_state?): safetensors holds tensors only."
             raise WeightsError(msg)
-        if type(value) not in {Tensor, nn.Parameter, nn.Buffer} and hasattr(value, "__tensor_flatten__"):
+        if is_wrapped(value):
             msg = (
                 f"the state dict holds {name!r}, a quantised or otherwise wrapped {type(value).__name__}: safetensors "
                 "holds plain tensors only. Save the model before it is quantised, and quantise it again after "

@@ -12,8 +12,9 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ LABELS = frozenset({"label", "labels", "label_ids", "target", "targets", "y"})
 """Keys of a batch that are left out of the first guess: with labels many models return a loss alone."""
 
 
-class Shape(NamedTuple):
+@dataclass(frozen=True)
+class Shape:
     """A tensor of a batch without its values."""
 
     sizes: tuple[int, ...]
@@ -110,7 +112,7 @@ def guesses(batch: Any, forward: Callable[..., Any]) -> Iterator[tuple[str, Any]
         batch: As `shapes_of_first_batch` returns it.
         forward: The function that is called.
     """
-    first = batch[0] if isinstance(batch, tuple) and not isinstance(batch, Shape) and batch else batch
+    first = batch[0] if isinstance(batch, tuple) and batch else batch
     if isinstance(first, Shape):
         yield f"a tensor of shape {_alone(first)}", _example(first)
     elif isinstance(first, dict):
@@ -122,7 +124,7 @@ def guesses(batch: Any, forward: Callable[..., Any]) -> Iterator[tuple[str, Any]
         if len([p for p in named.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]) == 1:
             inputs = {key: value for key, value in first.items() if key not in LABELS}
             yield "the whole batch", ({key: _example(value, key) for key, value in inputs.items()},)
-    if isinstance(batch, tuple) and not isinstance(batch, Shape) and len(batch) > 1:
+    if isinstance(batch, tuple) and len(batch) > 1:
         yield f"the first {len(batch) - 1} of its parts", tuple(_example(part) for part in batch[:-1])
 
 

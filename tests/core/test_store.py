@@ -36,7 +36,8 @@ def test_entries_come_back_by_their_key(folder):
     others = [(torch.arange(3.0), 2, "other"), (torch.arange(3), 2, "text"), (torch.arange(3.0)[:, None], 2, "text")]
     assert len({key, *(store.key_of("thing", *other) for other in others)}) == 4
     assert store.find(key) is None
-    value = {"a": torch.randn(3, 4).T, "b": torch.tensor(3)}
+    shared = torch.randn(6)  # factors may be parts of one tensor
+    value = {"a": torch.randn(3, 4).T, "b": torch.tensor(3), "c": shared[:3], "d": shared[3:], "e": shared}
     store.keep(key, value)
     assert all(torch.equal(value[name], found) for name, found in store.find(key).items())
     (folder / f"{key}.safetensors").write_bytes(b"damaged")
@@ -65,6 +66,15 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv(store.CACHE, str(tmp_path / "file" / "cache"))
     store.keep("entry", {"a": torch.zeros(2)})
     assert store.find("entry") is None
+
+
+def test_what_cannot_be_written_ends_nothing(folder, monkeypatch):
+    def fail(*_):
+        raise store.SafetensorError("no space left")
+
+    monkeypatch.setattr(store, "save_file", fail)
+    store.keep("entry", {"a": torch.zeros(2)})
+    assert names(folder) == []
 
 
 def test_off_keeps_nothing(monkeypatch):

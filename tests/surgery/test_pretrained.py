@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_compress import Budget, FactorisedLayer, compress_, load_pretrained, merge_
-from lightning_compress.core.errors import ConfigurationError, UnsupportedError, WeightsError
+from lightning_compress.core.errors import CompressionWarning, ConfigurationError, UnsupportedError, WeightsError
 
 transformers = pytest.importorskip("transformers")
 
@@ -37,9 +37,9 @@ def model(request):
     return model
 
 
-def logits(model):
+def logits(model, ids=IDS):
     with torch.no_grad():
-        return model(IDS).logits
+        return model(ids).logits
 
 
 @pytest.mark.parametrize("cls", [transformers.GPT2LMHeadModel, transformers.AutoModelForCausalLM])
@@ -92,6 +92,16 @@ def test_resized_embeddings_stay_factorised_and_keep_their_rows(model, size):
     shared = {id(p) for p in model.transformer.wte.parameters()} & {id(p) for p in model.lm_head.parameters()}
     assert bool(shared) == model.config.tie_word_embeddings
     model.save_pretrained  # noqa: B018 (still there)
+
+
+def test_an_embedding_that_gets_too_small_for_its_ranks_stays_dense(model):
+    size = model.transformer.wte.ranks[0] - 1
+    with pytest.warns(
+        CompressionWarning, match=r"'(transformer\.wte|lm_head)' stays dense: its weight .* is too small"
+    ):
+        model.resize_token_embeddings(size)
+    assert type(model.transformer.wte) is torch.nn.Embedding
+    assert logits(model, IDS % size).shape[-1] == size
 
 
 def test_a_merged_model_has_its_own_methods_again(model, tmp_path):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_compress import Budget, FactorisedLayer, compress_, load_compressed, merge_, save_compressed
+from lightning_compress.core.compat import is_quantised, is_wrapped
 from lightning_compress.core.errors import NonFiniteWeightError, NothingToFactoriseError, WeightsError
 
 SETTINGS = {"target": None, "objective": "weight", "heal": False}
@@ -72,6 +73,24 @@ def test_masks_of_infinities_are_no_weights(tmp_path):
     layer[0].weight[0, 0] = torch.inf
     with pytest.raises(NonFiniteWeightError, match=r"'0\.weight'"):
         compress_(layer, Budget(params=0.8), **SETTINGS)
+
+
+class Parts(torch.Tensor):
+    """A tensor around others that stands for what it holds, as a sharded one does."""
+
+    def __tensor_flatten__(self):
+        return ["parts"], None
+
+
+class Levels(Parts):
+    def dequantize(self):
+        return self.as_subclass(torch.Tensor) * 2
+
+
+def test_tensors_around_others_are_quantised_where_they_stand_for_other_numbers():
+    plain, sharded, quantised = torch.ones(2), torch.ones(2).as_subclass(Parts), torch.ones(2).as_subclass(Levels)
+    assert [is_wrapped(tensor) for tensor in (plain, sharded, quantised)] == [False, True, True]
+    assert [is_quantised(tensor) for tensor in (plain, sharded, quantised)] == [False, False, True]
 
 
 def linears() -> nn.Module:
