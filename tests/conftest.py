@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -18,6 +19,9 @@ from lightning_compress.kinds import shrinkage
 from tests.support.nets import TinyNet, pooled
 from tests.support.stand_in import StandIn
 from tests.support.unchanged import Unchanged
+
+FIND, KEEP = store.find, store.keep
+"""Before they are taken away, here and where benchmarks are imported."""
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +54,15 @@ def real_clock(stand_in, monkeypatch) -> None:
     """The clock after all."""
     for name, function in stand_in.real.items():
         monkeypatch.setattr(TorchBench, name, function)
+
+
+@pytest.fixture
+def real_store(monkeypatch, tmp_path) -> Path:
+    """What is worked out is kept after all, in a folder of its own."""
+    monkeypatch.setenv(store.CACHE, str(tmp_path))
+    monkeypatch.setattr(store, "find", FIND)
+    monkeypatch.setattr(store, "keep", KEEP)
+    return tmp_path
 
 
 @pytest.fixture

@@ -14,16 +14,11 @@ from lightning_compress.kinds import registry
 from tests.support.nets import trained_like
 
 SHAPE = (1, 3, 16, 16)
-FIND, KEEP = store.find, store.keep  # before they are taken away, see conftest
 
 
 @pytest.fixture(autouse=True)
-def folder(monkeypatch, tmp_path):
-    """A cache of its own, in use."""
-    monkeypatch.setenv(store.CACHE, str(tmp_path))
-    monkeypatch.setattr(store, "find", FIND)
-    monkeypatch.setattr(store, "keep", KEEP)
-    return tmp_path
+def folder(real_store):
+    return real_store
 
 
 def names(folder) -> list[str]:
