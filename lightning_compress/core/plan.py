@@ -16,6 +16,7 @@ from lightning_compress.core.checks import shown
 from lightning_compress.core.costs import Costs
 from lightning_compress.core.errors import LightningCompressError, PlanFormatError
 from lightning_compress.core.plan_checks import check_layer, check_plan
+from lightning_compress.core.plan_html import plan_html
 from lightning_compress.core.plan_text import (
     MOST_NAMED,
     WIDTH,
@@ -232,6 +233,10 @@ class Plan:
     def __str__(self) -> str:
         """Returns a table: layers, kinds, ranks, errors, sizes, reasons."""
         return plan_text(self)
+
+    def _repr_html_(self) -> str:
+        """Returns the same for a notebook."""
+        return plan_html(self)
 
     def table(self) -> Table:
         """Returns the layers as a rich table."""
