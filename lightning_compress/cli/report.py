@@ -1,4 +1,4 @@
-"""Before and after: JSON, Markdown, a table for the terminal, and a plot of the plan."""
+"""Before and after: JSON, Markdown, a table for the terminal, and numbers for loggers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from typing import Any
 
 from rich.table import Table
 
+from lightning_compress.cli.figures import plot_plan
 from lightning_compress.core.costs import Costs
-from lightning_compress.core.errors import OutputFolderError, UnsupportedError
-from lightning_compress.core.plan import LayerPlan, Plan, change_text, compact, milliseconds, percent
+from lightning_compress.core.errors import OutputFolderError
+from lightning_compress.core.plan import Plan, change_text, compact, milliseconds, percent
 from lightning_compress.core.settings import Budget
+
+__all__ = ["BATCH", "STAGES", "Figures", "Report", "plot_plan"]
 
 SCHEMA = 1
 BATCH = 32
@@ -220,67 +223,6 @@ class Report:
 
 
 _HEADER = ("", "dense", "zero-shot", "fine-tuned", "kept / change")
-
-
-def plot_plan(plan: Plan, path: str | Path) -> None:
-    """Draws parameters before and after with the ranks, and the error, of every factorisable layer.
-
-    Args:
-        plan: What to draw.
-        path: Image file; the ending chooses the format.
-
-    Raises:
-        UnsupportedError: If matplotlib is not installed.
-        OutputFolderError: If the file cannot be written.
-    """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError as error:
-        msg = "plots need matplotlib: pip install 'lightning_compress[plots]'."
-        raise UnsupportedError(msg) from error
-    layers = [layer for layer in plan.layers if layer.weight_shape]
-    kinds = list(dict.fromkeys(layer.kind for layer in layers))
-    figure = Figure(figsize=(11, 1.8 + 0.32 * len(layers)), layout="constrained")
-    sizes, errors = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    _draw_layers(sizes, errors, layers, kinds)
-    figure.legend(loc="outside lower center", ncols=len(kinds) + 1, frameon=False)
-    kept = percent(plan.kept["params"])
-    figure.suptitle(f"{kept} of {plan.dense.params:,} parameters kept ({plan.method or 'given'} plan)")
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        msg = f"cannot write the plot {str(path)!r}: {error}. Choose a folder you can write."
-        raise OutputFolderError(msg) from error
-
-
-def _draw_layers(sizes: Any, errors: Any, layers: Sequence[LayerPlan], kinds: Sequence[str]) -> None:
-    """Draws the layers into the axes of sizes and of errors."""
-    colours = {kind: _GREY if kind == "dense" else _COLOURS[i % len(_COLOURS)] for i, kind in enumerate(kinds)}
-    rows = range(len(layers))
-    sizes.barh(rows, [p.params_before for p in layers], color="0.9", label="before")
-    for kind in kinds:
-        own = [(row, p) for row, p in enumerate(layers) if p.kind == kind]
-        sizes.barh([r for r, _ in own], [p.params_after for _, p in own], height=0.5, color=colours[kind], label=kind)
-        errors.barh([r for r, _ in own], [p.error for _, p in own], height=0.5, color=colours[kind])
-    for row, layer in enumerate(layers):
-        if not layer.is_dense:
-            text = "rank " + " x ".join(map(str, layer.ranks))
-            sizes.annotate(
-                text, (layer.params_before, row), (4, 0), textcoords="offset points", va="center", fontsize=8
-            )
-    sizes.set(xscale="log", xlabel="parameters", title="Parameters before and after, ranks")
-    sizes.set_xlim(right=4 * max(p.params_before for p in layers))
-    sizes.set_yticks(rows, [p.name for p in layers], fontsize=8)
-    sizes.invert_yaxis()
-    errors.set(
-        xlim=(0, 1),
-        xlabel=r"$\Vert G^{1/2} (W - \hat{W}) S^{1/2} \Vert^2$ / $\Vert G^{1/2} W S^{1/2} \Vert^2$",
-        title="Relative error",
-    )
-
-
-_GREY = "0.55"
-_COLOURS = ("#1b6ca8", "#d1495b", "#3c8d5a", "#e0a030", "#7b5ea7", "#4aa3a2")
 
 
 def _row(name: str, values: list[str], last: str) -> tuple[str, str, str, str, str]:
