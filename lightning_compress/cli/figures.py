@@ -44,14 +44,14 @@ _COLOURS = {  # "muted" of Paul Tol's schemes, which people with any kind of sig
     "tt_embedding": "#882255",
 }
 _OTHERS = ("#1f77b4", "#ff7f0e", "#d62728", "#8c564b", "#17becf", "#000000")
-_WIDTH, _NAME = 5.2, 24
+_WIDTH, _NAME = 4.4, 22
 """Inches of a figure of the page, and characters of a layer's name in it."""
 _STYLE: Mapping[str, Any] = {
     "svg.fonttype": "none",  # text stays text: small, and found by a browser's search
-    "font.size": 9,
+    "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.titlesize": 10,
+    "axes.titlesize": 11,
     "axes.titlelocation": "left",
 }
 
@@ -102,7 +102,7 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
     errors.barh(range(len(layers)), [p.error for p in layers], height=0.5, color=[colour_of(p.kind) for p in layers])
     for place, layer in enumerate(layers):
         text = "" if layer.is_dense else f"{layer.error:.3f}"
-        errors.annotate(text, (layer.error, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        errors.annotate(text, (layer.error, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
     errors.set(
         xlim=(0, 1.2 * max((p.error for p in layers), default=0) or 1),
         xlabel=r"$\Vert G^{1/2} (W - \hat{W}) S^{1/2} \Vert^2$ / $\Vert G^{1/2} W S^{1/2} \Vert^2$",
@@ -149,7 +149,7 @@ def bars_svg(plan: Plan, resource: str) -> str | None:
     if not rows:
         return None
     with _styled() as matplotlib:
-        figure = matplotlib.figure.Figure(figsize=(_WIDTH, 0.8 + 0.25 * len(rows)), layout="constrained")
+        figure = matplotlib.figure.Figure(figsize=(_WIDTH, 0.8 + 0.27 * len(rows)), layout="constrained")
         axes = figure.subplots()
         _draw_bars(axes, rows)
         axes.set(xlabel=f"% of the dense model's {resource}")
@@ -167,7 +167,8 @@ def _rows(plan: Plan, resource: str) -> list[_Bar]:
         return []
     sizes = sorted((max(before, after) for layer, before, after in known if layer.weight_shape), reverse=True)
     least = sizes[MOST_ROWS - 1] if len(sizes) > MOST_ROWS else 0
-    rows, others = [], [0.0, 0.0, 0]
+    rows: list[_Bar] = []
+    others = [0.0, 0.0, 0]
     for layer, before, after in known:
         if layer.weight_shape and max(before, after) >= least and len(rows) < MOST_ROWS:
             rows.append(_Bar(layer.name, 100 * before / total, 100 * after / total, layer.kind, _rank_text(layer)))
@@ -196,10 +197,10 @@ def _draw_bars(axes: Any, rows: Sequence[_Bar]) -> None:
             (4, 0),
             textcoords="offset points",
             va="center",
-            fontsize=8,
+            fontsize=9,
         )
     axes.set_xlim(0, 1.3 * longest or 1)
-    axes.set_yticks(places, [_short(row.name) for row in rows], fontsize=8)
+    axes.set_yticks(places, [_short(row.name) for row in rows], fontsize=9)
     axes.invert_yaxis()
 
 
@@ -225,7 +226,7 @@ def spectrum_svg(layer: LayerSpectra) -> str:
         axes.set(ylim=(0, 1.05), xlim=(0, max(len(s.values) for s in layer.spectra) + 0.5))
         axes.set(title=_short(layer.layer.name), xlabel="singular value", ylabel="over the largest")
         if len(layer.spectra) > 1:
-            axes.legend(frameon=False, fontsize=8)
+            axes.legend(frameon=False, fontsize=9)
         return _svg(figure, f"singular values of {layer.layer.name}: {spectrum_text(layer)}")
 
 
@@ -268,7 +269,7 @@ def history_svg(
         axes.set(title=name.replace("$", r"\$"), xlabel="epoch", xlim=(0.5, max(epochs) + 0.5))
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         if levels:
-            axes.legend(frameon=False, fontsize=8)
+            axes.legend(edgecolor="none", fontsize=9)
         first, last = values[0][1], values[-1][1]
         return _svg(figure, f"{name} over {len(values)} epochs, from {first:.4g} to {last:.4g}")
 

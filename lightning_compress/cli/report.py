@@ -47,6 +47,27 @@ class Figures:
         times = {"latency_ms": 1e3 * self.latency, "throughput": self.throughput}
         return {**costs, **times, "metrics": dict(self.metrics)}
 
+    def flat(self) -> dict[str, float]:
+        """Returns the known ones of them on one level."""
+        figures = self.as_dict()
+        figures |= figures.pop("metrics")
+        return {name: value for name, value in figures.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of a compression with several, as it was right after its swap.
+
+    Attributes:
+        budget: Its own.
+        epochs: Epochs of the fit that were done by then.
+        figures: What was measured.
+    """
+
+    budget: Budget | None
+    epochs: int
+    figures: Figures
+
 
 @dataclass(frozen=True)
 class Report:
@@ -59,6 +80,7 @@ class Report:
         fine_tuned: At the end.
         seconds: How long each part of the compression took.
         asked: The budget that was asked for; the plan's is another one where the fit ended before the last round.
+        rounds: Where there were several, each of them, the first one too: its figures are those of `zero_shot`.
     """
 
     plan: Plan
@@ -67,6 +89,19 @@ class Report:
     fine_tuned: Figures
     seconds: Mapping[str, float] = field(default_factory=dict)
     asked: Budget | None = None
+    rounds: Sequence[Round] = ()
+
+    @property
+    def stages(self) -> dict[str, Figures]:
+        """What was measured, by the names of report.json and of loggers: "dense", "zero_shot", "round_2", … ."""
+        later = {f"round_{number}": each.figures for number, each in enumerate(self.rounds[1:], 2)}
+        return {"dense": self.dense, "zero_shot": self.zero_shot, **later, "fine_tuned": self.fine_tuned}
+
+    @property
+    def header(self) -> tuple[str, ...]:
+        """Heads of the columns of `rows`; a round has its budget there."""
+        rounds = [f"round {n}, {r.budget or 'given plan'}" for n, r in enumerate(self.rounds, 1)] or ["zero-shot"]
+        return ("", "dense", *rounds, "fine-tuned", "kept / change")
 
     @property
     def kept(self) -> dict[str, float | None]:
@@ -88,6 +123,7 @@ class Report:
             "budget": plan.budget.as_dict() if plan.budget is not None else {},
             **({"budget_asked": missed.as_dict()} if missed is not None else {}),
             **{stage: getattr(self, stage).as_dict() for stage in STAGES},
+            **({"rounds": [_round_dict(each) for each in self.rounds]} if self.rounds else {}),
             "kept": self.kept,
             "search": {
                 "method": plan.method,
@@ -121,9 +157,17 @@ class Report:
             ],
         }
 
-    def rows(self) -> list[tuple[str, str, str, str, str]]:
-        """Returns the rows people read: name, dense, zero-shot, fine-tuned, kept or change."""
-        stages = [getattr(self, stage) for stage in STAGES]
+    def numbers(self) -> dict[str, float]:
+        """Returns what loggers get: `compress/STAGE/FIGURE`, of `stages` and of the keys of `Figures.as_dict`."""
+        return {
+            f"compress/{stage}/{name}": float(value)
+            for stage, figures in self.stages.items()
+            for name, value in figures.flat().items()
+        }
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Returns the rows people read: name, dense, zero-shot or each round, fine-tuned, kept or change."""
+        stages = list(self.stages.values())
         rows = [
             _row("parameters", [f"{s.costs.params:,}" for s in stages], _kept(self.kept["params"])),
             _row(
@@ -140,16 +184,16 @@ class Report:
 
     def table(self) -> Table:
         """Returns the rows for the terminal."""
-        table = Table(title=self._headline(), title_justify="left")
-        for index, name in enumerate(_HEADER):
-            table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+        table = Table(title=self.headline, title_justify="left")
+        for index, name in enumerate(self.header):
+            table.add_column(name.replace(", ", "\n", 1), justify="left" if index == 0 else "right", no_wrap=True)
         for row in self.rows():
             table.add_row(*row)
         return table
 
     def to_markdown(self) -> str:
         """Returns the same rows and the layers as Markdown."""
-        lines = ["# Compression report", "", self._headline(), "", *_markdown(_HEADER, self.rows()), ""]
+        lines = ["# Compression report", "", self.headline, "", *_markdown(self.header, self.rows()), ""]
         layers = [
             (
                 f"`{p.name}`",
@@ -211,7 +255,9 @@ class Report:
         """The budget that was asked for and not reached."""
         return self.asked if self.plan.budget not in (None, self.asked) else None
 
-    def _headline(self) -> str:
+    @property
+    def headline(self) -> str:
+        """Budget, search and number of factorised layers in one line."""
         plan = self.plan
         source = "data-free" if plan.data_free else "not data-free"
         search = f"{source} {plan.method} search" if plan.method is not None else "a given plan"
@@ -222,16 +268,18 @@ class Report:
         return f"{budget}{search}{seconds}{gap}; {len(plan.factorised)} layers factorised"
 
 
-_HEADER = ("", "dense", "zero-shot", "fine-tuned", "kept / change")
+def _round_dict(each: Round) -> dict[str, Any]:
+    budget = each.budget.as_dict() if each.budget is not None else {}
+    return {"budget": budget, "epochs": each.epochs, **each.figures.as_dict()}
 
 
-def _row(name: str, values: list[str], last: str) -> tuple[str, str, str, str, str]:
-    return name, values[0], values[1], values[2], last
+def _row(name: str, values: list[str], last: str) -> tuple[str, ...]:
+    return name, *values, last
 
 
 def _kept(fraction: float | None) -> str:
     return "?" if fraction is None else f"{percent(fraction)} ({1 / fraction:.2f}x)"
 
 
-def _markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *rows)]

@@ -71,7 +71,7 @@ def spectra_of(plan: Plan, dense: nn.Module, most: int = MOST_LAYERS) -> tuple[t
     known = [(layer, found[layer.name]) for layer in plan.layers if layer.weight_shape and layer.name in found]
     wanted = sum(bool(layer.weight_shape) for layer in plan.layers)
     known.sort(key=lambda pair: -math.prod(pair[0].weight_shape))
-    shown = []
+    shown: list[LayerSpectra] = []
     for planned, layer in known:
         if len(shown) == most:
             break
