@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from warnings import warn
 
@@ -19,6 +19,7 @@ from lightning_compress.core.checks import require_flag
 from lightning_compress.core.copies import detached_copy
 from lightning_compress.core.effort import trying
 from lightning_compress.core.errors import CompressionWarning, ExampleInputError
+from lightning_compress.core.forecast import Forecast, forecasting
 from lightning_compress.core.parallel import current_processes
 from lightning_compress.core.plan import Plan
 from lightning_compress.core.progress import Progress, bar, reporting
@@ -27,6 +28,9 @@ from lightning_compress.search.api import search_with_statistics
 from lightning_compress.surgery.repair import Healing, heal_
 from lightning_compress.surgery.state import restore_, shared_state
 from lightning_compress.surgery.swap import Replacement, apply_checked_, uninstall
+
+LATE = 1.1
+"""By which a compression may exceed its time limit without a word."""
 
 
 def compress_(
@@ -116,7 +120,9 @@ def compress_model_(
     """Like `compress_`, and returns all that was done; for `spare_frozen` see `take_inventory`."""
     require_flag("heal", heal)
     settings, report = settings or SearchSettings(), reporting(progress)
-    with trying(settings.effort), unfusing_as_the_model_allows(model, example_input):
+    agreed = unfusing_as_the_model_allows(model, example_input)
+    with forecasting(settings.time_limit) as forecast, trying(settings.effort), agreed:
+        forecast.heals = heal
         plan, metric = search_with_statistics(
             model,
             budget,
@@ -130,8 +136,22 @@ def compress_model_(
         if settings.objective == "auto":
             warn_of_untrained(model)
         seed = settings.seed
-        inputs = _inputs_for_healing(model, metric, example_input, calibration, seed, report) if heal else None
-        return _compress_(model, plan, metric, inputs, example_input, seed, report)
+        with trying(forecast.tried):
+            inputs = _inputs_for_healing(model, metric, example_input, calibration, seed, report) if heal else None
+            done = _compress_(model, plan, metric, inputs, example_input, seed, report)
+        return replace(done, plan=replace(done.plan, cut=_cut(forecast)))
+
+
+def _cut(forecast: Forecast) -> dict[str, str]:
+    """Returns what was cut short; a warning where that was not enough."""
+    limit, took = forecast.limit, forecast.elapsed
+    if limit is not None and took > LATE * limit:
+        msg = (
+            f"the compression took {took:.0f} s, time_limit={limit:g}: what cannot be cut takes longer on this model. "
+            "Pass objective='weight', fewer kinds, effort='fast', target=None or heal=False."
+        )
+        warn(msg, CompressionWarning, stacklevel=4)
+    return dict(forecast.cut)
 
 
 def _compress_(  # noqa: PLR0917

@@ -40,6 +40,7 @@ from lightning_compress.analysis.trace import (
 )
 from lightning_compress.core.compat import tree_flatten, tree_map, tree_unflatten
 from lightning_compress.core.effort import current_effort
+from lightning_compress.core.forecast import INPUTS, MOMENTS, current_forecast
 from lightning_compress.core.parallel import Pace, shared_map
 from lightning_compress.core.progress import Progress, silent
 
@@ -109,11 +110,15 @@ def synthesise(
     example = as_arguments(model, example_input)
     count, steps = (effort.inputs if count is None else count), (effort.input_steps if steps is None else steps)
     norms, macs, scarce = running_norms(model), trace(model, example_input).macs, False
+    forecast = current_forecast()
+    work = forecast.work(INPUTS if norms else MOMENTS, everywhere=True)
     if norms:
-        example, macs, scarce = _affordable_example(model, example, macs, count, steps)
-        count, steps = affordable(macs, count, steps)
+        example, macs, scarce = _affordable_example(model, example, macs, (count, steps), work)
+        count, steps = affordable(macs, count, steps, work)
     else:
-        count = min(count, max(LEAST_UNMATCHED, effort.work // (PASSES * max(1, macs))))
+        count = min(count, max(LEAST_UNMATCHED, work // (PASSES * max(1, macs))))
+    if work < effort.work:
+        forecast.note(INPUTS, f"{count} inputs" + (f" in {steps} steps" if norms else ""))
     made = [_draw(model, example, min(BATCH, count - at), generator) for at in range(0, count, BATCH)]
     batches, tokens = [arguments for arguments, _ in made], made[-1][1]
     optimised = bool(norms) and not tokens
@@ -125,7 +130,7 @@ def synthesise(
         batches, mismatch, whole = found_or_made(model, batches, steps, make)
         source = "batch norm" if whole else source
     if source == "batch norm" and scarce and _shows_textures(example):
-        more = max(1, min(effort.drawn, effort.work // (10 * max(1, macs))) // BATCH)
+        more = max(1, min(effort.drawn, work // (10 * max(1, macs))) // BATCH)
         drawn = [_draw(model, example, BATCH, generator)[0] for _ in range(more)]
     *drawn, judging = (_laid_out(a, channels_last=channels_last) for a in (*drawn, _judging(model, example, generator)))
     progress("synthetic inputs", 1.0)
@@ -198,8 +203,8 @@ def _channels_last(arguments: Arguments) -> Arguments:
     return cast(Arguments, tree_map(converted, arguments))
 
 
-def affordable(macs: int, count: int, steps: int) -> tuple[int, int]:
-    """Returns count and steps, cut so that the optimisation costs at most `Effort.work` MACs.
+def affordable(macs: int, count: int, steps: int, work: int) -> tuple[int, int]:
+    """Returns count and steps, cut so that the optimisation costs at most so many MACs.
 
     First the inputs become fewer, down to `LEAST_COUNT`, then the steps, down to `LEAST_STEPS`.
 
@@ -207,8 +212,9 @@ def affordable(macs: int, count: int, steps: int) -> tuple[int, int]:
         macs: MACs of one forward pass of one input; backward costs twice as much.
         count: Inputs wanted.
         steps: Steps wanted.
+        work: MACs at most.
     """
-    passes = max(1, current_effort().work // (3 * max(1, macs)))
+    passes = max(1, work // (3 * max(1, macs)))
     count = max(min(count, LEAST_COUNT), min(count, passes // steps))
     return count, max(min(steps, LEAST_STEPS), min(steps, passes // count))
 
@@ -230,6 +236,11 @@ def _draw(model: nn.Module, example: Arguments, size: int, generator: torch.Gene
         else:
             drawn.append(leaf.expand(size, *leaf.shape[1:]))
     return tree_unflatten(drawn, spec), tokens
+
+
+def drawn_like(model: nn.Module, example: Arguments, count: int) -> Arguments:
+    """Returns arguments like an example's with so many inputs, as they are drawn."""
+    return _draw(model, example, count, torch.Generator().manual_seed(0))[0]
 
 
 def _values(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -256,14 +267,14 @@ def _is_image(shape: Sequence[int]) -> bool:
 
 
 def _affordable_example(
-    model: nn.Module, example: Arguments, macs: int, count: int, steps: int
+    model: nn.Module, example: Arguments, macs: int, wanted: tuple[int, int], work: int
 ) -> tuple[Arguments, int, bool]:
     """Returns the example with images halved until so many are affordable, its MACs, and whether halving was needed.
 
     Only as long as the model takes them and its outputs keep their shapes.
     """
-    scarce = affordable(macs, count, steps)[0] < count
-    while affordable(macs, count, steps)[0] < count:
+    scarce = affordable(macs, *wanted, work)[0] < wanted[0]
+    while affordable(macs, *wanted, work)[0] < wanted[0]:
         smaller = tree_map(_halved, example)
         if all(a is b for a, b in zip(tree_flatten(smaller)[0], tree_flatten(example)[0], strict=True)):
             break

@@ -150,6 +150,7 @@ class Plan:
         seed: Its seed.
         target: What time was measured on, and the fingerprint of the table of times; None where time was left out.
         predicted_latency: Seconds of the compressed model as predicted from its layers.
+        cut: What was cut short to keep the time limit, and how, by part; empty where nothing was.
         memory_format: "channels_last" if the model is put in it, None if it stays as it is.
 
     Raises:
@@ -173,6 +174,7 @@ class Plan:
     target: Mapping[str, Any] | None = field(default=None, hash=False)
     predicted_latency: float | None = None
     memory_format: str | None = None
+    cut: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         check_plan(self)
@@ -281,6 +283,7 @@ def _plan_from_dict(data: Mapping[str, Any]) -> Plan:
         target=_typed(data, "target", dict, optional=True),
         predicted_latency=_typed(data, "predicted_latency", float, optional=True),
         memory_format=_typed(data, "memory_format", str, optional=True),
+        cut=_typed(data, "cut", dict),
     )
 
 

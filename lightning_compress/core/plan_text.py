@@ -102,6 +102,9 @@ def plan_summary(plan: Plan) -> str:
     found.append(f"signal loss {plan.signal_loss:.4f}{gap}")
     found += [f"{plan.seconds:.2f} s"] if plan.seconds is not None else []
     lines.append("; ".join(found))
+    if plan.cut:
+        cut = ", ".join(f"{printable(part)} ({printable(how)})" for part, how in plan.cut.items())
+        lines.append(f"cut short to keep the time limit: {cut}")
     return "\n".join(lines)
 
 

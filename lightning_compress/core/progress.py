@@ -7,14 +7,34 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from lightning_compress.core.checks import shown
 from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.forecast import Forecast
 
 Progress: TypeAlias = Callable[[str, float], None]
 """Called with what is being done and how much of it is done, in [0, 1]."""
+
+
+class Bar:
+    """Shows what is being done, and how much of the whole is done where a forecast says so.
+
+    Args:
+        show: Called with what is being done and the fraction.
+
+    Attributes:
+        forecast: Of the compression that is shown, None as long as there is none.
+    """
+
+    def __init__(self, show: Progress) -> None:
+        self._show = show
+        self.forecast: Forecast | None = None
+
+    def __call__(self, what: str, done: float) -> None:
+        """Shows how far a part is."""
+        self._show(what, done if self.forecast is None else self.forecast.fraction(what, done))
 
 
 def silent(_what: str, _done: float) -> None:
@@ -23,15 +43,16 @@ def silent(_what: str, _done: float) -> None:
 
 @contextlib.contextmanager
 def bar(*, shown_at_all: bool = True) -> Iterator[Progress]:
-    """Shows one bar with what is being done, in a terminal or a notebook; elsewhere says nothing."""
+    """Shows one bar with what is being done and the time that is left, in a terminal or a notebook; else nothing."""
     console = Console(stderr=True)
     if not shown_at_all or not (console.is_terminal or console.is_jupyter):
         yield silent
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with RichProgress(*columns, console=console, transient=True) as progress:
+    left = (TextColumn("left:"), TimeRemainingColumn())
+    with RichProgress(*columns, *left, console=console, transient=True) as progress:
         task = progress.add_task("Compress", total=1.0)
-        yield lambda what, done: progress.update(task, description=f"Compress: {what}", completed=done)
+        yield Bar(lambda what, done: progress.update(task, description=f"Compress: {what}", completed=done))
 
 
 def reporting(progress: Progress | None) -> Progress:

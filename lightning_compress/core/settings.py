@@ -313,6 +313,9 @@ class SearchSettings:
             a device of your own (`Stopwatch`), the path of a table that was measured elsewhere (`LatencyTable`), or
             None. With an example input the plan is no slower there than dense if that can be had within the budget;
             without one, or for None, time is left out.
+        time_limit: Seconds that the whole compression should take at most: inputs become fewer, fits and healing
+            shorter, and the plan says so (`Plan.cut`). It then depends on how fast the machine is. None for what
+            the effort takes. Inside a compression that has a limit already that one holds.
 
     Raises:
         ConfigurationError: If the objective is unknown, or a number is out of range. Names of strategies, kinds and
@@ -329,6 +332,7 @@ class SearchSettings:
     seed: int = 0
     effort: EffortName | Effort | None = None
     target: TargetLike = "torch"
+    time_limit: float | None = None
 
     def __post_init__(self) -> None:
         require_patterns("include", self.include)
@@ -339,6 +343,9 @@ class SearchSettings:
             effort_of(self.effort)
         if self.objective not in OBJECTIVES:
             msg = f"objective={shown(self.objective)} is unknown.{did_you_mean(self.objective, OBJECTIVES)}"
+            raise ConfigurationError(msg)
+        if self.time_limit is not None and (not is_number(self.time_limit) or self.time_limit <= 0):
+            msg = f"time_limit={shown(self.time_limit)}: expected seconds, a number above 0, or None for no limit."
             raise ConfigurationError(msg)
         require_count(f"rank_multiple={shown(self.rank_multiple)}", self.rank_multiple, 1)
         if cast("int | None", self.seed) is None:
@@ -380,3 +387,4 @@ class SearchKeywords(TypedDict, total=False):
     seed: int | None
     effort: EffortName | Effort | None
     target: TargetLike
+    time_limit: float | None

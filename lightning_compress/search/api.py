@@ -11,16 +11,18 @@ from torch import nn
 from typing_extensions import Unpack
 
 from lightning_compress.analysis.agreement import unfusing_as_the_model_allows
+from lightning_compress.analysis.forecast import expected_seconds
 from lightning_compress.analysis.inspection import Inspection, inspect_model
 from lightning_compress.analysis.statistics import Statistics, require_inputs
 from lightning_compress.analysis.trace import ExampleInput
 from lightning_compress.analysis.usable import require_usable_weights
 from lightning_compress.core.effort import trying
 from lightning_compress.core.errors import ConfigurationError, ExampleInputError, InfeasibleBudgetError
+from lightning_compress.core.forecast import current_forecast, forecasting
 from lightning_compress.core.memory import freed_memory_kept
 from lightning_compress.core.parallel import current_processes, from_first
 from lightning_compress.core.plan import Plan
-from lightning_compress.core.progress import Progress, reporting
+from lightning_compress.core.progress import Bar, Progress, reporting
 from lightning_compress.core.settings import Budget, SearchKeywords, SearchSettings
 from lightning_compress.kinds.registry import is_automatic
 from lightning_compress.layers.unfused import unfused
@@ -105,10 +107,13 @@ def search_with_statistics(
     """
     require_inputs(example_input, calibration, statistics)
     allowed, report = unfusing_as_the_model_allows(model, example_input), reporting(progress)
-    with allowed, unfused(model), freed_memory_kept(), trying(settings.effort):
-        return _search_unfused(
-            model, budget, settings, example_input, calibration, statistics, report, spare_frozen=spare_frozen
-        )
+    with forecasting(settings.time_limit) as forecast:
+        if isinstance(report, Bar):
+            report.forecast = forecast
+        with allowed, unfused(model), freed_memory_kept(), trying(settings.effort):
+            return _search_unfused(
+                model, budget, settings, example_input, calibration, statistics, report, spare_frozen=spare_frozen
+            )
 
 
 def _search_unfused(  # noqa: PLR0917
@@ -132,18 +137,23 @@ def _search_unfused(  # noqa: PLR0917
         selection["kinds"] = strategy.kinds
     inspection = inspect_model(model, outside_excluded(model, budget, selection), example_input)
     asked, budget = budget, of_the_whole(model, budget)
+    timed = settings.target is not None and example_input is not None
+    forecast = current_forecast()
+    by_weight = settings.objective == "weight" or strategy.objectives[-1] == "weight"
+    made = (forecast.heals or not by_weight) and calibration is None and statistics is None
+    forecast.expect(*expected_seconds(inspection, example_input, inputs=made, timed=timed, heals=forecast.heals))
     statistics, objective = statistics_for(
         inspection, strategy, settings, example_input, calibration, statistics, report
     )
     searched = time.perf_counter()
     units = units_of(inspection.layers)
-    timed = settings.target is not None and example_input is not None
     compared = compared_resources(budget.budgeted, timed=timed)
-    tables = tabulate_units(units, compared, settings.rank_multiple, statistics, report)
-    if current_processes().rank:  # the first process measures and chooses
-        return cast(Plan, from_first("the search", None)), statistics
     try:
-        found = _search(inspection, units, tables, budget, settings, statistics, objective, example_input, report)
+        with trying(forecast.effort()):
+            tables = tabulate_units(units, compared, settings.rank_multiple, statistics, report)
+            if current_processes().rank:  # the first process measures and chooses
+                return cast(Plan, from_first("the search", None)), statistics
+            found = _search(inspection, units, tables, budget, settings, statistics, objective, example_input, report)
     except InfeasibleBudgetError as error:
         if asked.of is None:
             raise
@@ -151,7 +161,7 @@ def _search_unfused(  # noqa: PLR0917
         raise InfeasibleBudgetError(msg) from error
     parts = {**(statistics.seconds if statistics is not None else {}), "search": time.perf_counter() - searched}
     plan = to_plan(found, inspection, asked, settings, parts)
-    plan = replace(plan, seconds=time.perf_counter() - start)
+    plan = replace(plan, seconds=time.perf_counter() - start, cut=dict(forecast.cut))
     if strategy.thorough:
         warn_of_layers_given_up(plan)
     return from_first("the search", plan), found.statistics

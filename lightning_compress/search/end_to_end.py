@@ -39,6 +39,7 @@ from lightning_compress.analysis.statistics import Statistics
 from lightning_compress.analysis.trace import Arguments, inference, output_tensors, sample_counts
 from lightning_compress.core.compat import tree_map
 from lightning_compress.core.effort import current_effort
+from lightning_compress.core.forecast import SEARCHING, current_forecast
 from lightning_compress.core.parallel import in_threads
 from lightning_compress.core.plan import DENSE
 from lightning_compress.kinds.base import Ints
@@ -224,8 +225,8 @@ def _measure(outputs: OutputEvaluator, problem: Problem, choice: Ints) -> float:
 
 def affordable_inputs(macs: int) -> int:
     """Returns how many inputs a step can take at most, for a model of so many MACs; see `Effort`."""
-    effort = current_effort()
-    return min(effort.descent_inputs, effort.work // (3 * effort.descent_steps * max(1, macs)))
+    effort, work = current_effort(), current_forecast().work(SEARCHING)
+    return min(effort.descent_inputs, work // (3 * effort.descent_steps * max(1, macs)))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import cast
 
@@ -10,6 +11,7 @@ import numpy as np
 from lightning_compress.core.costs import Costs
 from lightning_compress.core.effort import current_effort
 from lightning_compress.core.errors import ExampleInputError
+from lightning_compress.core.forecast import SEARCHING, current_forecast
 from lightning_compress.core.progress import Progress, silent
 from lightning_compress.core.settings import Budget
 from lightning_compress.kinds.base import Ints
@@ -57,10 +59,16 @@ def within_error(  # noqa: PLR0917
     weights = weighted(middle, solve(middle).choice, outputs).weights if strategy.thorough else None
     best, problem, low, high = np.array([len(t) - 1 for t in tables]), full, floor, 1.0
     bisections = current_effort().bisections
+    forecast, last = current_forecast(), 0.0
     for step in range(bisections):
+        if forecast.grant(SEARCHING) < last:
+            forecast.note(SEARCHING, f"{step} of {bisections} bisections")
+            break
         progress("quality target", step / bisections)
+        started = time.perf_counter()
         share = low if step == 0 else (low * high) ** 0.5
         distance, tried, choice = _nearest(at(min(1.0, share)), weights, strategy, outputs)
+        last = time.perf_counter() - started
         if distance > cast(float, budget.max_error):
             low = share
             continue

@@ -11,12 +11,14 @@ throughout. These fits are needed anyway, and no others are made.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from lightning_compress.core.effort import current_effort
+from lightning_compress.core.forecast import FITTING, current_forecast
 from lightning_compress.core.parallel import in_threads
 from lightning_compress.core.plan import DENSE
 from lightning_compress.kinds.registry import DECOMPOSITIONS
@@ -46,8 +48,13 @@ def refined(
         for kind in dict.fromkeys(table.kinds):
             if kind != DENSE and DECOMPOSITIONS[kind].fits_roughly:
                 ratios.setdefault((index, kind), {})
-    passes = current_effort().corrections if ratios else 0
+    passes, forecast = (current_effort().corrections if ratios else 0), current_forecast()
+    last = 0.0
     for done in range(passes):
+        if forecast.grant(FITTING) < last:
+            forecast.note(FITTING, f"{done} of {passes} corrections")
+            break
+        start = time.perf_counter()
         problem = _scaled(predicted, ratios, hopeful=True)
         choice = solve(problem).choice
         if choice is None:
@@ -60,6 +67,7 @@ def refined(
         found = in_threads(lambda row: _ratio(predicted, outputs, row), rows)
         for (i, kind, row), ratio in zip(rows, found, strict=True):
             ratios[i, kind][row] = ratio
+        last = time.perf_counter() - start
     if ratios:
         progress(1.0)
     return _scaled(predicted, ratios, hopeful=False)

@@ -20,6 +20,7 @@ import numpy as np
 
 from lightning_compress.analysis.trace import flop_counter, inference, sample_counts
 from lightning_compress.core.effort import current_effort
+from lightning_compress.core.forecast import MEASURING, current_forecast
 from lightning_compress.core.plan import DENSE
 from lightning_compress.core.progress import Progress
 from lightning_compress.kinds.base import Ints
@@ -109,7 +110,11 @@ def _affordable(outputs: OutputEvaluator) -> OutputEvaluator | None:
     with flop_counter() as flops, inference(outputs.model):
         outputs.model(*args, **kwargs)
     each = flops.get_total_flops() // 2 // min(sample_counts((args, kwargs)), default=1)
-    inputs = current_effort().work // max(1, each * len(outputs.units))
+    forecast, work = current_forecast(), current_effort().work
+    granted = forecast.work(MEASURING)
+    inputs = granted // max(1, each * len(outputs.units))
+    if granted < work:
+        forecast.note(MEASURING, f"on {inputs} inputs" if inputs >= LEAST_INPUTS else "left out")
     return outputs.within(inputs) if inputs >= LEAST_INPUTS else None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 from warnings import warn
@@ -27,6 +28,7 @@ from lightning_compress.analysis.trace import (
 )
 from lightning_compress.core.effort import current_effort
 from lightning_compress.core.errors import CompressionWarning
+from lightning_compress.core.forecast import HEALING, current_forecast
 from lightning_compress.core.parallel import Pace
 from lightning_compress.layers.unfused.recurrent import UnfusedRecurrent
 from lightning_compress.surgery.state import NORMS, BestState
@@ -60,6 +62,7 @@ def affordable_steps(
         outputs, inner = _run_with_outputs(dense, _compared(dense, replacements), batches[0])
     if not outputs or not any(inner):
         return 0, _unseen(outputs)
+    start = time.perf_counter()
     try:
         _gradients(dense, model, replacements, trained, batches[0])
     except RuntimeError as error:
@@ -68,7 +71,18 @@ def affordable_steps(
     steps = min(steps, work // max(1, flops.get_total_flops()))  # forward of both, backward of the smaller one
     if steps < FEWEST_STEPS:
         return 0, f"{FEWEST_STEPS} steps would cost more than {work:.0e} MACs"
-    return steps, None
+    return _within_the_limit(steps, time.perf_counter() - start)
+
+
+def _within_the_limit(steps: int, each: float) -> tuple[int, str | None]:
+    """Returns as many steps as there is time for, and why there can be none."""
+    forecast = current_forecast()
+    affordable = int(min(steps, forecast.grant(HEALING) / each))
+    if affordable == steps:
+        return steps, None
+    few = affordable < FEWEST_STEPS
+    forecast.note(HEALING, "no distillation" if few else f"{affordable} of {steps} steps")
+    return (0, f"{FEWEST_STEPS} steps would take longer than the time limit leaves") if few else (affordable, None)
 
 
 def _unseen(outputs: Sequence[Tensor]) -> str:

@@ -72,7 +72,8 @@ class Compress(RestoringCallback):
 
     Args:
         budget: Upper bounds, a `Budget` or a mapping such as `{"params": 0.2}`.
-        method, objective, kinds, include, exclude, overrides, rank_multiple, seed, effort, target: `SearchSettings`.
+        method, objective, kinds, include, exclude, overrides, rank_multiple, seed, effort, target, time_limit:
+            `SearchSettings`.
         heal: Whether to repair the factors on synthetic inputs before fine-tuning, see `compress_`.
         calibration: Batches of real inputs, instead of synthetic ones; the plan then says it is not data-free.
         schedule: Warm-up, freezing, or phases and rounds, a `Schedule` or a mapping; None for none of these.
@@ -108,6 +109,7 @@ class Compress(RestoringCallback):
         seed: int | None = 0,
         effort: EffortName | Effort | None = None,
         target: Any = "torch",
+        time_limit: float | None = None,
         heal: bool = True,
         calibration: Iterable[Any] | None = None,
         schedule: Schedule | Mapping[str, Any] | None = None,
@@ -116,9 +118,10 @@ class Compress(RestoringCallback):
         require_used: bool = True,
     ) -> None:
         self.budget, seed = Budget.from_value(plain(budget)), cast(int, seed)
-        include, exclude, overrides = plain(include), plain(exclude), plain(overrides)
+        include, exclude, overrides, target = plain(include), plain(exclude), plain(overrides), plain(target)
         self.settings = SearchSettings(
-            method, objective, plain(kinds), include, exclude, overrides, rank_multiple, seed, effort, plain(target)
+            *(method, objective, plain(kinds), include, exclude, overrides, rank_multiple, seed, effort, target),
+            time_limit=time_limit,
         )
         strategy_of(self.settings)
         resolve_kinds(self.settings.kinds)

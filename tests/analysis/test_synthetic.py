@@ -89,8 +89,8 @@ def test_tokens_are_drawn_from_the_vocabulary():
     [(10**6, (256, 40)), (WORK // (3 * 100 * 40), (100, 40)), (WORK // (3 * 16 * 20), (16, 20)), (WORK, (16, 10))],
 )
 def test_work_of_the_synthesis_is_bounded(macs, expected):
-    assert affordable(macs, 256, 40) == expected
-    assert affordable(macs, 8, 5) == (8, 5)
+    assert affordable(macs, 256, 40, WORK) == expected
+    assert affordable(macs, 8, 5, WORK) == (8, 5)
     assert (LEAST_COUNT, LEAST_STEPS) == (16, 10)
 
 

@@ -77,6 +77,7 @@ PLAN_FIELDS = {
     "target": ["torch", {3: 1}, {"a": object()}, {"a": HUGE}, DEEP],
     "predicted_latency": AMOUNTS,
     "memory_format": [1, "channels_first", True],
+    "cut": [1, "healing", {"healing": 1}, {1: "fewer"}, ["healing"], None],
 }
 
 

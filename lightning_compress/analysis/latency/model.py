@@ -23,6 +23,7 @@ from lightning_compress.analysis.latency.turns import SLOW, Reading
 from lightning_compress.analysis.trace import ExampleInput, shape_text
 from lightning_compress.core.effort import current_effort
 from lightning_compress.core.errors import CompressionWarning
+from lightning_compress.core.forecast import TIMING, current_forecast
 from lightning_compress.core.plan import DENSE
 from lightning_compress.core.progress import Progress
 from lightning_compress.core.target import Target, TargetLike, target_of
@@ -114,10 +115,11 @@ def time_model(
     dense = _dense(bench, table, digest)
     sizes = _sizes(layers, max(reading.seconds for reading in dense.values()) * len(bench.formats))
     if sizes < LEAST_SIZES and table.measures:
+        limit = min(current_effort().timing_limit, current_forecast().grant(TIMING))
         msg = (
             f"time is left out of the search: one forward pass takes {dense[bench.formats[0]].seconds:.1f} s, and to "
-            f"time the layers would take more than {current_effort().timing_limit:.0f} s. Pass effort='thorough', or "
-            "target=None."
+            f"time the layers would take more than {limit:.0f} s. Pass effort='thorough', a longer time_limit if there "
+            "is one, or target=None."
         )
         warn(msg, CompressionWarning, stacklevel=3)
         return None
@@ -187,9 +189,13 @@ def _sizes(layers: Sequence[Layer], seconds: float) -> int:
     effort = current_effort()
     rounds = max((len(layer.kinds) for layer in layers), default=1)
     each = rounds * (RUNS_PER_SIZE[seconds > SLOW] * seconds + 2 * effort.timing_seconds)
-    affordable = int(effort.timing_limit / each)
-    if affordable < LEAST_SIZES and LEAST_SIZES * each <= PATIENCE * effort.timing_limit:
-        return LEAST_SIZES
+    forecast = current_forecast()
+    limit = min(effort.timing_limit, forecast.grant(TIMING))
+    affordable = int(limit / each)
+    if affordable < LEAST_SIZES and LEAST_SIZES * each <= PATIENCE * limit:
+        affordable = LEAST_SIZES
+    if affordable < effort.timed_sizes and limit < effort.timing_limit:
+        forecast.note(TIMING, f"{affordable} sizes of each kind" if affordable >= LEAST_SIZES else "left out")
     return min(effort.timed_sizes, affordable)
 
 

@@ -1,0 +1,163 @@
+"""What each part of a compression is expected to take, from the shapes of a model and two short measurements.
+
+Known to within a factor of about two, see `benchmarks.scale`: enough for a bar, and to share out a limit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from lightning_compress.analysis.inspection import Inspection
+from lightning_compress.analysis.inventory import Layer
+from lightning_compress.analysis.moments import PROBES, is_small, positions_of
+from lightning_compress.analysis.synthetic import BATCH, PASSES, affordable, drawn_like, running_norms
+from lightning_compress.analysis.trace import Arguments, ExampleInput, as_arguments, inference
+from lightning_compress.core.effort import current_effort
+from lightning_compress.core.forecast import (
+    DECOMPOSING,
+    FACTORISING,
+    FITTING,
+    HEALING,
+    INPUTS,
+    MEASURING,
+    MOMENTS,
+    SEARCHING,
+    TIMING,
+)
+from lightning_compress.kinds.registry import DECOMPOSITIONS
+
+BACKWARD = 3
+"""A forward and a backward pass, in forward passes."""
+DISTILLED = 4
+"""A step of the healing: a forward pass of both models and a backward one."""
+RUN = 5 * 10**8
+"""MACs of one measurement of the model's speed, at most `BATCH` inputs."""
+SIDE = 384
+"""Of the matrices whose product measures the speed of linear algebra."""
+OPERATIONS = 25.0
+"""Floating-point operations of a decomposition of a matrix, times its larger side and the square of its smaller one."""
+ITERATIVE = 6e9
+"""Multiply-adds that the profile and the fits of a layer by an iterative kind take at most each."""
+SWEEPS = 60
+"""Sweeps of those over a weight at half of its parameters."""
+SOLVING = 0.02
+"""Seconds per layer that the solver takes in all."""
+
+
+def expected_seconds(
+    inspection: Inspection, example_input: ExampleInput | None, *, inputs: bool, timed: bool, heals: bool
+) -> tuple[dict[str, float], float]:
+    """Returns the seconds of each part, see `core.forecast`, and the MACs per second of the model's forward pass.
+
+    Args:
+        inspection: Of the model.
+        example_input: See `search_ranks`.
+        inputs: Whether synthetic inputs are made, so that there are moments.
+        timed: Whether layers are timed.
+        heals: Whether the factors are repaired.
+    """
+    rate = _operations_per_second()
+    layers = inspection.chosen
+    algebra = sum(_operations(layer) for layer in layers) / rate
+    fits = sum(_iterative(layer) for layer in layers) / rate
+    found = {DECOMPOSING: algebra + fits, SEARCHING: SOLVING * len(layers), FACTORISING: algebra / 3}
+    if inspection.trace is None or example_input is None:
+        return found, math.inf
+    arguments = as_arguments(inspection.model, example_input)
+    macs = max(1, inspection.trace.macs)
+    speed = _speed(inspection.model, arguments, macs)
+    found[FACTORISING] += 3 * macs / speed
+    if timed:
+        found[TIMING] = _timing(layers, macs / speed)
+    if inputs:
+        passes = _passes(inspection, macs, heals=heals)
+        found.update({part: found.get(part, 0.0) + count * macs / speed for part, count in passes.items()})
+        found[MOMENTS] += sum(_moment_operations(layer, inspection, macs) for layer in layers) / rate
+        found[FITTING] = fits
+    return found, speed
+
+
+def _passes(inspection: Inspection, macs: int, *, heals: bool) -> Mapping[str, float]:
+    """Returns the forward passes of one input that each part takes about."""
+    effort, most = current_effort(), current_effort().work / macs
+    count, steps = _inputs(inspection.model, macs)
+    optimised = bool(running_norms(inspection.model))
+    few = min(effort.descent_inputs, most / (BACKWARD * effort.descent_steps))
+    return {
+        INPUTS: min(most, BACKWARD * count * steps) if optimised else 0.0,
+        MOMENTS: (2 + 2 * PROBES) * count,
+        MEASURING: min(most, (len(inspection.chosen) + 2) * count),
+        SEARCHING: BACKWARD * effort.descent_steps * few + 4 * count,
+        HEALING: (PASSES * count + min(most, DISTILLED * effort.healing_steps * min(BATCH, count))) if heals else 0.0,
+    }
+
+
+def _inputs(model: nn.Module, macs: int) -> tuple[int, int]:
+    effort = current_effort()
+    if running_norms(model):
+        return affordable(macs, effort.inputs, effort.input_steps, effort.work)
+    return min(effort.inputs, max(1, effort.work // (PASSES * macs))), 1
+
+
+def _operations(layer: Layer) -> float:
+    """Returns the floating-point operations of decomposing a layer by all of its kinds."""
+    rows, columns = layer.operator.shape[0], math.prod(layer.operator.shape[1:])
+    small, large = min(rows, columns), max(rows, columns)
+    return OPERATIONS * layer.operator.groups * len(layer.kinds) * large * small**2
+
+
+def _iterative(layer: Layer) -> float:
+    """Returns the multiply-adds of the profiles of a layer by its iterative kinds, and about those of its fits."""
+    shape = layer.operator.shape
+    size = math.prod(shape)
+    rank = max(1, size // (2 * sum((*shape[:2], math.prod(shape[2:])))))
+    each = min(ITERATIVE * current_effort().fits, SWEEPS * 2.0 * rank * size)
+    return sum(each for kind in layer.kinds if DECOMPOSITIONS[kind].fits_roughly)
+
+
+def _moment_operations(layer: Layer, inspection: Inspection, macs: int) -> float:
+    """Returns the floating-point operations of a layer's second moments."""
+    size = math.prod(layer.operator.shape[1:]) if is_small(layer.operator) else layer.operator.shape[1]
+    positions = sum(call.positions or 1 for call in layer.calls or ())
+    count, _ = _inputs(inspection.model, macs)
+    rows = min(count * positions, math.ceil(count / BATCH) * positions_of(size))
+    return float(layer.operator.groups) * (4 * rows * size**2 + OPERATIONS * size**3)
+
+
+def _timing(layers: Sequence[Layer], seconds: float) -> float:
+    """Returns the seconds that timing all layers takes, of a model that takes so many."""
+    effort = current_effort()
+    rounds = max((len(layer.kinds) for layer in layers), default=0)
+    each = 9 * seconds + 2 * effort.timing_seconds
+    return min(effort.timing_limit, 2 * effort.timed_sizes * rounds * each)
+
+
+def _speed(model: nn.Module, example: Arguments, macs: int) -> float:
+    """Returns the MACs per second of a model's forward pass on a batch of synthetic inputs."""
+    count = max(1, min(BATCH, RUN // macs))
+    batch = drawn_like(model, example, count)
+    with inference(model):
+        best = math.inf
+        for _ in range(2):
+            start = time.perf_counter()
+            model(*batch[0], **batch[1])
+            best = min(best, time.perf_counter() - start)
+            if best > 1.0:
+                break
+    return macs * count / max(best, 1e-9)
+
+
+def _operations_per_second() -> float:
+    """Returns the floating-point operations per second of a product of double precision matrices."""
+    matrix = torch.ones(SIDE, SIDE, dtype=torch.float64)
+    best = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        matrix @ matrix
+        best = min(best, time.perf_counter() - start)
+    return 2 * SIDE**3 / max(best, 1e-9)
