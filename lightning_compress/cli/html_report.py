@@ -80,6 +80,25 @@ def write_page(report: Report, folder: str | Path, extras: Extras | None = None)
     return path
 
 
+def renew_page(report: Report, folder: str | Path) -> None:
+    """Puts figures that were measured later into the page of a run, if there is one; all else in it stays.
+
+    Raises:
+        OutputFolderError: If it cannot be written.
+    """
+    path = Path(folder) / NAME
+    if not path.is_file():
+        return
+    try:
+        before, found, rest = path.read_text("utf-8").partition(_BEGIN)
+        after = rest.partition(_END)[2]
+        if found:
+            path.write_text(before + _measured(report) + after, encoding="utf-8")
+    except OSError as error:
+        msg = f"cannot write the report {str(path)!r}: {error}. Choose a folder you can write."
+        raise OutputFolderError(msg) from error
+
+
 def page(report: Report, extras: Extras, logs: Mapping[str, str] | None = None) -> str:
     """Returns the page.
 
@@ -89,8 +108,7 @@ def page(report: Report, extras: Extras, logs: Mapping[str, str] | None = None) 
         logs: Name to text of the log files.
     """
     sections = [
-        _cards(report),
-        _section("Before and after", _table(report.header, report.rows())),
+        _measured(report),
         *_figures(report, extras),
         _section("Plan", f'<div class="wide">{report.plan._repr_html_()}</div>'),
         _seconds(report),
@@ -123,6 +141,10 @@ _DOCUMENT = """<!DOCTYPE html>
 """
 
 
+_BEGIN, _END = "<!-- measured -->", "<!-- end of measured -->"
+"""Around what `renew_page` replaces."""
+
+
 def environment() -> dict[str, str]:
     """Returns what ran here: versions, processor, threads, accelerator."""
     devices = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
@@ -144,7 +166,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-# --- the cards at the top ------------------------------------------------------------------------
+# --- what was measured ---------------------------------------------------------------------------
+
+
+def _measured(report: Report) -> str:
+    table = _section("Before and after", _table(report.header, report.rows()))
+    return f"{_BEGIN}\n{_cards(report)}\n{table}\n{_END}"
 
 
 def _cards(report: Report) -> str:
@@ -230,7 +257,8 @@ def _spectra(report: Report, extras: Extras) -> str:
         f"<figure>{spectrum_svg(layer)}<figcaption>{escape(printable(spectrum_text(layer)))}</figcaption></figure>"
         for layer in shown
     )
-    more = f" {left} smaller or very large layers are left out." if left else ""
+    more = " Later rounds searched on fine-tuned weights, these are the first ones." if report.rounds else ""
+    more += f" {left} smaller or very large layers are left out." if left else ""
     note = (
         "Singular values of the dense weights, over the largest one. The shaded part is what the chosen rank could "
         f"hold; the search itself looks at what errors do to the outputs.{more}"

@@ -11,7 +11,8 @@ p { margin: 0.3rem 0; overflow-wrap: anywhere; }
 section, details, .card { background: #fff; border: 1px solid #ddd; border-radius: 8px; padding: 1rem; }
 section, details { margin: 1rem 0; }
 summary { font-weight: 600; cursor: pointer; }
-.cards { display: grid; margin-top: 1rem; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); }
+.cards { display: grid; margin-top: 1rem; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); }
 .card p { font-size: 0.9rem; color: #555; }
 .card .large { font-size: 1.5rem; font-weight: 700; color: #222; margin-top: 0; }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }

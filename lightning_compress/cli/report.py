@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +13,11 @@ from rich.table import Table
 
 from lightning_compress.cli.figures import plot_plan
 from lightning_compress.core.costs import Costs
-from lightning_compress.core.errors import OutputFolderError
+from lightning_compress.core.errors import CompressionWarning, OutputFolderError
 from lightning_compress.core.plan import Plan, change_text, compact, milliseconds, percent
 from lightning_compress.core.settings import Budget
 
-__all__ = ["BATCH", "STAGES", "Figures", "Report", "plot_plan"]
+__all__ = ["BATCH", "STAGES", "Figures", "Report", "Round", "log_numbers", "plot_plan"]
 
 SCHEMA = 1
 BATCH = 32
@@ -184,9 +185,13 @@ class Report:
 
     def table(self) -> Table:
         """Returns the rows for the terminal."""
-        table = Table(title=self.headline, title_justify="left")
-        for index, name in enumerate(self.header):
-            table.add_column(name.replace(", ", "\n", 1), justify="left" if index == 0 else "right", no_wrap=True)
+        several = bool(self.rounds)
+        table = Table(title=self.headline, title_justify="left", padding=(0, 0 if several else 1))
+        widths = [max(map(len, cells)) for cells in zip(*self.rows(), strict=True)]
+        for index, (name, width) in enumerate(zip(self.header, widths, strict=True)):
+            side = "right" if index else "left"
+            ends = several and index in {0, len(self.header) - 1}  # these have spaces to fold at
+            table.add_column(name, justify=side, min_width=None if ends else width, no_wrap=not several)
         for row in self.rows():
             table.add_row(*row)
         return table
@@ -266,6 +271,28 @@ class Report:
         missed = f" (asked for {self._missed}: the fit ended before its last round)" if self._missed is not None else ""
         budget = "" if plan.budget is None else f"budget {plan.budget}{missed}; "
         return f"{budget}{search}{seconds}{gap}; {len(plan.factorised)} layers factorised"
+
+
+def log_numbers(report: Report, loggers: Sequence[Any], step: int) -> None:
+    """Sends `Report.numbers` to loggers of Lightning; one that fails gives a warning, as the report is saved already.
+
+    Args:
+        report: Of the run.
+        loggers: Of the fit.
+        step: Optimizer steps done.
+    """
+    for logger in loggers:
+        _log(logger, report.numbers(), step)
+
+
+def _log(logger: Any, numbers: Mapping[str, float], step: int) -> None:
+    try:
+        logger.log_metrics(numbers, step=step)
+        logger.save()
+        logger.finalize("success")
+    except Exception as error:
+        msg = f"{type(logger).__name__} did not take the figures of the report: {type(error).__name__}: {error}"
+        warnings.warn(msg, CompressionWarning, stacklevel=3)
 
 
 def _round_dict(each: Round) -> dict[str, Any]:

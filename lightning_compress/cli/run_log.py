@@ -11,7 +11,8 @@ from rich.text import Text
 from typing_extensions import override
 
 NAME = "lightning_compress.run"
-_LIGHTNING = "lightning.pytorch"
+_LIGHTNING = "lightning."
+_LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
 
 
 def say(message: str, *, error: bool = False) -> None:
@@ -39,11 +40,10 @@ def keep_log() -> None:
     for handler in logging.getLogger().handlers:
         if not isinstance(handler, logging.FileHandler):
             _once(handler)
-    lightning = logging.getLogger(_LIGHTNING)
-    lightning.setLevel(logging.INFO)
-    for handler in lightning.handlers:
-        handler.setLevel(logging.WARNING)
-    lightning.propagate = True
+    for lightning in map(logging.getLogger, _LOGGERS):
+        lightning.propagate = True
+        for handler in lightning.handlers:
+            handler.setLevel(logging.WARNING)
     if not isinstance(warnings.showwarning, _Logged):
         warnings.showwarning = cast(Any, _Logged(warnings.showwarning))
 
@@ -59,7 +59,10 @@ class _NotTwice(logging.Filter):
     @override
     def filter(self, record: logging.LogRecord) -> bool:
         """Returns whether to show a record."""
-        return record.name != NAME and record.name.partition(_LIGHTNING)[0] != ""
+        if not record.name.startswith(_LIGHTNING):
+            return record.name != NAME
+        shown = any(logging.getLogger(name).handlers for name in _LOGGERS)  # by handlers of Lightning's own
+        return record.levelno >= logging.WARNING and not shown
 
 
 class _Logged:
