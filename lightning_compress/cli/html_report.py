@@ -151,6 +151,7 @@ def environment() -> dict[str, str]:
     return {
         "Python": platform.python_version(),
         **{package: version for package in _PACKAGES if (version := _version(package)) is not None},
+        "torch": torch.__version__,
         "system": platform.platform(),
         "processor": processor(),
         "cores": str(os.cpu_count() or "?"),

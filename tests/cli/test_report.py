@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import struct
 import xml.etree.ElementTree as ET
+from csv import DictReader
 
 import pytest
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 
-from lightning_compress.cli.report import Figures, Report, plot_plan
+from lightning_compress.cli.figures import colour_of
+from lightning_compress.cli.report import Figures, Report, Round, log_numbers, plot_plan
 from lightning_compress.core.costs import Costs
-from lightning_compress.core.errors import OutputFolderError, UnsupportedError
+from lightning_compress.core.errors import CompressionWarning, OutputFolderError, UnsupportedError
 from lightning_compress.core.plan import LayerPlan, Plan
 from lightning_compress.core.settings import Budget
 from tests.support.interruptions import block_imports
@@ -166,6 +170,116 @@ def test_table_shows_every_cell():
     assert make().to_markdown().splitlines()[2] in " ".join(text.split())  # the headline, wrapped
 
 
+def rounds_of(report):
+    second = dataclasses.replace(
+        report.zero_shot, costs=Costs(4_000, 50_000, 16_000), metrics={"accuracy": 0.75, "loss": 0.5}
+    )
+    return (Round(Budget(params=0.5), 0, report.zero_shot), Round(Budget(params=0.4), 3, second))
+
+
+def test_each_round_has_a_column_with_its_budget():
+    report = make(rounds=rounds_of(make()))
+    assert report.header == (
+        "",
+        "dense",
+        "round 1, params <= 50 %",
+        "round 2, params <= 40 %",
+        "fine-tuned",
+        "kept / change",
+    )
+    assert report.rows()[0] == ("parameters", "10,000", "2,500", "4,000", "2,500", "25.0 % (4.00x)")
+    assert report.rows()[5] == ("accuracy", "0.9500", "0.5000", "0.7500", "0.9375", "-0.0125")
+    header = "|  | dense | round 1, params <= 50 % | round 2, params <= 40 % | fine-tuned | kept / change |"
+    assert header in report.to_markdown()
+    first, second = report.as_dict()["rounds"]
+    assert first == {"budget": {"params": 0.5}, "epochs": 0, **report.as_dict()["zero_shot"]}
+    assert (second["budget"], second["epochs"], second["params"]) == ({"params": 0.4}, 3, 4_000)
+    assert make().header == ("", "dense", "zero-shot", "fine-tuned", "kept / change")
+    assert "rounds" not in make().as_dict()
+
+
+def test_table_of_rounds_fits_into_a_terminal():
+    console = Console(width=80, color_system=None)
+    with console.capture() as capture:
+        console.print(make(rounds=rounds_of(make())).table())
+    assert "…" not in capture.get()
+    assert all(len(line) <= 80 for line in capture.get().splitlines())
+    assert all(cell in capture.get() for row in make().rows() for cell in row[1:-1])
+
+
+class Logger:
+    def __init__(self, error=None):
+        self.got, self.closed, self._error = [], False, error
+
+    def log_metrics(self, metrics, step):
+        if self._error is not None:
+            raise self._error
+        self.got.append((step, metrics))
+
+    def save(self):
+        assert self.got
+
+    def finalize(self, status):
+        self.closed = status == "success"
+
+
+def test_loggers_get_every_figure_of_every_stage_under_the_names_of_the_json():
+    report, logger = make(rounds=rounds_of(make())), Logger()
+    log_numbers(report, [logger], 7)
+    ((step, numbers),) = logger.got
+    assert (step, logger.closed) == (7, True)
+    stages = {**{stage: report.as_dict()[stage] for stage in ("dense", "zero_shot", "fine_tuned")}}
+    stages["round_2"] = {k: v for k, v in report.as_dict()["rounds"][1].items() if k not in {"budget", "epochs"}}
+    expected = {}
+    for stage, figures in stages.items():
+        for name, value in ({**figures, **figures["metrics"]}).items():
+            if name != "metrics":
+                expected[f"compress/{stage}/{name}"] = value
+    assert numbers == expected
+    assert numbers["compress/round_2/accuracy"] == 0.75
+    assert len(numbers) == 4 * 7
+
+
+def test_what_is_unknown_is_not_logged():
+    unknown = Figures(Costs(10_000, None, 40_000), None, None, {})
+    numbers = make(dense=unknown).numbers()
+    assert {name for name in numbers if "/dense/" in name} == {"compress/dense/params", "compress/dense/bytes"}
+
+
+def test_a_logger_that_fails_gives_a_warning_and_the_next_one_its_figures():
+    good = Logger()
+    with pytest.warns(CompressionWarning, match="Logger did not take the figures of the report: OSError: disk full"):
+        log_numbers(make(), [Logger(OSError("disk full")), good], 0)
+    assert good.got
+
+
+@pytest.mark.slow
+def test_figures_reach_the_file_of_lightnings_own_loggers(tmp_path):
+    csv = CSVLogger(tmp_path, name="logs", version="a")
+    csv.log_metrics({"train_loss": 1.0}, step=3)
+    csv.save()
+    csv.finalize("success")
+    log_numbers(make(), [csv], 4)
+    first, last = DictReader((tmp_path / "logs" / "a" / "metrics.csv").read_text("utf-8").splitlines())
+    assert (first["train_loss"], last["train_loss"]) == ("1.0", "")
+    assert {k: float(v) for k, v in last.items() if k.startswith("compress/")} == make().numbers()
+
+
+@pytest.mark.slow
+def test_figures_reach_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = TensorBoardLogger(tmp_path, name="logs", version="a")
+    board.log_metrics({"train_loss": 1.0}, step=3)
+    board.finalize("success")
+    log_numbers(make(), [board], 4)
+    events = accumulator.EventAccumulator(str(tmp_path / "logs" / "a"))
+    events.Reload()
+    for name, value in make().numbers().items():
+        ((step, found),) = [(e.step, e.value) for e in events.Scalars(name)]
+        assert (step, found) == (4, pytest.approx(value))
+
+
 def test_unknown_macs_are_a_question_mark_and_null():
     unknown = Costs(10_000, None, 40_000)
     report = make(dense=Figures(unknown, 0.002, 1.0, {}), fine_tuned=Figures(COMPRESSED, 0.001, 1.0, {}))
@@ -241,6 +355,21 @@ def test_plot_shows_names_ranks_and_kinds(tmp_path):
     assert {"conv", "head", "rank 3 x 5", "tucker2", "dense", "before"} <= texts
     assert "25.0 % of 10,000 parameters kept (exact plan)" in texts
     assert "norm" not in texts
+
+
+def test_plot_has_a_linear_axis_of_shares(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        plot_plan(PLAN, tmp_path / "plan.svg")
+    root = ET.parse(tmp_path / "plan.svg").getroot()
+    widths = {}
+    for node in root.iter("{http://www.w3.org/2000/svg}path"):
+        colour = re.search(r"fill: (#\w+)", node.get("style", ""))
+        if colour and "clip-path" in node.attrib:
+            xs = [float(x) for x in re.findall(r"[ML] ([-\d.]+)", node.get("d"))]
+            widths.setdefault(colour.group(1), []).append(max(xs) - min(xs))
+    before, after = widths["#e3e3e3"][0], widths[colour_of("tucker2")][0]
+    assert after / before == pytest.approx(500 / 8_000, rel=1e-3)
 
 
 def test_plot_without_matplotlib_says_how_to_get_it(tmp_path, monkeypatch):
