@@ -14,11 +14,11 @@ from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback as HydraCallback
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.markup import escape
 from typing_extensions import override
 
 from lightning_compress.cli.demo.task import ClassificationTask
+from lightning_compress.cli.run_log import say
 from lightning_compress.core.checks import did_you_mean, is_number, require_count
 from lightning_compress.core.errors import ConfigurationError, LightningCompressError, OutputFolderError
 from lightning_compress.training.callback import Compress
@@ -185,10 +185,9 @@ class CheckOutputFolder(HydraCallback):
 
 
 def or_exit(action: Callable[[], _T]) -> _T:
-    """Returns what the action returns; prints an error of our own tree and exits with `FAILED`."""
+    """Returns what the action returns; prints and logs an error of our own tree and exits with `FAILED`."""
     try:
         return action()
     except LightningCompressError as error:
-        message = f"[bold red]{type(error).__name__}:[/] {escape(str(error))}"
-        Console(stderr=True).print(message, soft_wrap=True, highlight=False, emoji=False)
+        say(f"[bold red]{type(error).__name__}:[/] {escape(str(error))}", error=True)
         sys.exit(FAILED)

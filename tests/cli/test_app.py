@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import csv
 import dataclasses
+import html
 import json
 
 import pytest
@@ -17,13 +19,21 @@ from lightning_compress.cli.demo.models import SmallCNN
 from lightning_compress.cli.demo.task import ClassificationTask
 from lightning_compress.compress import compress_
 from lightning_compress.core.plan import Plan
+from lightning_compress.core.plan_names import plan_below
 from lightning_compress.surgery.save import load_compressed
 from lightning_compress.surgery.swap import apply_plan_
 from tests.support.cli import QUICK, TINY_CNN, TINY_MLP, compose, files_in, make, measure_quickly, outside_logs
 from tests.support.interruptions import block_imports
 
 STAGES = ("dense", "zero_shot", "fine_tuned")
-WRITTEN = ["compressed/model.safetensors", "compressed/plan.json", "plan.json", "report.json", "report.md"]
+WRITTEN = [
+    "compressed/model.safetensors",
+    "compressed/plan.json",
+    "plan.json",
+    "report.html",
+    "report.json",
+    "report.md",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +151,7 @@ def test_zero_shot_figures_are_those_of_the_healed_net(job):
     _, folder, dense, report = job
     task = ClassificationTask(copy.deepcopy(dense))
     plan = compress_(task, {"params": 0.4}, example_input=(1, 1, 8, 8), method="exact")
-    assert plan.layers == Plan.from_json((folder / "plan.json").read_text("utf-8")).layers
+    assert plan_below(plan, "net").layers == Plan.from_json((folder / "plan.json").read_text("utf-8")).layers
     plain = ClassificationTask(copy.deepcopy(dense))
     apply_plan_(plain, plan)
     assert report.zero_shot.metrics != figures_of(plain.net)
@@ -155,10 +165,11 @@ def test_saved_model_is_the_fine_tuned_one(job):
     plan = load_compressed(net, folder / "compressed")
     assert report.fine_tuned.metrics == figures_of(net)
     assert (report.fine_tuned.costs.params, report.fine_tuned.costs.bytes) == size_of(net)
-    assert [(f"net.{layer.name}", layer.kind, layer.ranks) for layer in plan.factorised] == [
+    assert [layer.name for layer in plan.layers] == [layer.name for layer in report.plan.layers]  # one set of names
+    assert [(layer.name, layer.kind, layer.ranks) for layer in plan.factorised] == [
         (layer.name, layer.kind, layer.ranks) for layer in report.plan.factorised
     ]
-    apply_plan_(zero_shot, report.plan)
+    apply_plan_(zero_shot.net, report.plan)
     assert not torch.equal(net.head.bias, zero_shot.net.head.bias)
     assert report.fine_tuned.metrics != report.zero_shot.metrics  # an epoch on few images need not help
 
@@ -169,6 +180,41 @@ def test_job_writes_these_files_only_and_does_not_train_given_weights(job):
     assert (folder / "report.md").read_text("utf-8") == report.to_markdown()
     assert (folder / "plan.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert sorted(path.name for path in (folder / "logs").iterdir()) == ["version_0"]  # of fine-tuning
+
+
+def test_page_shows_what_the_job_did(job):
+    pytest.importorskip("matplotlib")
+    _, folder, _, report = job
+    page = (folder / "report.html").read_text("utf-8")
+    assert report.plan._repr_html_() in page
+    assert all(html.escape(cell) in page for row in report.rows() for cell in row)
+    for section in ("Where they go", "Spectra and ranks", "Fine-tuning", "Configuration"):
+        assert section in page
+    assert 'aria-label="val_accuracy over ' in page
+
+
+def test_loggers_have_the_figures_of_every_stage(job):
+    _, folder, _, report = job
+    rows = list(csv.DictReader((folder / "logs" / "version_0" / "metrics.csv").read_text("utf-8").splitlines()))
+    names = report.numbers()
+    (found,) = [{name: float(row[name]) for name in names} for row in rows if row["compress/dense/params"]]
+    assert found == pytest.approx(names)
+
+
+@pytest.mark.slow
+def test_each_round_is_tested_right_after_its_swap(tmp_path):
+    phases = "[{budget: {params: 0.6}, epochs: 1}, {budget: {params: 0.4}}]"
+    cfg = compose(*TINY_CNN, "compression.budget.params=0.4", f"compression.schedule={{phases: {phases}}}")
+    report = run(cfg, tmp_path)
+    first, second = report.rounds
+    assert [(str(r.budget), r.epochs) for r in report.rounds] == [("params <= 60 %", 0), ("params <= 40 %", 1)]
+    assert first.figures == report.zero_shot
+    dense = report.dense.costs.params
+    assert 0.4 * dense < first.figures.costs.params <= 0.6 * dense
+    assert second.figures.costs.params == report.fine_tuned.costs.params <= 0.4 * dense
+    content = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    assert [each["budget"] for each in content["rounds"]] == [{"params": 0.6}, {"params": 0.4}]
+    assert "round 2, params &lt;= 40 %" in (tmp_path / "report.html").read_text("utf-8")
 
 
 # --- variants ----------------------------------------------------------------------------------
@@ -231,7 +277,7 @@ def test_objective_healing_and_fine_tuning_can_be_switched_off(tmp_path):
     assert (report.plan.objective, report.plan.source, report.plan.output_distance) == ("weight", "weight", None)
     assert set(report.seconds) == {"search", "swap"}
     task = ClassificationTask(net)
-    apply_plan_(task, report.plan)
+    apply_plan_(task.net, report.plan)
     assert report.fine_tuned.metrics == report.zero_shot.metrics == figures_of(task.net)
 
 
