@@ -7,21 +7,22 @@ tests it again, and writes a report, a plan, a plot and the compressed model.
 from __future__ import annotations
 
 import copy
-import logging
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import Logger
-from omegaconf import DictConfig
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from torch import nn
@@ -29,21 +30,46 @@ from typing_extensions import override
 
 from lightning_compress.analysis.costs import measure_costs
 from lightning_compress.analysis.latency.compare import measure_latency
-from lightning_compress.cli.config import CONFIG_FOLDER, check_config, make, or_exit, require_writable, settings_of
-from lightning_compress.cli.demo.task import ClassificationTask
-from lightning_compress.cli.report import BATCH, Figures, Report, plot_plan
+from lightning_compress.analysis.trace import ExampleInput
+from lightning_compress.cli.config import CONFIG_FOLDER, check_config, make, or_exit, require_writable
+from lightning_compress.cli.dense_cache import DenseStore
+from lightning_compress.cli.engines import require_named_engines
+from lightning_compress.cli.history import History
+from lightning_compress.cli.html_report import Extras, renew_page, write_page
+from lightning_compress.cli.jobs import run_job
+from lightning_compress.cli.objectives import objectives_of
+from lightning_compress.cli.parts import (
+    copy_of,
+    example_of,
+    find_own_modules,
+    learning_rate_of,
+    make_data,
+    make_task,
+    set_learning_rate,
+    without_distillation,
+)
+from lightning_compress.cli.read_report import read_report
+from lightning_compress.cli.report import BATCH, Figures, Report, Round, log_numbers, plot_plan
+from lightning_compress.cli.run_log import keep_log, log, say
+from lightning_compress.cli.sweep_callback import sweep_summed_up
+from lightning_compress.core.copies import detached_copy
 from lightning_compress.core.errors import TrainingError, UnsupportedError
+from lightning_compress.core.plan import Plan
+from lightning_compress.core.plan_names import plan_below
+from lightning_compress.core.settings import Budget
 from lightning_compress.core.target import Target
-from lightning_compress.surgery.save import load_weights_, save_compressed
+from lightning_compress.surgery.save import load_compressed, load_weights_, save_compressed
 from lightning_compress.training.callback import Compress
 
 
-def run(cfg: DictConfig, folder: str | Path) -> Report:
+def run(cfg: DictConfig, folder: str | Path, *, dense: DenseStore | None = None, timed: bool = True) -> Report:
     """Does the whole job of one configuration.
 
     Args:
         cfg: A composed configuration of `conf/config.yaml`.
         folder: Where everything is written; made if needed.
+        dense: Where trained dense models are kept and found again; None to train one here.
+        timed: Whether latency and throughput are measured.
 
     Returns:
         The report, which is also written to the folder.
@@ -53,12 +79,14 @@ def run(cfg: DictConfig, folder: str | Path) -> Report:
             configuration, the folder, the weights file and the budget have been checked.
     """
     job = _prepare(cfg, Path(folder))
-    dense = _dense(job)
-    _say(f"[bold]2/4[/] compressing to {job.compress.budget} and testing zero-shot")
-    zero_shot = _compress(job)
-    fine_tuned = _Tested(job.task.net, _test(cfg, job.task, job.data))
-    _say("[bold]4/4[/] measuring and writing the report")
-    return _report(job, (dense, zero_shot, fine_tuned))
+    before = _dense(job, dense)
+    if cfg.seed is not None:
+        seed_everything(cfg.seed, verbose=False)  # whether the dense model was trained here makes no difference
+    say(f"[bold]2/4[/] compressing to {job.compress.budget} and testing zero-shot")
+    rounds = _compress(job)
+    fine_tuned = _Tested(job.net, _test(cfg, job.task, job.data))
+    say(f"[bold]4/4[/] {'measuring and ' if timed else ''}writing the report")
+    return _report(job, (before, *rounds, fine_tuned), timed=timed)
 
 
 @dataclass(frozen=True)
@@ -68,18 +96,23 @@ class _Job:
     cfg: DictConfig
     folder: Path
     data: LightningDataModule
-    task: ClassificationTask
+    task: LightningModule
+    net: nn.Module
     compress: Compress
     callbacks: Sequence[Callback]
-    example_input: torch.Tensor
+    example_input: ExampleInput
+    lr: float | None
+    history: History = field(default_factory=History)
 
 
 @dataclass(frozen=True)
 class _Tested:
-    """A network and its metrics on the test data."""
+    """A network and its metrics on the test data; of a round of compression also its budget and when it began."""
 
     net: nn.Module
     metrics: Mapping[str, float]
+    budget: Budget | None = None
+    epochs: int = 0
 
 
 def _prepare(cfg: DictConfig, folder: Path) -> _Job:
@@ -88,95 +121,169 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Job:
     if cfg.seed is not None:
         seed_everything(cfg.seed, verbose=False)
     compress = make(cfg.compression, "compression", Compress)
-    data = make(cfg.data.module, "data.module", LightningDataModule)
-    task = ClassificationTask(make(cfg.model.net, "model.net", nn.Module), **settings_of(cfg.task))
-    example_input = torch.zeros(1, cfg.data.channels, cfg.data.size, cfg.data.size)
-    task.example_input_array = example_input
+    data = make_data(cfg)
+    task, net = make_task(cfg)
+    example_input = example_of(cfg, task, data)
+    task.example_input_array = cast(Any, example_input)
+    if compress.distill is not None and (reason := without_distillation(task, example_input)) is not None:
+        say(f"no distillation: {escape(reason)}")
+        compress = make(OmegaConf.merge(cfg.compression, {"distill": None}), "compression", Compress)
     callbacks = [
         make(settings, f"callbacks.{name}", Callback) for name, settings in (cfg.callbacks or {}).items() if settings
     ]
     _logger(cfg, folder)
     if cfg.model.weights is not None:
-        load_weights_(task.net, cfg.model.weights)
+        load_weights_(net, cfg.model.weights)
     # An impossible budget shows before the training; what the weights are does not matter for that.
     if compress.budget.max_error is None:
         compress.plan_for(task, example_input, method="uniform", objective="weight")
-    return _Job(cfg, folder, data, task, compress, callbacks, example_input)
+    return _Job(cfg, folder, data, task, net, compress, callbacks, example_input, learning_rate_of(task))
 
 
-def _dense(job: _Job) -> _Tested:
-    cfg, task = job.cfg, job.task
-    what = f"{type(task.net).__name__}, {sum(p.numel() for p in task.net.parameters()):,} parameters"
+def _dense(job: _Job, store: DenseStore | None) -> _Tested:
+    cfg = job.cfg
+    what = f"{type(job.net).__name__}, {sum(p.numel() for p in job.net.parameters()):,} parameters"
     if cfg.model.weights is not None:
-        _say(f"[bold]1/4[/] testing the dense {what}, weights from {escape(str(cfg.model.weights))}")
-    else:
-        _say(f"[bold]1/4[/] training the dense {what}, {cfg.dense.epochs} epochs")
-        task.lr = cfg.dense.lr
-        trainer = _trainer(cfg, max_epochs=cfg.dense.epochs, logger=_logger(cfg, job.folder))
-        trainer.fit(task, datamodule=job.data)
-    return _Tested(copy.deepcopy(task.net), _test(cfg, task, job.data))
+        say(f"[bold]1/4[/] testing the dense {what}, weights from {escape(str(cfg.model.weights))}")
+        return _Tested(detached_copy(job.net), _test(cfg, job.task, job.data))
+    if store is None:
+        return _Tested(detached_copy(job.net), _trained(job, what))
+    if store.has(cfg):
+        say(f"[bold]1/4[/] the dense {what} was trained before")
+    metrics = store.trained(cfg, job.task, lambda: _trained(job, what))
+    return _Tested(detached_copy(job.net), metrics)
 
 
-def _compress(job: _Job) -> _Tested:
-    """Compresses and fine-tunes the task's network; returns it as it was between the two."""
+def _trained(job: _Job, what: str) -> dict[str, float]:
+    """Trains the dense model; returns its metrics."""
+    cfg = job.cfg
+    say(f"[bold]1/4[/] training the dense {what}, {cfg.dense.epochs} epochs")
+    set_learning_rate(job.task, cfg.dense.lr, "dense")
+    _trainer(cfg, max_epochs=cfg.dense.epochs, logger=_logger(cfg, job.folder)).fit(job.task, datamodule=job.data)
+    return _test(cfg, job.task, job.data)
+
+
+def _compress(job: _Job) -> list[_Tested]:
+    """Compresses and fine-tunes the task's network; returns it as it was after the swap of each round."""
     cfg = job.cfg
     zero_shot = _ZeroShot(job)
-    job.task.lr = cfg.finetune.lr
+    set_learning_rate(job.task, cfg.finetune.lr if cfg.finetune.lr is not None else job.lr, "finetune")
     trainer = _trainer(
         cfg,
         max_epochs=cfg.finetune.epochs,
-        callbacks=[job.compress, zero_shot, *job.callbacks],
+        callbacks=[job.compress, zero_shot, *job.callbacks, job.history],
         logger=_logger(cfg, job.folder),
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in job.callbacks),
     )
     trainer.fit(job.task, datamodule=job.data)
-    if zero_shot.tested is None:
+    if not zero_shot.tested:
         msg = "the fit ended before it was compressed: the trainer did not reach on_fit_start."
         raise TrainingError(msg)
     return zero_shot.tested
 
 
 class _ZeroShot(Callback):
-    """Tests a copy of the module right after the swap, before any step on real data."""
+    """Tests a copy of the module right after the swap of each round, before any step on real data."""
 
     def __init__(self, job: _Job) -> None:
         self._job = job
-        self.tested: _Tested | None = None
+        self._plan: Plan | None = None
+        self.tested: list[_Tested] = []
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look(trainer)
+        say(f"[bold]3/4[/] fine-tuning, {trainer.max_epochs} epochs")
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look(trainer)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._look(trainer)
+
+    def _look(self, trainer: Trainer) -> None:
+        """Tests the network if it was compressed since the last look."""
+        plan = self._job.compress.plan
+        if plan is None or plan is self._plan:
+            return
+        self._plan = plan
         cfg, data = self._job.cfg, self._job.data
-        net = copy.deepcopy(self._job.task.net)
-        task = ClassificationTask(net, **settings_of(cfg.task))
+        net, task = copy_of(self._job.net, self._job.task)
+        own = copy.copy(data)  # a trainer attaches itself to the data it tests on
+        task._metric_attributes = None  # what Lightning knows of the original's metrics
+        bars = {"enable_progress_bar": False} if self.tested else {}  # that of the fit is there already
         with torch.random.fork_rng():
-            data.setup("test")
-            metrics = _results(_trainer(cfg).test(task, data.test_dataloader(), verbose=False))
-        self.tested = _Tested(net, metrics)
-        _say(f"      zero-shot: {', '.join(f'{name} {value:.4f}' for name, value in metrics.items())}")
-        _say(f"[bold]3/4[/] fine-tuning, {trainer.max_epochs} epochs")
+            metrics = _test(cfg, task, own, **bars)
+        self.tested.append(_Tested(net, metrics, plan.budget, trainer.current_epoch))
+        name = "zero-shot" if len(self.tested) == 1 else f"round {len(self.tested)}, {plan.budget}"
+        say(f"      {name}: {', '.join(f'{metric} {value:.4f}' for metric, value in metrics.items())}")
 
 
-def _report(job: _Job, stages: tuple[_Tested, _Tested, _Tested]) -> Report:
+def _report(job: _Job, stages: Sequence[_Tested], *, timed: bool) -> Report:
     if job.compress.plan is None:
         msg = "the fit ended without a plan."
         raise TrainingError(msg)
-    nets = [stage.net for stage in stages]
-    latencies, batches = (
-        measure_latency(nets, job.example_input, target=Target(batch=batch, threads=1)) for batch in (1, BATCH)
+    times = _times([stage.net for stage in stages], job.example_input) if timed else [(None, None)] * len(stages)
+    dense, *rounds, fine_tuned = (
+        Figures(measure_costs(stage.net, job.example_input), latency, throughput, stage.metrics)
+        for stage, (latency, throughput) in zip(stages, times, strict=True)
     )
-    dense, zero_shot, fine_tuned = (
-        Figures(measure_costs(stage.net, job.example_input), latency, BATCH / seconds, stage.metrics)
-        for stage, latency, seconds in zip(stages, latencies, batches, strict=True)
+    several = [Round(s.budget, s.epochs, each) for s, each in zip(stages[1:-1], rounds, strict=True)]
+    report = Report(
+        plan_below(job.compress.plan, _name_in(job.task, job.net)),  # with the names of what is saved
+        *(dense, rounds[0], fine_tuned, job.compress.seconds, job.compress.budget),
+        rounds=several if len(several) > 1 else (),
     )
-    report = Report(job.compress.plan, dense, zero_shot, fine_tuned, job.compress.seconds, job.compress.budget)
     report.save(job.folder)
-    save_compressed(job.task.net, job.folder / "compressed")
+    save_compressed(job.net, job.folder / "compressed")
     if job.cfg.plot:
         _plot(report, job.folder)
     Console().print(report.table())
+    log(report.to_markdown())
     for line in report.plan.time_lines():
-        _say(f"search: {line}" if line.startswith("latency") else line)
-    _say(f"written to {escape(str(job.folder))}")
+        say(f"search: {line}" if line.startswith("latency") else line)
+    say(f"written to {escape(str(job.folder))}")
+    log_numbers(report, job.history.loggers, job.history.steps)
+    write_page(report, job.folder, Extras(stages[0].net, job.history.epochs, OmegaConf.to_yaml(job.cfg)))
+    return report
+
+
+def _times(nets: Sequence[nn.Module], example: ExampleInput) -> list[tuple[float | None, float | None]]:
+    """Returns seconds of a forward pass at batch 1, and inputs per second at batch 32, of each network."""
+    one, many = (measure_latency(nets, example, target=Target(batch=batch, threads=1)) for batch in (1, BATCH))
+    return [(latency, BATCH / seconds) for latency, seconds in zip(one, many, strict=True)]
+
+
+def measure_again(folder: str | Path, config: Mapping[str, Any]) -> Report:
+    """Measures what a job that ran beside others left out: latency and throughput; its report is written again.
+
+    Args:
+        folder: Of the job.
+        config: Its configuration, resolved.
+
+    Returns:
+        The report with the times of the dense and of the fine-tuned model; zero-shot is built as the latter, but where
+        there were several rounds.
+
+    Raises:
+        LightningCompressError: If the folder holds no whole job.
+    """
+    folder, cfg = Path(folder), OmegaConf.create(dict(config))
+    report = read_report(folder)
+    (_, dense), (task, net) = make_task(cfg), make_task(cfg)
+    example = example_of(cfg, task, make_data(cfg))
+    load_compressed(net, folder / "compressed")
+    before, after = _times([dense, net], example)
+    times = {"dense": before, "fine_tuned": after, **({} if report.rounds else {"zero_shot": after})}
+    measured = {
+        stage: replace(getattr(report, stage), latency=latency, throughput=throughput)
+        for stage, (latency, throughput) in times.items()
+    }
+    report = replace(report, **measured)
+    report.save(folder)
+    renew_page(report, folder)
     return report
 
 
@@ -184,11 +291,11 @@ def _plot(report: Report, folder: Path) -> None:
     try:
         plot_plan(report.plan, folder / "plan.png")
     except UnsupportedError as error:
-        _say(f"no plot: {escape(str(error))}")
+        say(f"no plot: {escape(str(error))}")
 
 
-def _say(message: str) -> None:
-    Console().print(message, soft_wrap=True, highlight=False, emoji=False)
+def _name_in(task: LightningModule, net: nn.Module) -> str:
+    return next(str(name) for name, module in task.named_modules() if module is net)
 
 
 def _trainer(cfg: DictConfig, **settings: Any) -> Trainer:
@@ -205,8 +312,13 @@ def _logger(cfg: DictConfig, folder: Path) -> Logger | bool:
     return make(cfg.logger, "logger", Logger, save_dir=str(folder)) if cfg.logger else False  # type: ignore[type-abstract]
 
 
-def _test(cfg: DictConfig, task: ClassificationTask, data: LightningDataModule) -> dict[str, float]:
-    return _results(_trainer(cfg).test(task, datamodule=data, verbose=False))
+def _test(cfg: DictConfig, task: LightningModule, data: LightningDataModule, **settings: Any) -> dict[str, float]:
+    trainer = _trainer(cfg, **settings)
+    if is_overridden("test_step", task):
+        return _results(trainer.test(task, datamodule=data, verbose=False))
+    if is_overridden("validation_step", task):
+        return _results(trainer.validate(task, datamodule=data, verbose=False))
+    return {}
 
 
 def _results(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -215,7 +327,7 @@ def _results(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def _quieten() -> None:
     """Leaves the terminal to the stages and the table; warnings still come through."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    keep_log()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*number of training batches.*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
@@ -223,10 +335,34 @@ def _quieten() -> None:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name="config")
-def main(cfg: DictConfig) -> float:
-    """Runs one job; returns the fine-tuned accuracy, which sweepers may maximise."""
+def _application(cfg: DictConfig) -> float | tuple[float, ...] | None:
+    """Runs one job; returns what sweepers may optimise."""
     _quieten()
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return run_job(cfg, sweep_job)
     start = time.perf_counter()
     report = or_exit(lambda: run(cfg, HydraConfig.get().runtime.output_dir))
-    _say(f"{time.perf_counter() - start:.0f} s in all")
-    return report.fine_tuned.metrics["accuracy"]
+    say(f"{time.perf_counter() - start:.0f} s in all")
+    values = objectives_of(report, cfg.optimized_metric)
+    return values[0] if len(values) == 1 else values or None
+
+
+def sweep_job(cfg: DictConfig, folder: Path, alone: bool) -> tuple[float, ...]:
+    """Does one job of a sweep, in a process of its own; returns what a sweeper gets.
+
+    Args:
+        cfg: Its configuration.
+        folder: Where it writes.
+        alone: Whether no other job of the sweep runs at the same time; else its latency is measured at the end of all.
+    """
+    _quieten()
+    report = run(cfg, folder, dense=DenseStore.of(cfg, HydraConfig.get().sweep.dir), timed=alone)
+    return objectives_of(report, cfg.optimized_metric)
+
+
+def main() -> None:
+    """The command: one job, or a sweep with -m, which is summed up however it ends."""
+    find_own_modules()
+    or_exit(require_named_engines)
+    with sweep_summed_up():
+        _application()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -17,25 +17,34 @@ from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 from typing_extensions import override
 
-from lightning_compress.cli.demo.task import ClassificationTask
 from lightning_compress.cli.run_log import say
 from lightning_compress.core.checks import did_you_mean, is_number, require_count
-from lightning_compress.core.errors import ConfigurationError, LightningCompressError, OutputFolderError
+from lightning_compress.core.errors import (
+    ConfigurationError,
+    LightningCompressError,
+    OutputFolderError,
+)
 from lightning_compress.training.callback import Compress
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 CONFIG_FOLDER = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 """In a wheel the configuration lies inside the package, in a checkout beside it."""
 
+warnings.filterwarnings("ignore", message=r"(?s).*is validated against ConfigStore schema with the same name")
+# the files of cli/conf set the defaults of engines, whose plugins describe the same groups; workers read them, too
+
 FAILED = 2
 """Exit status after an error of our own tree."""
 
-_KEYS = ("model", "data", "task", "dense", "compression", "finetune", "trainer", "callbacks", "logger", "seed", "plot")
+_KEYS = (
+    *("model", "data", "task", "dense", "compression", "finetune", "trainer", "callbacks", "logger", "seed", "plot"),
+    "optimized_metric",
+)
 
 _GROUPS = {
     "model": "model=small_cnn",
     "data": "data=digits",
-    "task": "the one in conf/config.yaml",
+    "task": "task=classification",
     "dense": "the one in conf/config.yaml",
     "compression": "compression=params_20",
     "finetune": "the one in conf/config.yaml",
@@ -114,11 +123,21 @@ def check_config(cfg: DictConfig) -> None:
     for name, parts in _PARTS.items():
         _require_known(cfg[name], (*parts, *_referred_to(cfg, name)), name)
     _check_trainer(cfg.trainer)
-    _require_known(cfg.task, list(inspect.signature(ClassificationTask).parameters)[1:], "task")
     for stage in ("dense", "finetune"):
         _check_stage(cfg[stage], stage)
+    _check_metric(cfg.optimized_metric)
     if cfg.seed is not None:
         require_count(f"seed={cfg.seed!r}", cfg.seed, 0)
+
+
+def _check_metric(names: Any) -> None:
+    several = OmegaConf.is_list(names) and len(names) > 0 and all(isinstance(name, str) for name in names)
+    if not (names is None or isinstance(names, str) or several):
+        msg = (
+            f"optimized_metric={names!r}: expected the name of a metric, params, macs, bytes or latency, or a list of "
+            "them, such as [accuracy,params]."
+        )
+        raise ConfigurationError(msg)
 
 
 def _check_trainer(node: DictConfig) -> None:
@@ -134,8 +153,8 @@ def _check_stage(node: DictConfig, stage: str) -> None:
     _require_known(node, ("epochs", "lr"), stage)
     epochs, lr = node.epochs, node.lr
     require_count(f"{stage}.epochs={epochs!r}", epochs, 0)
-    if not is_number(lr) or lr <= 0:
-        msg = f"{stage}.lr={lr!r}: expected a number above 0."
+    if lr is not None and (not is_number(lr) or lr <= 0):
+        msg = f"{stage}.lr={lr!r}: expected a number above 0, or null for the task's own."
         raise ConfigurationError(msg)
 
 

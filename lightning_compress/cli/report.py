@@ -32,20 +32,21 @@ class Figures:
     Attributes:
         costs: Parameters, MACs, bytes.
         latency: Seconds of one forward pass at batch 1 on one thread, measured in turns with the other stages; of the
-            dense model in its faster memory format.
+            dense model in its faster memory format. None where it was not measured, as beside other jobs of a sweep.
         throughput: Inputs per second at batch 32, likewise.
         metrics: Metric name to value.
     """
 
     costs: Costs
-    latency: float
-    throughput: float
+    latency: float | None
+    throughput: float | None
     metrics: Mapping[str, float]
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the figures as report.json holds them, latency in milliseconds."""
         costs = {name: getattr(self.costs, name) for name in ("params", "macs", "bytes")}
-        times = {"latency_ms": 1e3 * self.latency, "throughput": self.throughput}
+        latency = None if self.latency is None else 1e3 * self.latency
+        times = {"latency_ms": latency, "throughput": self.throughput}
         return {**costs, **times, "metrics": dict(self.metrics)}
 
     def flat(self) -> dict[str, float]:
@@ -108,12 +109,12 @@ class Report:
     def kept(self) -> dict[str, float | None]:
         """Fraction of the dense model that is kept at the end, by resource."""
         kept = self.fine_tuned.costs.kept_of(self.dense.costs)
-        return {**kept, "latency": self.fine_tuned.latency / self.dense.latency}
+        return {**kept, "latency": _over(self.fine_tuned.latency, self.dense.latency)}
 
     @property
-    def faster(self) -> float:
+    def faster(self) -> float | None:
         """Throughput at the end over that of the dense model."""
-        return self.fine_tuned.throughput / self.dense.throughput
+        return _over(self.fine_tuned.throughput, self.dense.throughput)
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the content of report.json."""
@@ -175,8 +176,12 @@ class Report:
                 "MACs", ["?" if s.costs.macs is None else f"{s.costs.macs:,}" for s in stages], _kept(self.kept["macs"])
             ),
             _row("bytes", [f"{s.costs.bytes:,}" for s in stages], _kept(self.kept["bytes"])),
-            _row("latency, batch 1", [f"{1e3 * s.latency:.3f} ms" for s in stages], _kept(self.kept["latency"])),
-            _row(f"throughput, batch {BATCH}", [f"{s.throughput:,.0f} /s" for s in stages], f"{self.faster:.2f}x"),
+            _row("latency, batch 1", [_latency(s) for s in stages], _kept(self.kept["latency"])),
+            _row(
+                f"throughput, batch {BATCH}",
+                ["?" if s.throughput is None else f"{s.throughput:,.0f} /s" for s in stages],
+                "?" if self.faster is None else f"{self.faster:.2f}x",
+            ),
         ]
         for name in self.dense.metrics:
             values = [s.metrics[name] for s in stages]
@@ -293,6 +298,14 @@ def _log(logger: Any, numbers: Mapping[str, float], step: int) -> None:
     except Exception as error:
         msg = f"{type(logger).__name__} did not take the figures of the report: {type(error).__name__}: {error}"
         warnings.warn(msg, CompressionWarning, stacklevel=3)
+
+
+def _over(part: float | None, whole: float | None) -> float | None:
+    return None if part is None or whole is None else part / whole
+
+
+def _latency(figures: Figures) -> str:
+    return "?" if figures.latency is None else f"{1e3 * figures.latency:.3f} ms"
 
 
 def _round_dict(each: Round) -> dict[str, Any]:

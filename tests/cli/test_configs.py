@@ -44,6 +44,7 @@ def test_no_option_is_left_out_of_these_tests_and_each_begins_with_a_comment():
         "hydra": ["default"],
         "logger": ["csv", "none", "tensorboard"],
         "model": ["mlp", "resnet20", "small_cnn", "vgg"],
+        "task": ["classification"],
         "trainer": ["cpu", "debug", "default"],
     }
 
@@ -67,6 +68,7 @@ def test_default_job_is_a_small_cnn_on_digits_five_times_smaller():
     expected = {
         "model": "small_cnn",
         "data": "digits",
+        "task": "classification",
         "compression": "params_20",
         "trainer": "default",
         "callbacks": "none",
@@ -75,7 +77,8 @@ def test_default_job_is_a_small_cnn_on_digits_five_times_smaller():
     }
     assert {key: choices[key] for key in expected} == expected
     assert set(cfg) - {"hydra"} == {
-        *("model", "data", "task", "dense", "compression", "finetune", "trainer", "callbacks", "logger", "seed", "plot")
+        *("model", "data", "task", "dense", "compression", "finetune", "trainer", "callbacks", "logger", "seed", "plot"),
+        "optimized_metric",
     }
     assert cfg.hydra.job.chdir is False
     assert "outputs/" in cfg.hydra.run.dir

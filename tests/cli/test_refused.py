@@ -45,7 +45,7 @@ from tests.support.cli import QUICK, TINY_CNN, TINY_MLP, compose, files_in, outs
         ("compression.schedule.warmup_steps", -5, ConfigurationError, ["warmup_steps=-5", "at least 0"]),
         ("compression.distill.weight", 2, ConfigurationError, ["Distill(weight=2)", "(0, 1]"]),
         ("data.module.limit", 0, ConfigurationError, ["DigitsDataModule(limit=0)", "at least 1"]),
-        ("data.module.foo", 0, ConfigurationError, ["data.module cannot be made", "foo"]),
+        ("data.module.foo", 0, ConfigurationError, ["unknown key 'foo' in data.module", "batch_size"]),
         ("model.net.foo", 0, ConfigurationError, ["model.net cannot be made", "foo"]),
         ("model.net._target_", "no.such.Net", ConfigurationError, ["model.net cannot be made", "no.such.Net"]),
         ("model._target_", "my.Net", ConfigurationError, ["unknown key '_target_' in model", "Known: weights, net"]),

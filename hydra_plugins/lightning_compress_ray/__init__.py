@@ -1,0 +1,1 @@
+"""A launcher of jobs as Ray tasks."""

@@ -1,0 +1,1 @@
+"""Hydra groups of the application alone: engines of its sweeps."""
