@@ -194,9 +194,10 @@ class Report:
         table = Table(title=self.headline, title_justify="left", padding=(0, 0 if several else 1))
         widths = [max(map(len, cells)) for cells in zip(*self.rows(), strict=True)]
         for index, (name, width) in enumerate(zip(self.header, widths, strict=True)):
-            side = "right" if index else "left"
             ends = several and index in {0, len(self.header) - 1}  # these have spaces to fold at
-            table.add_column(name, justify=side, min_width=None if ends else width, no_wrap=not several)
+            table.add_column(
+                name, justify="right" if index else "left", min_width=None if ends else width, no_wrap=not several
+            )
         for row in self.rows():
             table.add_row(*row)
         return table
