@@ -34,7 +34,9 @@ th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid #eee; vertical-align: 
 .figures tr > :first-child { text-align: left; }
 .wide tr > :first-child { position: sticky; left: 0; background: #fff; }
 td { white-space: nowrap; }
-.wide div td:last-child { white-space: normal; min-width: 14rem; }
+.wide div table { font-size: 0.8rem; }
+.wide div th, .wide div td { padding: 0.25rem 0.4rem; }
+.wide div td:last-child { white-space: normal; min-width: 12rem; }
 pre { overflow: auto; font-size: 0.8rem; line-height: 1.4; max-height: 40rem; }
 @media (max-width: 480px) {
   main { padding: 0.6rem; }
