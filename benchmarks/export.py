@@ -3,8 +3,8 @@
 python -m benchmarks.export [--networks vgg resnet20] [--formats onnx plain] [--calibration 256]
 
 The reference networks keep a fifth of their parameters (`compress_`, default settings, no fine-tuning). Each is
-exported in single precision and in 8-bit integers, static where the format takes calibration inputs (training images, not
-augmented) and without them, and every file is tested on the 10,000 test images in its own runtime. `smaller` is the
+exported in single precision and in 8-bit integers, static where the format takes calibration inputs (training images,
+not augmented) and without them, and every file is tested on the 10,000 test images in its own runtime. `smaller` is the
 size of the dense network's file of the same format over that of the file, `loss of int8` the accuracy that the integers
 cost, and `difference` how far its outputs are from those of torch on some inputs, relative to the largest output. ONNX
 files run in ONNX Runtime, those of format `plain` in torch.

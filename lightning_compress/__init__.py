@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lightning_compress.core.plan import LayerPlan, Plan
     from lightning_compress.core.settings import Budget, Override
     from lightning_compress.core.target import Target
+    from lightning_compress.export.api import Exported, export_model
+    from lightning_compress.export.running import load_exported
     from lightning_compress.layers.adapter import LayerAdapter
     from lightning_compress.layers.adapters import register_layer_adapter
     from lightning_compress.layers.factorised import FactorisedLayer
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from lightning_compress.surgery.swap import apply_plan_
     from lightning_compress.training.callback import Compress
     from lightning_compress.training.checkpoint import CompressedCheckpointMixin, load_compressed_checkpoint
+    from lightning_compress.training.metrics import CompressionRatio, RelativeError, TeacherAgreement
 
 __version__ = "0.1.0"
 
@@ -39,7 +42,9 @@ _HOMES = {
     "Budget": "core.settings",
     "Compress": "training.callback",
     "CompressedCheckpointMixin": "training.checkpoint",
+    "CompressionRatio": "training.metrics",
     "Distill": "core.fine_tuning",
+    "Exported": "export.api",
     "FactorisedLayer": "layers.factorised",
     "LatencyTable": "analysis.latency.table",
     "LayerAdapter": "layers.adapter",
@@ -49,13 +54,17 @@ _HOMES = {
     "Phase": "core.fine_tuning",
     "Plan": "core.plan",
     "Plateau": "core.fine_tuning",
+    "RelativeError": "training.metrics",
     "Schedule": "core.fine_tuning",
     "Target": "core.target",
+    "TeacherAgreement": "training.metrics",
     "apply_plan_": "surgery.swap",
     "compress_": "compress",
     "compress_checkpoint": "on_disk.api",
+    "export_model": "export.api",
     "load_compressed": "surgery.save",
     "load_compressed_checkpoint": "training.checkpoint",
+    "load_exported": "export.running",
     "load_pretrained": "surgery.pretrained",
     "merge_": "surgery.merge",
     "register_layer_adapter": "layers.adapters",
@@ -67,7 +76,9 @@ __all__ = [
     "Budget",
     "Compress",
     "CompressedCheckpointMixin",
+    "CompressionRatio",
     "Distill",
+    "Exported",
     "FactorisedLayer",
     "LatencyTable",
     "LayerAdapter",
@@ -77,13 +88,17 @@ __all__ = [
     "Phase",
     "Plan",
     "Plateau",
+    "RelativeError",
     "Schedule",
     "Target",
+    "TeacherAgreement",
     "apply_plan_",
     "compress_",
     "compress_checkpoint",
+    "export_model",
     "load_compressed",
     "load_compressed_checkpoint",
+    "load_exported",
     "load_pretrained",
     "merge_",
     "register_layer_adapter",

@@ -256,9 +256,10 @@ def test_importing_the_package_is_cheap(code, absent):
 
 
 PUBLIC = """
-Budget Compress CompressedCheckpointMixin Distill FactorisedLayer LatencyTable LayerAdapter LayerPlan
-LightningCompressError Override Phase Plan Plateau Schedule Target apply_plan_ compress_ compress_checkpoint
-load_compressed load_compressed_checkpoint load_pretrained merge_ register_layer_adapter save_compressed search_ranks
+Budget Compress CompressedCheckpointMixin CompressionRatio Distill Exported FactorisedLayer LatencyTable LayerAdapter
+LayerPlan LightningCompressError Override Phase Plan Plateau RelativeError Schedule Target TeacherAgreement apply_plan_
+compress_ compress_checkpoint export_model load_compressed load_compressed_checkpoint load_exported load_pretrained
+merge_ register_layer_adapter save_compressed search_ranks
 """
 
 

@@ -17,7 +17,7 @@ def write(subject: Subject) -> str:
     with quiet(), torch.no_grad(), refusing(f"torch.jit.trace of {type(subject.model).__name__}", subject.dynamic):
         trace: Any = torch.jit.trace
         traced = trace(model, subject.inputs, strict=False, check_trace=False)
-        torch.jit.save(traced, str(subject.path))  # type: ignore[no-untyped-call]
+        torch.jit.save(traced, str(subject.path))
     return WEIGHTS_ALONE if subject.int8 else ""
 
 

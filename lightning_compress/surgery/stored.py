@@ -82,7 +82,7 @@ def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             msg = (
                 f"the state dict holds {name!r}, a quantised or otherwise wrapped {type(value).__name__}: safetensors "
                 "holds plain tensors only. Save the model before it is quantised, and quantise it again after "
-                "load_compressed."
+                "load_compressed; or write the 8-bit model by export_model(model, path, format=..., int8=True)."
             )
             raise WeightsError(msg)
         if value.is_meta or value.layout != torch.strided:

@@ -313,6 +313,7 @@ class Compress(RestoringCallback):
             self._fine_tune(fit, done.replacements, teacher)
             fit.log_plan(done, 1)
             undo.pop_all()
+        fit.summarise_again(self)
 
     def _compress(self, fit: RunningFit, budget: Budget) -> Compression:
         """Compresses the dense module of a fit in place: at its start, and in every later round the merged one."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BaseFinetuning, Callback, ModelSummary
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.optim import Optimizer
@@ -206,6 +206,19 @@ class RunningFit:
         for logger in self._trainer.loggers:
             logger.log_metrics(sizes, step=self.step)
             logger.log_hyperparams(settings)
+
+    def summarise_again(self, owner: Callback) -> None:
+        """Lets model summaries that came before the compression, and printed the dense module, print what is there now.
+
+        Args:
+            owner: The callback that compresses; summaries behind it come after the swap anyway.
+        """
+        callbacks = callbacks_of(self._trainer)
+        before = [c for c in callbacks[: callbacks.index(owner)] if isinstance(c, ModelSummary)]
+        if before:
+            rank_zero_info("Compress: the model summary above is that of the dense module, this one of the compressed:")
+        for summary in before:
+            summary.on_fit_start(self._trainer, self.module)
 
     @contextlib.contextmanager
     def _progress(self) -> Iterator[Progress]:
