@@ -23,12 +23,17 @@ def say(message: str, *, error: bool = False) -> None:
         error: Whether it goes to the standard error stream and is logged as an error.
     """
     Console(stderr=error).print(message, soft_wrap=True, highlight=False, emoji=False)
-    logging.getLogger(NAME).log(logging.ERROR if error else logging.INFO, Text.from_markup(message, emoji=False).plain)
+    log(Text.from_markup(message, emoji=False).plain, error=error)
 
 
-def log(text: str) -> None:
-    """Logs what the terminal has been shown already."""
-    logging.getLogger(NAME).info(text)
+def log(text: str, *, error: bool = False) -> None:
+    """Logs what the terminal is shown elsewhere.
+
+    Args:
+        text: One or more lines.
+        error: Whether it is logged as an error.
+    """
+    logging.getLogger(NAME).log(logging.ERROR if error else logging.INFO, "%s", text)
 
 
 def keep_log() -> None:

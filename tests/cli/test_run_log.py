@@ -53,11 +53,11 @@ def logged(tmp_path, monkeypatch, warned, streams):
 
 def test_stages_are_printed_and_logged_once_without_markup(logged, streams, capsys):
     say("[bold]1/4[/] training\n12 steps")
-    log("| a | table |")
+    log("| a | table of 20 %s |")
     shown = capsys.readouterr()
     assert shown.out == "1/4 training\n12 steps\n"
     assert shown.err == streams["terminal"].getvalue() == ""
-    assert logged() == "1/4 training\n12 steps\n| a | table |\n"
+    assert logged() == "1/4 training\n12 steps\n| a | table of 20 %s |\n"
 
 
 def test_errors_go_to_the_error_stream(logged, capsys):
