@@ -31,6 +31,7 @@ from lightning_compress.cli.engines import is_alone
 from lightning_compress.cli.identity import key_of_job
 from lightning_compress.cli.parts import find_own_modules
 from lightning_compress.cli.records import FAILED, FINISHED, KILLED, RUNNING, JobRecord
+from lightning_compress.cli.run_log import log
 from lightning_compress.core.errors import LightningCompressError
 
 EARLIER = ".earlier"
@@ -141,6 +142,7 @@ class _Child:
         except KeyboardInterrupt:
             os._exit(130)  # the process that waits for this one says so
         except LightningCompressError as error:
+            log(f"{type(error).__name__}: {error}", error=True)
             replace(record, status=FAILED, reason=f"{type(error).__name__}: {error}").save(folder)
         except Exception as error:
             (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
