@@ -24,6 +24,7 @@ from lightning_compress.core.parallel import current_processes
 from lightning_compress.core.plan import Plan
 from lightning_compress.core.progress import Progress, bar, reporting
 from lightning_compress.core.settings import Budget, SearchKeywords, SearchSettings
+from lightning_compress.core.workers import working_on
 from lightning_compress.search.api import search_with_statistics
 from lightning_compress.surgery.repair import Healing, heal_
 from lightning_compress.surgery.state import restore_, shared_state
@@ -121,7 +122,7 @@ def compress_model_(
     require_flag("heal", heal)
     settings, report = settings or SearchSettings(), reporting(progress)
     agreed = unfusing_as_the_model_allows(model, example_input)
-    with forecasting(settings.time_limit) as forecast, trying(settings.effort), agreed:
+    with forecasting(settings.time_limit) as forecast, trying(settings.effort), agreed, working_on(settings.parallel):
         forecast.heals = heal
         plan, metric = search_with_statistics(
             model,

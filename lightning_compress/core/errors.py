@@ -111,6 +111,10 @@ class ResourceError(LightningCompressError):
     """A file or a folder is missing, unreadable or unwritable."""
 
 
+class WorkersLostError(ResourceError):
+    """Worker after worker that a layer was sent to was lost."""
+
+
 class DataNotFoundError(ResourceError):
     """A data set is in none of the places that were searched."""
 

@@ -8,13 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import Any, TypeVar, cast
 
 import torch
 from threadpoolctl import ThreadpoolController
 
-from lightning_compress.core.effort import current_effort, trying
+from lightning_compress.core.workers import current_workers
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -113,22 +113,27 @@ def shared_map(
 
 
 def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """Returns the function's results of all items, in order, worked out on as many threads as torch has.
+    """Returns the function's results of all items, in order, worked out on as many threads as torch has, or workers.
 
     Each item has one thread for itself: small linear algebra gains nothing from more. Gradients are off.
     """
-    count = min(torch.get_num_threads(), len(items))
+    workers = current_workers()
+    count = min(torch.get_num_threads() if workers is None else workers.size, len(items))
     if count < 2:  # noqa: PLR2004
         return _one_by_one(function, items)
-
-    effort = current_effort()
-
-    def alone(item: Item) -> Result:
-        with trying(effort), torch.no_grad():  # a thread has an effort and a mode of its own
-            return function(item)
-
     with one_thread(), ThreadPoolExecutor(count) as pool:
-        return list(pool.map(alone, items))
+        return list(pool.map(as_here(function), items))
+
+
+def as_here(function: Callable[[Item], Result]) -> Callable[[Item], Result]:
+    """Returns a function for other threads: with the effort and the workers of this one, and without gradients."""
+    here = copy_context()
+
+    def there(item: Item) -> Result:
+        with torch.no_grad():  # which is of each thread
+            return here.copy().run(function, item)
+
+    return there
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from lightning_compress.core.checks import (
 from lightning_compress.core.effort import Effort, EffortName, effort_of
 from lightning_compress.core.errors import BudgetError, ConfigurationError
 from lightning_compress.core.target import TargetLike, target_of
+from lightning_compress.core.workers import Parallel, require_parallel
 
 RESOURCES = ("params", "macs", "bytes", "latency")
 """What a budget can bound, in the order every cost vector uses."""
@@ -316,6 +317,8 @@ class SearchSettings:
         time_limit: Seconds that the whole compression should take at most: inputs become fewer, fits and healing
             shorter, and the plan says so (`Plan.cut`). It then depends on how fast the machine is. None for what
             the effort takes. Inside a compression that has a limit already that one holds.
+        parallel: Who works out the tables and fits of single layers: the "threads" of this process, or the workers of
+            "ray" (an extra), on as many machines as its cluster has.
 
     Raises:
         ConfigurationError: If the objective is unknown, or a number is out of range. Names of strategies, kinds and
@@ -333,11 +336,13 @@ class SearchSettings:
     effort: EffortName | Effort | None = None
     target: TargetLike = "torch"
     time_limit: float | None = None
+    parallel: Parallel = "threads"
 
     def __post_init__(self) -> None:
         require_patterns("include", self.include)
         require_patterns("exclude", self.exclude)
         overrides_of(self.overrides)
+        require_parallel(self.parallel)
         target_of(self.target)
         if self.effort is not None:
             effort_of(self.effort)
@@ -388,3 +393,4 @@ class SearchKeywords(TypedDict, total=False):
     effort: EffortName | Effort | None
     target: TargetLike
     time_limit: float | None
+    parallel: Parallel

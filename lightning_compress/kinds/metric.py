@@ -11,6 +11,7 @@ All of it is float64.
 from __future__ import annotations
 
 import functools
+from typing import Any
 from dataclasses import dataclass, field
 
 import torch
@@ -50,6 +51,10 @@ class Metric:
     folds: Folds | None = None
     channels: Tensor | None = None
     fits: dict[tuple[object, ...], dict[str, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what was fitted: workers, which copies are sent to, need not see it."""
+        return {**vars(self), "fits": {}}
 
     @functools.cached_property
     def digest(self) -> str:

@@ -16,6 +16,7 @@ from lightning_compress.core.checks import did_you_mean
 from lightning_compress.core.effort import current_effort
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.plan import DENSE
+from lightning_compress.core.workers import outsourced
 from lightning_compress.kinds.base import Decomposition, LayerCall, Operator, RankProfile
 from lightning_compress.kinds.cp import Cp, Cp3
 from lightning_compress.kinds.interpolative import Interpolative
@@ -216,17 +217,17 @@ def fit_factors(
         def again(weighed: Tensor, ranks: tuple[int, ...], inputs: Tensor | None) -> dict[str, Tensor]:
             return decomposition.refit(weighed, start, ranks, inputs)
 
-        return _fitted(weight, ranks, metric, again)
+        return _fitted(weight, ranks, metric, again)  # here: what it starts from is here
     fit = decomposition.draft if draft else decomposition.factorise
     if metric is None or not decomposition.fits_roughly:
-        factors = _fitted(weight, ranks, metric, fit)
+        factors = outsourced(_fitted, weight, ranks, metric, fit)
         return factors if draft else decomposition.finished(factors)  # gates need components in their order
     key = (decomposition.kind, ranks, draft, current_effort().fits, _digest(weight))
     if key not in metric.fits:
         name = store.key_of("fit", *key, metric.digest) if type(decomposition).__module__.startswith(_OWN) else None
         stored = store.find(name) if name is not None else None
         if stored is None:
-            factors = _fitted(weight, ranks, metric, fit)
+            factors = outsourced(_fitted, weight, ranks, metric, fit)
             stored = factors if draft else decomposition.finished(factors)
             if name is not None:
                 store.keep(name, {f"{index}.{own}": factor for index, (own, factor) in enumerate(stored.items())})

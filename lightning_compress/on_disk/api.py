@@ -20,6 +20,7 @@ from lightning_compress.core.errors import BudgetError, ConfigurationError
 from lightning_compress.core.plan import Plan
 from lightning_compress.core.progress import Progress, reporting
 from lightning_compress.core.settings import Budget, SearchKeywords, SearchSettings
+from lightning_compress.core.workers import working_on
 from lightning_compress.kinds.registry import is_automatic
 from lightning_compress.layers.unfused import unfused
 from lightning_compress.on_disk.layerwise import Layerwise
@@ -99,7 +100,7 @@ def compress_checkpoint(
     source = open_source(where_from, meta)
     require_usable(where_from, where_to)
     work = WorkFolder(where_to / NAME)
-    with trying(own.effort):
+    with trying(own.effort), working_on(own.parallel):
         with unfused(meta):
             inspection = inspect_model(meta, own.selection, None)
             units = tuple(_affordable(unit, own) for unit in units_of(inspection.layers))
@@ -169,6 +170,12 @@ def _settings(keywords: Mapping[str, Any]) -> SearchSettings:
             msg = f"{name}={keywords[name]!r}: a checkpoint is compressed by its weights alone, with {name}={known}."
             raise ConfigurationError(msg)
     found = SearchSettings.of(keywords, owner="compress_checkpoint", beside=_BESIDE)
+    if found.time_limit is not None:
+        msg = (
+            f"time_limit={found.time_limit:g}: what a checkpoint takes is not cut; it may be killed at any time and goes "
+            "on from there. Leave the limit out."
+        )
+        raise ConfigurationError(msg)
     return replace(found, method="exact", objective="weight", target=None)
 
 

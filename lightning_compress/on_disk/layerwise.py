@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from lightning_compress.analysis.inventory import Layer
-from lightning_compress.core.effort import current_effort, trying
-from lightning_compress.core.parallel import one_thread
+from lightning_compress.core.effort import current_effort
+from lightning_compress.core.parallel import as_here, one_thread
 from lightning_compress.core.plan import LayerPlan
 from lightning_compress.core.progress import Progress
+from lightning_compress.core.workers import current_workers, outsourced
 from lightning_compress.on_disk.files import Stored
 from lightning_compress.on_disk.matrices import build_from, decompose, is_large_matrix, tabulate_matrix
 from lightning_compress.on_disk.source import Source
@@ -96,11 +97,11 @@ class Layerwise:
             return known
         layer = self.source.filled(unit.layer)
         if is_large_matrix(layer):
-            basis = decompose(layer)
+            basis = outsourced(decompose, layer)
             self.work.keep_vectors(key, basis.vectors)
             found = tabulate_matrix(layer, basis.energies, compared=self.compared, rank_multiple=self.rank_multiple)
         else:
-            found = tabulate(layer, compared=self.compared, rank_multiple=self.rank_multiple)
+            found = outsourced(partial(tabulate, compared=self.compared, rank_multiple=self.rank_multiple), layer)
         self.work.keep_table(key, found)
         return found
 
@@ -118,10 +119,10 @@ class Layerwise:
         """Returns the tensors of the factorised layer by their names in it, without its bias."""
         if is_large_matrix(layer):
             vectors = self.work.vectors(key, planned.ranks[0])
-            vectors = vectors if vectors is not None else decompose(layer).vectors[: planned.ranks[0]]
+            vectors = vectors if vectors is not None else outsourced(decompose, layer).vectors[: planned.ranks[0]]
             new = build_from(layer, planned, vectors)
         else:
-            new = build_layer(layer, planned, None, decompose=True)
+            new = build_layer(layer, planned, None, decompose=True)  # which has its factors fitted by workers
         return {name: value for name, value in new.state_dict().items() if not value.is_meta}
 
 
@@ -143,12 +144,12 @@ def each(
         sizes: Of the items.
         report: Called with the fraction done.
     """
-    count = max(1, min(torch.get_num_threads(), LAYERS_AT_ONCE, len(items)))
-    effort, finished = current_effort(), itertools.count(1)
+    workers = current_workers()
+    count = max(1, min(torch.get_num_threads() if workers is None else workers.size, LAYERS_AT_ONCE, len(items)))
+    finished = itertools.count(1)
 
     def one(index: int) -> Result:
-        with trying(effort), torch.no_grad():  # a thread has an effort and a mode of its own
-            result = function(items[index])
+        result = function(items[index])
         report(next(finished) / len(items))
         return result
 
@@ -156,8 +157,8 @@ def each(
     order = sorted(range(len(items)), key=lambda index: -sizes[index])
     with one_thread():
         if count == 1:
-            found = [one(index) for index in order]
+            found = [as_here(one)(index) for index in order]
         else:
             with ThreadPoolExecutor(count) as pool:
-                found = list(pool.map(one, order))
+                found = list(pool.map(as_here(one), order))
     return [result for _, result in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]

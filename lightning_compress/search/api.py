@@ -24,6 +24,7 @@ from lightning_compress.core.parallel import current_processes, from_first
 from lightning_compress.core.plan import Plan
 from lightning_compress.core.progress import Bar, Progress, reporting
 from lightning_compress.core.settings import Budget, SearchKeywords, SearchSettings
+from lightning_compress.core.workers import working_on
 from lightning_compress.kinds.registry import is_automatic
 from lightning_compress.layers.unfused import unfused
 from lightning_compress.search.candidates import Candidates
@@ -110,7 +111,7 @@ def search_with_statistics(
     with forecasting(settings.time_limit) as forecast:
         if isinstance(report, Bar):
             report.forecast = forecast
-        with allowed, unfused(model), freed_memory_kept(), trying(settings.effort):
+        with allowed, unfused(model), freed_memory_kept(), trying(settings.effort), working_on(settings.parallel):
             return _search_unfused(
                 model, budget, settings, example_input, calibration, statistics, report, spare_frozen=spare_frozen
             )

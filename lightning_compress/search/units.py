@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from lightning_compress.analysis.inventory import Layer
 from lightning_compress.analysis.statistics import Statistics
 from lightning_compress.analysis.trace import Trace
 from lightning_compress.core.plan import BETTER_ELSEWHERE, DENSE, LayerPlan
+from lightning_compress.core.workers import outsourced
 from lightning_compress.kinds.base import threads_for
 from lightning_compress.kinds.joint_svd import joint_factors
 from lightning_compress.kinds.metric import Metric
@@ -140,9 +142,8 @@ class SingleLayer(Unit):
 
     @override
     def tabulate(self, compared: Sequence[str], rank_multiple: int, statistics: Statistics | None) -> Candidates:
-        return tabulate(
-            self.layer, compared=compared, rank_multiple=rank_multiple, metric=metric_of(self.layer, statistics)
-        )
+        metric = metric_of(self.layer, statistics)
+        return outsourced(partial(tabulate, compared=compared, rank_multiple=rank_multiple, metric=metric), self.layer)
 
     @override
     def fit(

@@ -23,6 +23,7 @@ from lightning_compress.core.parallel import from_first
 from lightning_compress.core.plan import Plan
 from lightning_compress.core.progress import Progress
 from lightning_compress.core.settings import Budget, Objective, Patterns, SearchKeywords, SearchSettings
+from lightning_compress.core.workers import Parallel
 from lightning_compress.kinds.registry import resolve_kinds
 from lightning_compress.search.api import search_with_statistics
 from lightning_compress.search.strategies import strategy_of
@@ -72,8 +73,7 @@ class Compress(RestoringCallback):
 
     Args:
         budget: Upper bounds, a `Budget` or a mapping such as `{"params": 0.2}`.
-        method, objective, kinds, include, exclude, overrides, rank_multiple, seed, effort, target, time_limit:
-            `SearchSettings`.
+        method, …, parallel: The fields of `SearchSettings`.
         heal: Whether to repair the factors on synthetic inputs before fine-tuning, see `compress_`.
         calibration: Batches of real inputs, instead of synthetic ones; the plan then says it is not data-free.
         schedule: Warm-up, freezing, or phases and rounds, a `Schedule` or a mapping; None for none of these.
@@ -110,6 +110,7 @@ class Compress(RestoringCallback):
         effort: EffortName | Effort | None = None,
         target: Any = "torch",
         time_limit: float | None = None,
+        parallel: Parallel = "threads",
         heal: bool = True,
         calibration: Iterable[Any] | None = None,
         schedule: Schedule | Mapping[str, Any] | None = None,
@@ -118,11 +119,9 @@ class Compress(RestoringCallback):
         require_used: bool = True,
     ) -> None:
         self.budget, seed = Budget.from_value(plain(budget)), cast(int, seed)
-        include, exclude, overrides, target = plain(include), plain(exclude), plain(overrides), plain(target)
-        self.settings = SearchSettings(
-            *(method, objective, plain(kinds), include, exclude, overrides, rank_multiple, seed, effort, target),
-            time_limit=time_limit,
-        )
+        layers = plain(kinds), plain(include), plain(exclude), plain(overrides)
+        own = effort, plain(target), time_limit, parallel
+        self.settings = SearchSettings(method, objective, *layers, rank_multiple, seed, *own)
         strategy_of(self.settings)
         resolve_kinds(self.settings.kinds)
         self.heal, self.calibration, self.require_used = heal, calibration, require_used
