@@ -11,8 +11,8 @@ All of it is float64.
 from __future__ import annotations
 
 import functools
-from typing import Any
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor

@@ -172,8 +172,8 @@ def _settings(keywords: Mapping[str, Any]) -> SearchSettings:
     found = SearchSettings.of(keywords, owner="compress_checkpoint", beside=_BESIDE)
     if found.time_limit is not None:
         msg = (
-            f"time_limit={found.time_limit:g}: what a checkpoint takes is not cut; it may be killed at any time and goes "
-            "on from there. Leave the limit out."
+            f"time_limit={found.time_limit:g}: what a checkpoint takes is not cut; it may be killed at any time and "
+            "goes on from there. Leave the limit out."
         )
         raise ConfigurationError(msg)
     return replace(found, method="exact", objective="weight", target=None)
