@@ -62,6 +62,7 @@ def with_int8_weights(model: nn.Module) -> nn.Module:
     """Returns a copy whose layers hold 8-bit weights with a scale per channel and compute with what these stand for."""
     twin = detached_copy(model)
     done: dict[int, tuple[Tensor, Tensor]] = {}
+    kept: list[Tensor] = []
     inner = {id(m) for unfused in twin.modules() if isinstance(unfused, UnfusedModule) for m in unfused.modules()}
     for layer in twin.modules():
         weight = layer._parameters.get("weight")
@@ -70,13 +71,12 @@ def with_int8_weights(model: nn.Module) -> nn.Module:
         weight = cast(nn.Parameter, weight)
         if id(weight) not in done:
             done[id(weight)] = rounded(weight.detach(), channels_of(layer))
-            layer.__dict__["_kept"] = weight  # so that no other tensor gets its identity
+            kept.append(weight)  # so that no other tensor gets its identity
         del layer._parameters["weight"]
         for name, value in zip(("int8_weight", "weight_scale"), done[id(weight)], strict=True):
             layer.register_buffer(name, value)
+        layer.__dict__["weight"] = None  # says that it has one, see `is_wrapper`; the property answers
         layer.__class__ = type(type(layer).__name__, (_Int8Weight, type(layer)), {})
-    for layer in twin.modules():
-        layer.__dict__.pop("_kept", None)
     return twin
 
 

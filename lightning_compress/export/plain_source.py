@@ -90,9 +90,6 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self) -> None:
-        super().__init__(param_shapes_constant=True)
-
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
         """Returns whether a module is called, and not looked into."""
         own = all(type(module).__module__.startswith("torch.nn.") for module in m.modules())

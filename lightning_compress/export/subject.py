@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import logging
 import warnings
@@ -54,7 +53,8 @@ class Subject:
         if not self.dynamic:
             return None
         size = {0: torch.export.Dim.DYNAMIC}
-        return tuple(tree_map(lambda leaf: size if isinstance(leaf, Tensor) else None, self.inputs))
+        shapes = tuple(tree_map(lambda leaf: size if isinstance(leaf, Tensor) else None, self.inputs))
+        return (shapes,) if self.names else shapes  # one for all of *args
 
     def exported(self, model: nn.Module | None = None) -> torch.export.ExportedProgram:
         """Returns the model, or another one of the same inputs, through torch.export.
@@ -156,7 +156,7 @@ def optional(module: str, extra: str, what: str) -> Any:
     """
     try:
         with quiet():
-            return importlib.import_module(module)
+            return __import__(module, fromlist=["_"])
     except ImportError as error:
         msg = f"{what} needs {module.partition('.')[0]!r}: pip install 'lightning_compress[{extra}]' ({error})."
         raise UnsupportedError(msg) from error
