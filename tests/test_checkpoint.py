@@ -615,6 +615,8 @@ REFUSED = {
     "setting": ({"kind": "svd"}, None, ConfigurationError, "unknown argument 'kind'. Did you mean 'kinds'"),
     "kinds": ({"kinds": "svds"}, None, ConfigurationError, "unknown kind 'svds'"),
     "include": ({"include": "absent"}, None, SelectionError, "matches no layer"),
+    "time_limit": ({"time_limit": 60}, None, ConfigurationError, "time_limit=60: what a checkpoint takes is not cut"),
+    "parallel": ({"parallel": "rays"}, None, ConfigurationError, "parallel='rays' is unknown"),
     "shard_bytes": ({"shard_bytes": 0}, None, ConfigurationError, "shard_bytes=0"),
     "progress": ({"progress": 3}, None, ConfigurationError, "progress=3: expected a function"),
     "path": ({"folder_in": 3}, None, ConfigurationError, "folder_in=3: expected a path"),
