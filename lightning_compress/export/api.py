@@ -161,7 +161,7 @@ def _difference(subject: Subject) -> float:
     run = load_exported(subject.path)
     batches: list[Inputs] = [subject.inputs]
     if subject.dynamic:
-        batches.append(with_batch(subject.inputs, 3))
+        batches.append(with_batch(subject.inputs, len(tensors_in(subject.inputs)[0]) + 2))
     worst = 0.0
     for inputs in batches:
         with torch.no_grad():

@@ -22,7 +22,7 @@ from lightning_compress.core.errors import ExampleInputError, UnsupportedError
 Inputs = tuple[Any, ...]
 """Positional arguments of one forward pass."""
 BATCH = 2
-"""Samples a model is traced with: of one alone, exporters take the size for a constant."""
+"""Samples a model is traced with at least: exporters take the size of a batch of one for a constant."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def subject_of(
     if names:
         twin = ByPosition(twin, names)
     dynamic = dynamic and len(sample_counts(inputs)) == 1
-    if dynamic and sample_counts(inputs) == {1}:
+    if dynamic and max(sample_counts(inputs)) < BATCH:
         inputs = with_batch(inputs, BATCH)
     batches = [as_inputs(batch, names, len(inputs)) for batch in calibration] if calibration is not None else []
     with inference(twin):

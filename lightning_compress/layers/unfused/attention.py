@@ -156,7 +156,7 @@ class UnfusedAttention(UnfusedModule):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Returns q, k, v of each head, (N, heads, L or S, head_dim), and the merged mask to be added, (…, L, S)."""
         q, k, v = projected
-        size, targets, sources = len(q), q.shape[1], k.shape[1]
+        size, targets, sources = q.shape[0], q.shape[1], k.shape[1]  # len() would be a constant of an export
         if allowed is not None:
             heads = () if allowed.ndim == 2 else (size, self.num_heads)  # noqa: PLR2004
             expected = (*([size * self.num_heads] if heads else []), targets, sources)
