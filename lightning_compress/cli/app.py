@@ -7,6 +7,7 @@ tests it again, and writes a report, a plan, a plot and the compressed model.
 from __future__ import annotations
 
 import copy
+import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ from typing_extensions import override
 from lightning_compress.analysis.costs import measure_costs
 from lightning_compress.analysis.latency.compare import measure_latency
 from lightning_compress.analysis.trace import ExampleInput
-from lightning_compress.cli.config import CONFIG_FOLDER, check_config, make, or_exit, require_writable
+from lightning_compress.cli.config import CONFIG_FOLDER, INTERRUPTED, check_config, make, or_exit, require_writable
 from lightning_compress.cli.dense_cache import DenseStore
 from lightning_compress.cli.engines import require_named_engines
 from lightning_compress.cli.history import History
@@ -364,5 +365,9 @@ def main() -> None:
     """The command: one job, or a sweep with -m, which is summed up however it ends."""
     find_own_modules()
     or_exit(require_named_engines)
-    with sweep_summed_up():
-        _application()
+    try:
+        with sweep_summed_up():
+            _application()
+    except KeyboardInterrupt:
+        say("[bold]interrupted[/]")
+        sys.exit(INTERRUPTED)

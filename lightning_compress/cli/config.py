@@ -14,6 +14,7 @@ from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback as HydraCallback
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 from rich.markup import escape
 from typing_extensions import override
 
@@ -32,6 +33,9 @@ CONFIG_FOLDER = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.
 
 warnings.filterwarnings("ignore", message=r"(?s).*is validated against ConfigStore schema with the same name")
 # the files of cli/conf set the defaults of engines, whose plugins describe the same groups; workers read them, too
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
 
 FAILED = 2
 """Exit status after an error of our own tree."""
@@ -97,8 +101,21 @@ def make(settings: Any, where: str, kind: type[_T], **more: Any) -> _T:
 
 
 def settings_of(node: DictConfig) -> dict[str, Any]:
-    """Returns a node as a plain dict, interpolations resolved."""
-    return cast("dict[str, Any]", OmegaConf.to_container(node, resolve=True))
+    """Returns a node as a plain dict, interpolations resolved.
+
+    Raises:
+        ConfigurationError: If one cannot be resolved. An error of our own tree in it passes as it is.
+    """
+    try:
+        return cast("dict[str, Any]", OmegaConf.to_container(node, resolve=True))
+    except InterpolationResolutionError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, LightningCompressError):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        msg = f"a value cannot be resolved: {' '.join(str(error).split())}."
+        raise ConfigurationError(msg) from error
 
 
 def check_config(cfg: DictConfig) -> None:

@@ -9,8 +9,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from lightning_compress.cli.config import settings_of
+from lightning_compress.cli.parts import find_own_modules
 from lightning_compress.core.store import key_of
 
 DENSE_PARTS = ("model", "data", "task", "dense", "trainer", "seed")
@@ -19,21 +21,19 @@ DENSE_PARTS = ("model", "data", "task", "dense", "trainer", "seed")
 
 def key_of_dense(cfg: DictConfig) -> str:
     """Returns the name under which a trained dense model is kept."""
-    return _key("dense", {name: _plain(cfg)[name] for name in DENSE_PARTS})
+    settings = settings_of(cfg)
+    return _key("dense", {name: settings[name] for name in DENSE_PARTS})
 
 
 def key_of_job(cfg: DictConfig, folder: str | Path) -> str:
     """Returns the name of a whole job; the folder it writes to makes no difference."""
-    text = json.dumps(_plain(cfg), default=str).replace(json.dumps(str(folder))[1:-1], ".")
+    text = json.dumps(settings_of(cfg), default=str).replace(json.dumps(str(folder))[1:-1], ".")
     return _key("job", json.loads(text))
-
-
-def _plain(cfg: DictConfig) -> dict[str, Any]:
-    return dict(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
 
 
 def _key(what: str, settings: dict[str, Any]) -> str:
     data = [_state_of(Path(text)) for text in sorted(set(_texts(settings))) if _is_path(text)]
+    find_own_modules()
     code = [_version_of(target) for target in sorted(set(_targets(settings)))]
     return key_of(what, json.dumps(settings, sort_keys=True, default=str), data, code)
 

@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 
+from lightning_compress.cli.config import settings_of
 from lightning_compress.cli.engines import is_alone
 from lightning_compress.cli.identity import key_of_job
 from lightning_compress.cli.parts import find_own_modules
@@ -55,13 +56,26 @@ def run_job(cfg: DictConfig, work: Work) -> float | tuple[float, ...] | None:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     name = f"job {folder.name}"
+    overrides = tuple(str(override) for override in hydra_config.overrides.task)
+    try:
+        config = settings_of(cfg)
+    except LightningCompressError as error:
+        JobRecord(FAILED, "", overrides, reason=f"{type(error).__name__}: {error}").save(folder)
+        return _result(folder, name)
     key = key_of_job(cfg, folder)
     sweep = Path(hydra_config.sweep.dir).resolve()
     with FileLock(folder / ".lock"):
         if _is_done(folder, key, sweep):
             _say(f"[bold]{escape(name)}[/] was finished before")
         else:
-            _start(cfg, folder, key, work, alone=is_alone(hydra_config))
+            alone = is_alone(hydra_config)
+            disturbed = not alone and config["compression"].get("target") is not None
+            _start(cfg, folder, JobRecord(RUNNING, key, overrides, config, disturbed=disturbed), work, alone=alone)
+    return _result(folder, name)
+
+
+def _result(folder: Path, name: str) -> float | tuple[float, ...] | None:
+    """Returns what a sweeper gets of a job that has ended; says why there is nothing."""
     record = JobRecord.load(folder)
     if record is None or record.status != FINISHED or record.values is None:
         _say(
@@ -75,15 +89,10 @@ def _reason(record: JobRecord | None) -> str:
     return (record.reason if record else None) or "it left no record"
 
 
-def _start(cfg: DictConfig, folder: Path, key: str, work: Work, *, alone: bool) -> None:
+def _start(cfg: DictConfig, folder: Path, record: JobRecord, work: Work, *, alone: bool) -> None:
     """Runs the job in a process of its own and records how it ended."""
     start = time.perf_counter()
     context = _context()
-    overrides = tuple(str(override) for override in HydraConfig.get().overrides.task)
-    config: Any = OmegaConf.to_container(cfg, resolve=True)
-    record = JobRecord(
-        RUNNING, key, overrides, config, disturbed=not alone and config["compression"]["target"] is not None
-    )
     record.save(folder)
     full = OmegaConf.to_container(HydraConfig.instance().cfg)  # plain, as classes of plugins cannot be pickled
     child = _Child(cfg, full, folder, record, work, alone)

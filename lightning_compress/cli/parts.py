@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig
 from torch import nn
 
+import lightning_compress.cli.data  # noqa: F401, its resolvers
 from lightning_compress.analysis.trace import ExampleInput, as_arguments, inference, run, trace
 from lightning_compress.cli.config import make, settings_of
 from lightning_compress.core.checks import did_you_mean

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rich.markup import escape
 from typing_extensions import override
 
 from lightning_compress.cli.config import or_exit
+from lightning_compress.cli.records import RUNNING
 from lightning_compress.cli.sweep import Sweep, read_sweep, show_sweep, write_sweep
 from lightning_compress.core.errors import LightningCompressError
 
@@ -62,8 +64,18 @@ def sweep_summed_up() -> Iterator[None]:
     finally:
         if _running:
             folder, metric = _running.pop()
+            _wait_for_ends(folder)
             with contextlib.suppress(LightningCompressError):
                 sum_up(folder, metric, measure=False)
+
+
+def _wait_for_ends(folder: Path) -> None:
+    """Gives jobs that were interrupted a moment to end."""
+    for _ in range(20):
+        with contextlib.suppress(LightningCompressError):
+            if not any(run.status == RUNNING for run in read_sweep(folder).runs):
+                return
+        time.sleep(0.25)
 
 
 def sum_up(folder: str | Path, metric: str | None = None, *, measure: bool = True) -> Sweep:

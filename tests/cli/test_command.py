@@ -53,6 +53,35 @@ def test_multirun_over_budgets_writes_a_folder_each(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
+def test_multirun_trains_the_dense_model_once_and_goes_on_past_jobs_that_fail_or_are_killed(tmp_path):
+    deadly = [
+        "import os, signal",
+        "from lightning_compress.cli.demo.task import ClassificationTask",
+        "class Deadly(ClassificationTask):",
+        "    def on_train_start(self):",
+        "        if self.trainer.max_epochs == 3:",
+        "            os.kill(os.getpid(), signal.SIGKILL)",
+    ]
+    (tmp_path / "deadly.py").write_text("\n".join(deadly))
+    sweep = ("compression.budget.params=0.5,0.0005", "finetune.epochs=1,3", f"hydra.sweep.dir={tmp_path / 'out'}")
+    quick = [word for word in TINY_MLP if not word.startswith("finetune")]
+    words = ("-m", *quick, "plot=false", "compression.target=null", "task._target_=deadly.Deadly", *sweep)
+    done = command(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ends = {n: json.loads((tmp_path / "out" / n / "job.json").read_text("utf-8")) for n in ("0", "1", "2", "3")}
+    assert [ends[n]["status"] for n in "0123"] == ["finished", "killed", "failed", "failed"]
+    assert "SIGKILL" in ends["1"]["reason"]
+    assert "InfeasibleBudgetError" in ends["2"]["reason"]
+    assert done.stdout.count("training the dense MLP") == 1
+    assert done.stdout.count("was trained before") == 1
+    assert "1 of 4 finished, 2 failed, 1 killed" in done.stdout
+    assert {"sweep.csv", "sweep.md"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    written = (tmp_path / "out" / "0" / "report.json").stat().st_mtime_ns
+    again = command(*words, cwd=tmp_path)
+    assert "job 0 was finished before" in again.stdout
+    assert (tmp_path / "out" / "0" / "report.json").stat().st_mtime_ns == written
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
