@@ -17,6 +17,7 @@ from lightning_compress import (
     apply_plan_,
     compress_,
     compress_checkpoint,
+    export_model,
     load_compressed,
     merge_,
     save_compressed,
@@ -88,6 +89,12 @@ ARGUMENTS = {
         "model": dense,
         "kinds": "svd",
     },
+    export_model: lambda folder: {
+        "model": compressed()[0],
+        "path": folder / "model",
+        "format": "onnx",
+        "example_input": batches()[0],
+    },
     gather_statistics: lambda _: {"model": dense(), "example_input": SHAPE, "calibration": batches(), "seed": 1},
     heal_: lambda _: {
         "dense": dense(),
@@ -125,7 +132,9 @@ def plain(value):
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return value.tolist()
     if dataclasses.is_dataclass(value):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name not in TIMES}
+        return {
+            f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name not in (*TIMES, "path")
+        }
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value

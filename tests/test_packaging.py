@@ -189,10 +189,17 @@ def test_wheel_says_what_it_is(wheel):
         assert f"{info}/licenses/LICENSE" in archive.namelist()
         metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
         scripts = archive.read(f"{info}/entry_points.txt").decode()
-    assert scripts == "[console_scripts]\nlightning-compress = lightning_compress.cli.app:main\n"
+    assert scripts.splitlines()[0] == "[console_scripts]"
+    assert dict(line.split(" = ") for line in scripts.splitlines()[1:]) == {
+        "lightning-compress": "lightning_compress.cli.app:main",
+        "lightning-compress-eval": "lightning_compress.cli.evaluate:main",
+        "lightning-compress-export": "lightning_compress.cli.export:main",
+        "lightning-compress-sweep": "lightning_compress.cli.sweep_callback:main",
+    }
     assert (metadata["Version"], metadata["License-Expression"]) == (version, "Apache-2.0")
     assert metadata["Requires-Python"] == ">=3.10"
-    assert set(metadata.get_all("Provides-Extra")) == {"plots", "demo", "vision", "onnx", "pretrained", "sweeps", "dev"}
+    extras = "plots demo vision onnx openvino executorch torchao pretrained joblib optuna ray submitit huggingface sweeps"
+    assert set(metadata.get_all("Provides-Extra")) == {*extras.split(), "dev"}
 
 
 def command(unpacked, cwd, *arguments):
