@@ -29,6 +29,7 @@ HEADINGS = {
     "kinds": "Kinds alone and together",
     "latency": "Smaller and faster",
     "search": "The search on the weights alone",
+    "export": "In 8-bit integers",
     "compression_time": "Seconds of a compression",
     "scale_checkpoint": "Models beyond the memory",
     "cp_fit": "CP of large kernels",

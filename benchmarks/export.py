@@ -1,8 +1,8 @@
 """8-bit integers on top of a compression: accuracy and size of exported files.
 
-python -m benchmarks.export [--networks vgg resnet20] [--formats onnx plain] [--calibration 256]
+python -m benchmarks.export [--networks vgg resnet20] [--formats onnx plain] [--calibration 256] [--effort fast]
 
-The reference networks keep a fifth of their parameters (`compress_`, default settings, no fine-tuning). Each is
+The reference networks keep a fifth of their parameters (`compress_` without a target, no fine-tuning). Each is
 exported in single precision and in 8-bit integers, static where the format takes calibration inputs (training images,
 not augmented) and without them, and every file is tested on the 10,000 test images in its own runtime. `smaller` is the
 size of the dense network's file of the same format over that of the file, `loss of int8` the accuracy that the integers
@@ -21,13 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import IMAGE, fashion_mnist, publish, reference
+from benchmarks.common import IMAGE, earlier_rows, fashion_mnist, publish, reference
 from lightning_compress import compress_
 from lightning_compress.export.api import Exported, export_model
 from lightning_compress.export.running import load_exported
 
 PARAMS = 0.2
 BATCH = 64
+SHOWN = ("network", "format", "file", "bytes", "smaller", "accuracy", "loss of int8")
+"""Columns of the table in the terminal."""
 
 
 def main() -> None:
@@ -36,15 +38,18 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=["vgg", "resnet20"], choices=["vgg", "resnet20"])
     parser.add_argument("--formats", nargs="+", default=["onnx", "plain"])
     parser.add_argument("--calibration", type=int, default=256)
+    parser.add_argument("--effort", default="fast", choices=["fast", "balanced", "thorough"])
     arguments = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    rows = {(row["network"], row["format"], row["file"]): row for row in earlier_rows("export")}
     for name in arguments.networks:
         dense = reference(name)
         small = copy.deepcopy(dense)
-        compress_(small, {"params": PARAMS}, example_input=IMAGE)
+        compress_(small, {"params": PARAMS}, example_input=IMAGE, target=None, effort=arguments.effort)
         for format in arguments.formats:
-            rows += measure(name, dense, small.eval(), format, arguments.calibration)
-    publish("export", "8-bit integers on top of a fifth of the parameters", rows)
+            for row in measure(name, dense, small.eval(), format, arguments.calibration):
+                rows[name, format, row["file"]] = row
+            shown = [{key: row[key] for key in SHOWN} for row in rows.values()]
+            publish("export", "8-bit integers on top of a fifth of the parameters", list(rows.values()), shown=shown)
 
 
 def measure(name: str, dense: nn.Module, small: nn.Module, format: Any, count: int) -> list[dict[str, Any]]:
@@ -59,7 +64,7 @@ def measure(name: str, dense: nn.Module, small: nn.Module, format: Any, count: i
         ("compressed, int8 without inputs", small, {"int8": True}),
     ]
     if format in ("plain", "torchscript"):  # of these the weights alone are quantised
-        ways = [*ways[:2], ("compressed, int8", small, {"int8": True})]
+        ways = [*ways[:2], ways[3]]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for index, (what, net, settings) in enumerate(ways):
