@@ -61,7 +61,9 @@ class Rings(L.LightningDataModule):
         points = torch.randn(self.hparams.points, 8, generator=torch.Generator().manual_seed(0))
         labels = (points.norm(dim=1) > 2.7).long()
         split = [int(share * len(points)) for share in (0.7, 0.8)]
-        self.parts = [TensorDataset(*pair) for pair in zip(points.tensor_split(split), labels.tensor_split(split))]
+        self.parts = [
+            TensorDataset(*pair) for pair in zip(points.tensor_split(split), labels.tensor_split(split), strict=True)
+        ]
 
     def train_dataloader(self):
         return DataLoader(self.parts[0], self.hparams.batch_size, shuffle=True)

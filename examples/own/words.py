@@ -25,9 +25,7 @@ class Words(L.LightningDataModule):
         place = torch.randint(0, h.length, (h.sentences,), generator=generator)
         words[labels == 1, place[labels == 1]] = 7
         mask = torch.ones_like(words)
-        rows = [
-            {"input_ids": w, "attention_mask": m, "labels": y} for w, m, y in zip(words, mask, labels, strict=True)
-        ]
+        rows = [{"input_ids": w, "attention_mask": m, "labels": y} for w, m, y in zip(words, mask, labels, strict=True)]
         first, second = int(0.7 * len(rows)), int(0.8 * len(rows))
         self.parts = {"train": rows[:first], "val": rows[first:second], "test": rows[second:]}
 

@@ -15,7 +15,7 @@ from torch import nn
 from lightning_compress.analysis.inspection import Inspection
 from lightning_compress.analysis.inventory import Layer
 from lightning_compress.analysis.moments import PROBES, is_small, positions_of
-from lightning_compress.analysis.synthetic import BATCH, PASSES, affordable, drawn_like, running_norms
+from lightning_compress.analysis.synthetic import BATCH, PASSES, affordable, running_norms
 from lightning_compress.analysis.trace import Arguments, ExampleInput, as_arguments, inference
 from lightning_compress.core.effort import current_effort
 from lightning_compress.core.forecast import (
@@ -35,8 +35,8 @@ BACKWARD = 3
 """A forward and a backward pass, in forward passes."""
 DISTILLED = 4
 """A step of the healing: a forward pass of both models and a backward one."""
-RUN = 5 * 10**8
-"""MACs of one measurement of the model's speed, at most `BATCH` inputs."""
+RUNS = 2
+"""Forward passes, of which the faster one says how fast the model is."""
 SIDE = 384
 """Of the matrices whose product measures the speed of linear algebra."""
 OPERATIONS = 25.0
@@ -138,18 +138,16 @@ def _timing(layers: Sequence[Layer], seconds: float) -> float:
 
 
 def _speed(model: nn.Module, example: Arguments, macs: int) -> float:
-    """Returns the MACs per second of a model's forward pass on a batch of synthetic inputs."""
-    count = max(1, min(BATCH, RUN // macs))
-    batch = drawn_like(model, example, count)
+    """Returns the MACs per second of a model's forward pass on an example; small models do more in a batch."""
     with inference(model):
         best = math.inf
-        for _ in range(2):
+        for _ in range(RUNS):
             start = time.perf_counter()
-            model(*batch[0], **batch[1])
+            model(*example[0], **example[1])
             best = min(best, time.perf_counter() - start)
             if best > 1.0:
                 break
-    return macs * count / max(best, 1e-9)
+    return macs / max(best, 1e-9)
 
 
 def _operations_per_second() -> float:

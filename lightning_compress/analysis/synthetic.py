@@ -238,11 +238,6 @@ def _draw(model: nn.Module, example: Arguments, size: int, generator: torch.Gene
     return tree_unflatten(drawn, spec), tokens
 
 
-def drawn_like(model: nn.Module, example: Arguments, count: int) -> Arguments:
-    """Returns arguments like an example's with so many inputs, as they are drawn."""
-    return _draw(model, example, count, torch.Generator().manual_seed(0))[0]
-
-
 def _values(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Returns values of mean 0 and deviation 1; images (B, C, H, W) are drawn."""
     if not _is_image(shape):

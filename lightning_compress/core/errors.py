@@ -20,6 +20,7 @@ LightningCompressError
 │   ├── DistillationError
 │   └── ResumeError
 └── ResourceError
+    ├── WorkersLostError
     ├── DataNotFoundError
     ├── WeightsError
     ├── OutputFolderError
@@ -108,7 +109,7 @@ class ResumeError(TrainingError):
 
 
 class ResourceError(LightningCompressError):
-    """A file or a folder is missing, unreadable or unwritable."""
+    """A file, a folder or a worker is missing, unreadable or unwritable."""
 
 
 class WorkersLostError(ResourceError):
