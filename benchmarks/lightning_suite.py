@@ -29,7 +29,18 @@ FOLDERS = ("callbacks", "checkpointing", "trainer", "loops", "core", "models", "
 EXPECTED: Mapping[str, str] = {
     "a module that cannot be made smaller": r"holds no layer that can be factorised|no plan keeps params",
     "a strategy or callback that is refused": r"UnsupportedError",
-    "a list of callbacks or of what loggers are told": r"callback\.Compress object|compress/params",
+    "a compressed checkpoint is loaded into the plain class": r"load it with load_compressed_checkpoint",
+    "names, classes or sizes of what is trained": (
+        r"KeyError: 'layer\.weight'|weight\.grad is not None|\['layer\.0\.red|layer\.0\.reduce\.weight|"
+        r"'FactorisedLayer' == 'Linear'|_check_model_state_dict|The size of tensor a \(66\) must match"
+    ),
+    "the loader is called before the search, and the model runs in it": (
+        r"At index \d+ diff: (\{'name': 'train_dataloader'\}|call\.train_dataloader\(\)) != "
+    ),
+    "a list of callbacks, of hooks' arguments or of what loggers are told": (
+        r"callback\.Compress object|compress/pa|At index 5 diff: \{'name': 'on_load_checkpoint'"
+    ),
+    "other values are learned": r"failed to get expected .* test_loss|DID NOT RAISE MisconfigurationException",
     "a clock of so many ticks": r"StopIteration|Expected train/time",
 }
 """Reasons of tests that cannot pass beside a callback that changes the structure, and what such a failure says."""

@@ -28,7 +28,7 @@ from lightning_compress.training.hint import add_hint, forget_hints
 from lightning_compress.training.optimizers import optimizer_layout
 from lightning_compress.training.payload import CHECKPOINT_KEY, CHECKPOINT_VERSION, Payload, payload_of
 from lightning_compress.training.restoring import Restoration
-from lightning_compress.training.rounds import reconcile_
+from lightning_compress.training.rounds import has_factors, make_dense_, reconcile_
 
 _Module = TypeVar("_Module", bound=LightningModule)
 
@@ -195,6 +195,8 @@ def _on_load(pl_module: LightningModule, own: Callable[[Any], None] | None, chec
             restoration.rebuilt(reconcile_(pl_module, payload.plan))
         elif callback is not None and fitting and _is_dense(pl_module, checkpoint):
             callback.restore_dense(pl_module, checkpoint, restoration)
+        elif not fitting and trainer is not None and has_factors(pl_module) and _is_dense(pl_module, checkpoint):
+            restoration.rebuilt(make_dense_(pl_module))  # what is tested is the checkpoint's model
         if payload is not None and trainer is not None:
             restart_averages(trainer, pl_module)
         _call_own(pl_module, own, "on_load_checkpoint", checkpoint)
@@ -208,7 +210,7 @@ def _on_save(pl_module: LightningModule, own: Callable[[Any], None] | None, chec
 
 
 def _add_payload(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-    if CHECKPOINT_KEY in checkpoint or not any(isinstance(module, FactorisedLayer) for module in pl_module.modules()):
+    if CHECKPOINT_KEY in checkpoint or not has_factors(pl_module):
         return
     payload: dict[str, Any] = {"version": CHECKPOINT_VERSION}
     callback = _callback_of(pl_module)

@@ -129,9 +129,14 @@ def reconcile_(model: nn.Module, plan: Plan) -> Rebuilt:
     return Rebuilt(replacements, tuple(exchanges_between(merged, replacements)), merged)
 
 
+def has_factors(model: nn.Module) -> bool:
+    """Returns whether any layer of a model is factorised."""
+    return any(isinstance(module, FactorisedLayer) for module in model.modules())
+
+
 def make_dense_(model: nn.Module) -> Rebuilt:
     """Makes a model dense if it is not."""
-    if not any(isinstance(module, FactorisedLayer) for module in model.modules()):
+    if not has_factors(model):
         return Rebuilt()
     merged = merge_layers_(model)
     return Rebuilt((), tuple(exchanges_between(merged, ())), merged)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_compress import Compress, Plan, apply_plan_
+from lightning_compress.core.errors import ResumeError
 from lightning_compress.training.checkpoint import CHECKPOINT_KEY
 from tests.support.compressing import WEIGHTS_ALONE, compress
 from tests.support.fitting import QUIET, factorised, planned, require_same_state
@@ -83,6 +84,35 @@ def test_checkpoint_works_in_a_fresh_trainer_and_module(make_trainer, loader, tm
         assert result[0][name] == pytest.approx(loss_of(expected, loader), rel=1e-6)
     require_same_state(fresh, expected)
     assert planned(callback) == factorised(fresh) == factorised(task)
+
+
+@pytest.mark.parametrize("stage", ["test", "validate"])
+@pytest.mark.parametrize("with_callback", [True, False])
+def test_a_dense_checkpoint_is_tested_as_what_it_is(make_trainer, loader, tmp_path, with_callback, stage):
+    dense = Predicts()
+    checkpoints = ModelCheckpoint(tmp_path / "dense", save_weights_only=True)
+    make_trainer(checkpoints).fit(dense, loader)
+    expected = loss_of(dense, loader)
+    task, callback = Predicts(), compress()
+    make_trainer(callback).fit(task, loader)
+    trainer = make_trainer(*([callback] if with_callback else []))
+    result = getattr(trainer, stage)(task, loader, ckpt_path=checkpoints.best_model_path, verbose=False)
+    assert next(value for name, value in result[0].items() if "loss" in name) == pytest.approx(expected, rel=1e-6)
+    assert factorised(task) == {}
+    require_same_state(task, dense)
+
+
+def test_a_dense_checkpoint_that_does_not_fit_leaves_a_compressed_module_as_it_is(make_trainer, loader, tmp_path):
+    task, callback = Predicts(), compress()
+    trainer = make_trainer(callback)
+    trainer.fit(task, loader)
+    before, state = factorised(task), copy.deepcopy(task.state_dict())
+    content = {"state_dict": {"net.other": torch.zeros(3)}, "pytorch-lightning_version": "2.0.0"}
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(ResumeError, match="the weights of the checkpoint do not fit Predicts, which is left as it was"):
+        trainer.test(task, loader, ckpt_path=tmp_path / "other.ckpt", verbose=False)
+    assert factorised(task) == before
+    assert all(torch.equal(value, state[name]) for name, value in task.state_dict().items())
 
 
 @pytest.mark.parametrize("with_callback", [True, False])
