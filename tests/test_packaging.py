@@ -165,15 +165,15 @@ def unpacked(wheel, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_wheel_holds_the_package_the_configuration_and_the_plugin_only(wheel):
+def test_wheel_holds_the_package_the_configuration_and_the_plugins_only(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
-    code = [path.relative_to(ROOT) for path in (ROOT / "lightning_compress").rglob("*.py")]
+    code = [path for top in ("lightning_compress", "hydra_plugins") for path in (ROOT / top).rglob("*.py")]
+    launchers = (ROOT / "lightning_compress" / "cli" / "conf").rglob("*.yaml")
     assert sorted(names) == sorted(
         [
-            *(path.as_posix() for path in code),
+            *(path.relative_to(ROOT).as_posix() for path in (*code, *launchers)),
             "lightning_compress/py.typed",
-            "hydra_plugins/lightning_compress_searchpath.py",
             *(f"lightning_compress/conf/{name}" for name in CONF),
         ]
     )

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, Literal, Protocol, TypeVar, cast, get_args
 
-import torch
-
 from lightning_compress.core.checks import did_you_mean, shown
 from lightning_compress.core.effort import Effort, current_effort, trying
 from lightning_compress.core.errors import ConfigurationError, UnsupportedError, WorkersLostError
@@ -128,6 +126,8 @@ class _RayWorkers:
 
 def _alone(effort: Effort, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """Runs a function in a worker, on one thread and without gradients."""
+    import torch  # noqa: PLC0415 (settings, which import this module, are made without torch)
+
     torch.set_num_threads(1)
     with trying(effort), torch.no_grad():
         return function(*args)
