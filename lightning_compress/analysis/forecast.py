@@ -144,6 +144,8 @@ def _speed(model: nn.Module, example: Arguments, macs: int) -> float:
         for _ in range(RUNS):
             start = time.perf_counter()
             model(*example[0], **example[1])
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             best = min(best, time.perf_counter() - start)
             if best > 1.0:
                 break
