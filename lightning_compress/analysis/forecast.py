@@ -144,7 +144,7 @@ def _speed(model: nn.Module, example: Arguments, macs: int) -> float:
         for _ in range(RUNS):
             start = time.perf_counter()
             model(*example[0], **example[1])
-            if torch.cuda.is_initialized():
+            if torch.cuda.is_available():
                 torch.cuda.synchronize()
             best = min(best, time.perf_counter() - start)
             if best > 1.0:
