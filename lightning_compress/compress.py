@@ -19,7 +19,7 @@ from lightning_compress.core.checks import require_flag
 from lightning_compress.core.copies import detached_copy
 from lightning_compress.core.effort import trying
 from lightning_compress.core.errors import CompressionWarning, ExampleInputError
-from lightning_compress.core.forecast import Forecast, forecasting
+from lightning_compress.core.forecast import forecasting
 from lightning_compress.core.parallel import current_processes
 from lightning_compress.core.plan import Plan
 from lightning_compress.core.progress import Progress, bar, reporting
@@ -29,9 +29,6 @@ from lightning_compress.search.api import search_with_statistics
 from lightning_compress.surgery.repair import Healing, heal_
 from lightning_compress.surgery.state import restore_, shared_state
 from lightning_compress.surgery.swap import Replacement, apply_checked_, uninstall
-
-LATE = 1.1
-"""By which a compression may exceed its time limit without a word."""
 
 
 def compress_(
@@ -140,19 +137,7 @@ def compress_model_(
         with trying(forecast.tried):
             inputs = _inputs_for_healing(model, metric, example_input, calibration, seed, report) if heal else None
             done = _compress_(model, plan, metric, inputs, example_input, seed, report)
-        return replace(done, plan=replace(done.plan, cut=_cut(forecast)))
-
-
-def _cut(forecast: Forecast) -> dict[str, str]:
-    """Returns what was cut short; a warning where that was not enough."""
-    limit, took = forecast.limit, forecast.elapsed
-    if limit is not None and took > LATE * limit:
-        msg = (
-            f"the compression took {took:.0f} s, time_limit={limit:g}: what cannot be cut takes longer on this model. "
-            "Pass objective='weight', fewer kinds, effort='fast', target=None or heal=False."
-        )
-        warn(msg, CompressionWarning, stacklevel=4)
-    return dict(forecast.cut)
+        return replace(done, plan=replace(done.plan, cut=dict(forecast.cut)))
 
 
 def _compress_(  # noqa: PLR0917

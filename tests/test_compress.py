@@ -175,7 +175,7 @@ def test_error_comes_before_synthetic_inputs_are_made_and_leaves_the_model(
     with pytest.raises(error, match=message):
         compress_(net, budget, **{"example_input": SHAPE, **settings})
     before.check()
-    assert len(calls) <= 3  # at most the trace, and two runs that say how fast the model is
+    assert len(calls) <= 1  # at most the trace
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
+from warnings import warn
 
 from lightning_compress.core.effort import Effort, current_effort
+from lightning_compress.core.errors import CompressionWarning
 from lightning_compress.core.parallel import from_first
 
 INPUTS, MOMENTS, DECOMPOSING, TIMING = "synthetic inputs", "moments", "decomposing layers", "timing layers"
@@ -26,6 +28,8 @@ _NAMED = {"timing": TIMING, "healing:": HEALING, "healing": HEALING, "merging": 
 """Parts by the first word of what a `Progress` is told; other words are of the search."""
 RESERVE = 0.05
 """Share of a limit that is kept for what no part says of itself."""
+LATE = 1.1
+"""By which a compression may exceed its limit without a word."""
 LEAST_FITS = 0.1
 """Share of the sweeps of iterative fits that are made at least."""
 
@@ -58,6 +62,11 @@ class Forecast:
     def elapsed(self) -> float:
         """Seconds since the start."""
         return time.perf_counter() - self._start
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anything depends on it: a limit, or a bar that shows it."""
+        return self.limit is not None or _WATCHED.get()
 
     @property
     def expected(self) -> Mapping[str, float]:
@@ -108,17 +117,22 @@ class Forecast:
             self.cut[part] = how
 
     def fraction(self, what: str, done: float) -> float:
-        """Returns how much of the whole is done, from what a `Progress` is told; it never falls."""
+        """Returns how much of the whole is done, from what a `Progress` is told; it never falls.
+
+        Where nothing is forecast that is the fraction of the part.
+        """
         total = sum(self._expected.values())
+        if not total:
+            return done
         part = what if what in PARTS else _NAMED.get(what.partition(" ")[0], SEARCHING)
-        if total:
-            before = sum(self._expected[name] for name in PARTS[: PARTS.index(part)])
-            self._reached = max(self._reached, (before + done * self._expected[part]) / total)
+        before = sum(self._expected[name] for name in PARTS[: PARTS.index(part)])
+        self._reached = max(self._reached, (before + done * self._expected[part]) / total)
         return self._reached
 
 
 _NONE = Forecast()
 _CURRENT: ContextVar[Forecast] = ContextVar("forecast", default=_NONE)
+_WATCHED: ContextVar[bool] = ContextVar("watched", default=False)
 
 
 def current_forecast() -> Forecast:
@@ -127,13 +141,34 @@ def current_forecast() -> Forecast:
 
 
 @contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """Has forecasts made inside that somebody looks at; each costs two forward passes of the model."""
+    token = _WATCHED.set(True)
+    try:
+        yield
+    finally:
+        _WATCHED.reset(token)
+
+
+@contextlib.contextmanager
 def forecasting(limit: float | None = None) -> Iterator[Forecast]:
-    """Forecasts what runs inside; within another forecast it is that one."""
+    """Forecasts what runs inside, and warns where it took longer than the limit; inside another one it is that one."""
     if _CURRENT.get() is not _NONE:
         yield _CURRENT.get()
         return
     token = _CURRENT.set(Forecast(limit))
     try:
         yield _CURRENT.get()
+        _warn_if_late(_CURRENT.get())
     finally:
         _CURRENT.reset(token)
+
+
+def _warn_if_late(forecast: Forecast) -> None:
+    limit, took = forecast.limit, forecast.elapsed
+    if limit is not None and took > LATE * limit:
+        msg = (
+            f"the compression took {took:.0f} s, time_limit={limit:g}: what cannot be cut takes longer on this model. "
+            "Pass objective='weight', fewer kinds, effort='fast', target=None or heal=False."
+        )
+        warn(msg, CompressionWarning, stacklevel=5)

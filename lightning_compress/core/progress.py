@@ -12,29 +12,10 @@ from rich.progress import Progress as RichProgress
 
 from lightning_compress.core.checks import shown
 from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.core.forecast import Forecast
+from lightning_compress.core.forecast import current_forecast, watched
 
 Progress: TypeAlias = Callable[[str, float], None]
 """Called with what is being done and how much of it is done, in [0, 1]."""
-
-
-class Bar:
-    """Shows what is being done, and how much of the whole is done where a forecast says so.
-
-    Args:
-        show: Called with what is being done and the fraction.
-
-    Attributes:
-        forecast: Of the compression that is shown, None as long as there is none.
-    """
-
-    def __init__(self, show: Progress) -> None:
-        self._show = show
-        self.forecast: Forecast | None = None
-
-    def __call__(self, what: str, done: float) -> None:
-        """Shows how far a part is."""
-        self._show(what, done if self.forecast is None else self.forecast.fraction(what, done))
 
 
 def silent(_what: str, _done: float) -> None:
@@ -50,9 +31,14 @@ def bar(*, shown_at_all: bool = True) -> Iterator[Progress]:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     left = (TextColumn("left:"), TimeRemainingColumn())
-    with RichProgress(*columns, *left, console=console, transient=True) as progress:
+    with RichProgress(*columns, *left, console=console, transient=True) as progress, watched():
         task = progress.add_task("Compress", total=1.0)
-        yield Bar(lambda what, done: progress.update(task, description=f"Compress: {what}", completed=done))
+
+        def show(what: str, done: float) -> None:
+            fraction = current_forecast().fraction(what, done)
+            progress.update(task, description=f"Compress: {what}", completed=fraction)
+
+        yield show
 
 
 def reporting(progress: Progress | None) -> Progress:

@@ -22,7 +22,7 @@ from lightning_compress.core.forecast import current_forecast, forecasting
 from lightning_compress.core.memory import freed_memory_kept
 from lightning_compress.core.parallel import current_processes, from_first
 from lightning_compress.core.plan import Plan
-from lightning_compress.core.progress import Bar, Progress, reporting
+from lightning_compress.core.progress import Progress, reporting
 from lightning_compress.core.settings import Budget, SearchKeywords, SearchSettings
 from lightning_compress.core.workers import working_on
 from lightning_compress.kinds.registry import is_automatic
@@ -31,7 +31,7 @@ from lightning_compress.search.candidates import Candidates
 from lightning_compress.search.choice import Choice, choose, never_behind_the_weights
 from lightning_compress.search.end_to_end import evaluator_of
 from lightning_compress.search.latency import timings_of
-from lightning_compress.search.objective import statistics_for
+from lightning_compress.search.objective import statistics_for, weighs_alone
 from lightning_compress.search.part import of_the_whole, outside_excluded
 from lightning_compress.search.quality_target import within_error
 from lightning_compress.search.strategies import strategy_of
@@ -108,13 +108,11 @@ def search_with_statistics(
     """
     require_inputs(example_input, calibration, statistics)
     allowed, report = unfusing_as_the_model_allows(model, example_input), reporting(progress)
-    with forecasting(settings.time_limit) as forecast:
-        if isinstance(report, Bar):
-            report.forecast = forecast
-        with allowed, unfused(model), freed_memory_kept(), trying(settings.effort), working_on(settings.parallel):
-            return _search_unfused(
-                model, budget, settings, example_input, calibration, statistics, report, spare_frozen=spare_frozen
-            )
+    limited, workers = forecasting(settings.time_limit), working_on(settings.parallel)
+    with limited, workers, allowed, unfused(model), freed_memory_kept(), trying(settings.effort):
+        return _search_unfused(
+            model, budget, settings, example_input, calibration, statistics, report, spare_frozen=spare_frozen
+        )
 
 
 def _search_unfused(  # noqa: PLR0917
@@ -140,9 +138,10 @@ def _search_unfused(  # noqa: PLR0917
     asked, budget = budget, of_the_whole(model, budget)
     timed = settings.target is not None and example_input is not None
     forecast = current_forecast()
-    by_weight = settings.objective == "weight" or strategy.objectives[-1] == "weight"
-    made = (forecast.heals or not by_weight) and calibration is None and statistics is None
-    forecast.expect(*expected_seconds(inspection, example_input, inputs=made, timed=timed, heals=forecast.heals))
+    if forecast.is_wanted:
+        alone = weighs_alone(strategy, settings, known=example_input is not None)
+        made = (forecast.heals or not alone) and calibration is None and statistics is None
+        forecast.expect(*expected_seconds(inspection, example_input, inputs=made, timed=timed, heals=forecast.heals))
     statistics, objective = statistics_for(
         inspection, strategy, settings, example_input, calibration, statistics, report
     )

@@ -16,6 +16,20 @@ from lightning_compress.search.end_to_end import LEAST_INPUTS, affordable_inputs
 from lightning_compress.search.strategies import RegisteredStrategy
 
 
+def weighs_alone(strategy: RegisteredStrategy, settings: SearchSettings, *, known: bool, given: bool = False) -> bool:
+    """Returns whether a search looks at the weights alone, so that it needs no statistics.
+
+    Args:
+        strategy: Of the search.
+        settings: Likewise.
+        known: Whether there is anything to make statistics of.
+        given: Whether they are there already.
+    """
+    if "weight" in (settings.objective, strategy.objectives[-1]):
+        return True
+    return settings.objective == "auto" and not given and not (known and strategy.thorough)
+
+
 def statistics_for(  # noqa: PLR0917
     inspection: Inspection,
     strategy: RegisteredStrategy,
@@ -27,10 +41,8 @@ def statistics_for(  # noqa: PLR0917
 ) -> tuple[Statistics | None, str]:
     """Returns the statistics an objective needs, and the objective that can be had with them; see `search_ranks`."""
     objective, best = settings.objective, strategy.objectives[-1]
-    if objective == "weight" or best == "weight":
-        return None, "weight"
     known = given is not None or example_input is not None or calibration is not None
-    if objective == "auto" and given is None and not (known and strategy.thorough):
+    if weighs_alone(strategy, settings, known=known, given=given is not None):
         return None, "weight"
     if not known:
         msg = f"objective={objective!r} needs an example_input to make inputs with, statistics or calibration."

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_compress import Budget, Compress, Plan, compress_, search_ranks
+from lightning_compress import Budget, Plan, compress_, search_ranks
 from lightning_compress.analysis import forecast as of_models
 from lightning_compress.core import forecast as forecasts
 from lightning_compress.core.effort import EFFORTS, current_effort
@@ -24,9 +24,10 @@ from lightning_compress.core.forecast import (
     Forecast,
     current_forecast,
     forecasting,
+    watched,
 )
 from lightning_compress.core.parallel import Processes, sharing_work
-from lightning_compress.core.progress import Bar
+from tests.support.compressing import entrances
 from tests.support.nets import SHAPE, pooled, trained_like
 
 SLOW = 10**5
@@ -104,14 +105,21 @@ def test_all_processes_get_the_first_ones_answer():
 
 def test_fractions_of_the_whole_rise_to_one():
     forecast = limited(None, dict.fromkeys(PARTS, 1.0))
-    seen = []
-    bar = Bar(lambda _, done: seen.append(done))
-    bar.forecast = forecast
-    for what in ("synthetic inputs", "moments", "decomposing layers", "timing the dense model", "fitting layers"):
-        bar(what, 0.0)
-    for what in ("measuring layers", "fitting layers", "end-to-end search", "factorising layers", "healing"):
-        bar(what, 1.0)
+    started = ("synthetic inputs", "moments", "decomposing layers", "timing the dense model", "fitting layers")
+    ended = ("measuring layers", "fitting layers", "end-to-end search", "factorising layers", "healing")
+    seen = [*(forecast.fraction(what, 0.0) for what in started), *(forecast.fraction(what, 1.0) for what in ended)]
     assert seen == pytest.approx([0, 1 / 9, 2 / 9, 3 / 9, 4 / 9, 6 / 9, 6 / 9, 7 / 9, 8 / 9, 1])
+    assert Forecast().fraction("moments", 0.3) == 0.3  # of the part, where nothing is forecast
+
+
+def test_nothing_is_forecast_where_nobody_looks(less_work):
+    net, calls = trained_like(), []
+    next(net.children()).register_forward_hook(lambda *_: calls.append(current_forecast().expected))
+    search_ranks(net, Budget(params=0.5), example_input=SHAPE, target=None, objective="weight")
+    assert calls == [{}]  # the trace
+    with watched():
+        search_ranks(net, Budget(params=0.5), example_input=SHAPE, target=None, objective="weight")
+    assert len(calls) == 4  # and two runs that say how fast the model is
 
 
 def test_the_outer_limit_holds():
@@ -129,8 +137,9 @@ def test_expected_seconds_are_those_of_the_parts_that_are_done(slow_machine):
 
     net = trained_like()
     settings = {"example_input": SHAPE, "progress": look, "effort": "fast"}
-    search_ranks(net, Budget(params=0.5), target=None, **settings)
-    search_ranks(net, Budget(params=0.5), target=None, objective="weight", **settings)
+    with watched():
+        search_ranks(net, Budget(params=0.5), target=None, **settings)
+        search_ranks(net, Budget(params=0.5), target=None, objective="weight", **settings)
     on_outputs, on_weights = seen[0], seen[-1]
     assert list(on_outputs) == list(PARTS)
     assert on_outputs[INPUTS] > 0
@@ -154,6 +163,12 @@ def test_what_takes_too_long_is_cut_and_said_and_the_budget_holds(less_work):
     assert Plan.from_json(plan.to_json()) == plan
 
 
+@pytest.mark.usefixtures("less_work")
+def test_a_search_alone_warns_of_a_limit_that_it_missed():
+    with pytest.warns(CompressionWarning, match=r"the compression took .* s, time_limit=1e-06"):
+        search_ranks(trained_like(), Budget(params=0.5), objective="weight", time_limit=1e-6)
+
+
 def test_a_limit_that_is_long_enough_changes_nothing(less_work):
     plans = [
         search_ranks(pooled(), Budget(params=0.5), example_input=(1, 3, 16, 16), target=None, time_limit=limit)
@@ -166,11 +181,6 @@ def test_a_limit_that_is_long_enough_changes_nothing(less_work):
 
 @pytest.mark.parametrize("value", [0, -1.0, "60", True, math.nan, [5]])
 def test_wrong_limits_are_errors_whatever_the_entrance(net, value):
-    budget = Budget(params=0.5)
-    for call in (
-        lambda: search_ranks(net, budget, time_limit=value),
-        lambda: compress_(net, budget, time_limit=value),
-        lambda: Compress(budget, time_limit=value),
-    ):
+    for call in entrances(net, time_limit=value):
         with pytest.raises(ConfigurationError, match=r"time_limit=.*: expected seconds, a number above 0, or None"):
             call()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress import Budget, Compress, compress_, search_ranks
+from lightning_compress import Budget, compress_
 from lightning_compress.core import workers
 from lightning_compress.core.effort import current_effort, trying
 from lightning_compress.core.errors import ConfigurationError, UnsupportedError, WorkersLostError
@@ -19,6 +19,7 @@ from lightning_compress.core.parallel import in_threads
 from lightning_compress.core.workers import current_workers, outsourced, working_on
 from lightning_compress.on_disk.api import compress_checkpoint
 from lightning_compress.surgery.save import save_compressed
+from tests.support.compressing import entrances
 from tests.support.nets import trained_like
 
 SHAPE = (1, 3, 16, 16)
@@ -82,12 +83,7 @@ def _fail(message):
 
 @pytest.mark.parametrize("value", ["rays", 2, None, True, ["ray"]])
 def test_unknown_workers_are_an_error_whatever_the_entrance(net, value):
-    budget = Budget(params=0.5)
-    for call in (
-        lambda: search_ranks(net, budget, parallel=value),
-        lambda: compress_(net, budget, parallel=value),
-        lambda: Compress(budget, parallel=value),
-    ):
+    for call in entrances(net, parallel=value):
         with pytest.raises(ConfigurationError, match=r"parallel=.* is unknown"):
             call()
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
-from lightning_compress import Budget, Compress
+from lightning_compress import Budget, Compress, compress_, search_ranks
 from lightning_compress.compress import Compression, compress_model_
 from lightning_compress.core.settings import SearchSettings
 
@@ -30,3 +32,13 @@ def compressed_model(model: nn.Module, budget, **arguments) -> Compression:
 
 def compress(params: float = 0.4, **settings) -> Compress:
     return Compress(Budget(params=params), **{"method": "exact", "kinds": CLOSED_FORM, **WEIGHTS_ALONE, **settings})
+
+
+def entrances(net: nn.Module, **settings) -> list[Callable[[], object]]:
+    """Every entrance that takes the settings of a search, with these."""
+    budget = Budget(params=0.5)
+    return [
+        lambda: search_ranks(net, budget, **settings),
+        lambda: compress_(net, budget, **settings),
+        lambda: Compress(budget, **settings),
+    ]
