@@ -22,7 +22,6 @@ from hydra.types import RunMode
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
@@ -47,6 +46,7 @@ from lightning_compress.cli.parts import (
     make_data,
     make_task,
     set_learning_rate,
+    tested,
     without_distillation,
 )
 from lightning_compress.cli.read_report import read_report
@@ -314,16 +314,7 @@ def _logger(cfg: DictConfig, folder: Path) -> Logger | bool:
 
 
 def _test(cfg: DictConfig, task: LightningModule, data: LightningDataModule, **settings: Any) -> dict[str, float]:
-    trainer = _trainer(cfg, **settings)
-    if is_overridden("test_step", task):
-        return _results(trainer.test(task, datamodule=data, verbose=False))
-    if is_overridden("validation_step", task):
-        return _results(trainer.validate(task, datamodule=data, verbose=False))
-    return {}
-
-
-def _results(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: float(value) for result in results for name, value in result.items()}
+    return tested(_trainer(cfg, **settings), task, data)
 
 
 def _quieten() -> None:

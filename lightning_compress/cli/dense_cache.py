@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import nn
 
 from lightning_compress.cli.identity import key_of_dense
 from lightning_compress.core.store import cache_folder, is_kept
+from lightning_compress.core.whole_files import make_room, whole_file
 
 LIMIT = 2**32
 """Bytes of all models together; those that were not used for the longest time go first."""
@@ -70,24 +70,10 @@ class DenseStore:
         return (self.folder / f"{key_of_dense(cfg)}.pt").is_file()
 
     def _write(self, path: Path, content: Mapping[str, Any]) -> None:
-        with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False) as file:
-            part = Path(file.name)
-        try:
+        state = [value for value in content["state"].values() if isinstance(value, torch.Tensor)]
+        make_room(self.folder.glob("*.pt"), sum(value.nbytes for value in state), LIMIT)
+        with whole_file(path) as part:
             torch.save(dict(content), part)
-            part.replace(path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-        self._make_room(path)
-
-    def _make_room(self, newest: Path) -> None:
-        entries = sorted(self.folder.glob("*.pt"), key=lambda path: path.stat().st_mtime)
-        total = sum(path.stat().st_size for path in entries)
-        for path in entries:
-            if total <= LIMIT or path == newest:
-                break
-            total -= path.stat().st_size
-            path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import statistics
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from lightning_compress.cli.config import or_exit
 from lightning_compress.cli.report import BATCH, Report
-from lightning_compress.cli.run_folder import COMPRESSED, arguments_of, open_run, quieten
+from lightning_compress.cli.run_folder import COMPRESSED, batch_of, open_run, run_command
 from lightning_compress.export.running import Runner, load_exported, seconds_of, size_of
-from lightning_compress.export.subject import as_inputs, with_batch
 
 USAGE = """\
 lightning-compress-eval RUN_FOLDER [file=PATH]
@@ -68,9 +65,8 @@ def evaluate_run(folder: str | Path, file: str | Path | None = None, *, seconds:
     runner: Runner = _torch(net) if file is None else load_exported(file)
     metrics = run.test(None if file is None else runner)
     inputs = run.inputs(1, stage="test")[0]
-    given = tuple(inputs.values()) if isinstance(inputs, Mapping) else (inputs,)
     runners = [_torch(dense), _torch(net), *([] if file is None else [runner])]
-    one, many = (_times(runners, with_batch(as_inputs(given, (), len(given)), n), seconds) for n in (1, BATCH))
+    one, many = (_times(runners, batch_of(inputs, size), seconds) for size in (1, BATCH))
     stages = [run.report.dense, run.report.fine_tuned]
     size = run.report.fine_tuned.costs.bytes if file is None else size_of(Path(file))
     stages.append(replace(stages[1], metrics=metrics, costs=replace(stages[1].costs, bytes=size)))
@@ -109,10 +105,4 @@ def _takes(runner: Runner, inputs: tuple[Any, ...]) -> bool:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Runs the command."""
-    words = sys.argv[1:] if words is None else words
-    if any(word in ("-h", "--help") for word in words):
-        print(USAGE)
-        return
-    quieten()
-    folder, settings = or_exit(lambda: arguments_of(words, SETTINGS, USAGE))
-    Console().print(or_exit(lambda: evaluate_run(folder, settings["file"])).table())
+    run_command(words, SETTINGS, USAGE, lambda folder, given: Console().print(evaluate_run(folder, **given).table()))

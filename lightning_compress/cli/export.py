@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,14 +14,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_compress.cli.config import or_exit
-from lightning_compress.cli.run_folder import RunFolder, arguments_of, open_run, quieten, rows_of
+from lightning_compress.cli.run_folder import RunFolder, batch_of, open_run, rows_of, run_command
 from lightning_compress.cli.run_log import say
 from lightning_compress.core.checks import require_count
 from lightning_compress.core.errors import UnsupportedError
 from lightning_compress.export.api import FORMATS, Exported, export_model
 from lightning_compress.export.running import load_exported, seconds_of
-from lightning_compress.export.subject import as_inputs, with_batch
 from lightning_compress.export.torch_export import compiler
 
 USAGE = f"""\
@@ -140,33 +137,25 @@ def _tested(run: RunFolder, name: str, exported: Exported) -> Shipped:
 
 def _timed(columns: Sequence[Shipped], inputs: Any) -> list[Shipped]:
     """Returns the columns with their times, measured in turns on one sample."""
-    given = tuple(inputs.values()) if isinstance(inputs, Mapping) else (inputs,)
-    one = with_batch(as_inputs(given, (), len(given)), 1 if columns[1].exported.dynamic_batch else CHECKED)
-    if columns[1].exported.format == "executorch":
-        one = with_batch(one, 1)
+    own = columns[1].exported
+    one = batch_of(inputs, 1 if own.dynamic_batch or own.format == "executorch" else CHECKED)
     turns = seconds_of([load_exported(each.exported.path) for each in columns], one, SECONDS)
     return [
         replace(
             each,
-            latency=statistics.median(own),
-            faster=statistics.median(a / b for a, b in zip(turns[0], own, strict=True)),
+            latency=statistics.median(times),
+            faster=statistics.median(a / b for a, b in zip(turns[0], times, strict=True)),
         )
-        for each, own in zip(columns, turns, strict=True)
+        for each, times in zip(columns, turns, strict=True)
     ]
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Runs the command."""
-    words = sys.argv[1:] if words is None else words
-    if any(word in ("-h", "--help") for word in words):
-        print(USAGE)
-        return
-    quieten()
-    or_exit(lambda: _command(words))
+    run_command(words, SETTINGS, USAGE, _command)
 
 
-def _command(words: Sequence[str]) -> None:
-    folder, settings = arguments_of(words, SETTINGS, USAGE)
+def _command(folder: str, settings: dict[str, Any]) -> None:
     columns = export_run(folder, **settings)
     Console().print(table_of(columns))
     for each in columns[1:]:

@@ -24,7 +24,6 @@ from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log, setup_globals
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.markup import escape
 
 from lightning_compress.cli.config import settings_of
@@ -32,7 +31,7 @@ from lightning_compress.cli.engines import is_alone
 from lightning_compress.cli.identity import key_of_job
 from lightning_compress.cli.parts import find_own_modules
 from lightning_compress.cli.records import FAILED, FINISHED, KILLED, RUNNING, JobRecord
-from lightning_compress.cli.run_log import log
+from lightning_compress.cli.run_log import log, show
 from lightning_compress.core.errors import LightningCompressError
 
 EARLIER = ".earlier"
@@ -66,7 +65,7 @@ def run_job(cfg: DictConfig, work: Work) -> float | tuple[float, ...] | None:
     sweep = Path(hydra_config.sweep.dir).resolve()
     with FileLock(folder / ".lock"):
         if _is_done(folder, key, sweep):
-            _say(f"[bold]{escape(name)}[/] was finished before")
+            show(f"[bold]{escape(name)}[/] was finished before")
         else:
             alone = is_alone(hydra_config)
             disturbed = not alone and config["compression"].get("target") is not None
@@ -78,9 +77,8 @@ def _result(folder: Path, name: str) -> float | tuple[float, ...] | None:
     """Returns what a sweeper gets of a job that has ended; says why there is nothing."""
     record = JobRecord.load(folder)
     if record is None or record.status != FINISHED or record.values is None:
-        _say(
-            f"[bold red]{escape(name)} {record.status if record else 'failed'}:[/] {escape(_reason(record))}", err=True
-        )
+        status = record.status if record else "failed"
+        show(f"[bold red]{escape(name)} {status}:[/] {escape(_reason(record))}", error=True)
         return None
     return record.values[0] if len(record.values) == 1 else record.values or None
 
@@ -219,7 +217,3 @@ def _clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for name in ("compressed", "logs", "checkpoints"):
         shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def _say(message: str, *, err: bool = False) -> None:
-    Console(stderr=err).print(message, soft_wrap=True, highlight=False, emoji=False)

@@ -10,7 +10,8 @@ from typing import Any, cast
 
 import torch
 from hydra.utils import get_object
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_setattr
 from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig
@@ -128,6 +129,17 @@ def without_distillation(task: LightningModule, example: ExampleInput) -> str | 
         return None
     shape = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
     return f"{type(task).__name__}.forward returns {shape}, no logits (batch, classes, …)"
+
+
+def tested(trainer: Trainer, task: LightningModule, data: LightningDataModule) -> dict[str, float]:
+    """Returns the metrics of a task on the test data, or the validation data if it has no test; none without both."""
+    if is_overridden("test_step", task):
+        results = trainer.test(task, datamodule=data, verbose=False)
+    elif is_overridden("validation_step", task):
+        results = trainer.validate(task, datamodule=data, verbose=False)
+    else:
+        return {}
+    return {name: float(value) for result in results for name, value in result.items()}
 
 
 def set_learning_rate(task: LightningModule, lr: float | None, stage: str) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from lightning_compress.core.whole_files import whole_file
 
 RECORD = "job.json"
 RUNNING, FINISHED, FAILED, KILLED = "running", "finished", "failed", "killed"
@@ -59,12 +60,10 @@ class JobRecord:
 
 def write_whole(path: Path, text: str) -> None:
     """Replaces a file by a text; whoever reads it meanwhile finds the old one or the new one."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
-        file.write(text)
-    part = Path(file.name)
-    with contextlib.suppress(OSError):  # temporary files are private, results are not
-        part.chmod(0o666 & ~_UMASK)
-    part.replace(path)
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+        with contextlib.suppress(OSError):  # temporary files are private, results are not
+            part.chmod(0o666 & ~_UMASK)
 
 
 _UMASK = os.umask(0)

@@ -204,7 +204,7 @@ class Report:
 
     def to_markdown(self) -> str:
         """Returns the same rows and the layers as Markdown."""
-        lines = ["# Compression report", "", self.headline, "", *_markdown(self.header, self.rows()), ""]
+        lines = ["# Compression report", "", self.headline, "", *markdown_table(self.header, self.rows()), ""]
         layers = [
             (
                 f"`{p.name}`",
@@ -238,8 +238,8 @@ class Report:
             lines += [line, ""]
         if self.seconds:
             parts = [(name, f"{seconds:.1f} s") for name, seconds in self.seconds.items()]
-            lines += ["## Time", "", *_markdown(("part", "took"), parts), ""]
-        return "\n".join([*lines, "## Layers", "", *_markdown(header, layers), ""])
+            lines += ["## Time", "", *markdown_table(("part", "took"), parts), ""]
+        return "\n".join([*lines, "## Layers", "", *markdown_table(header, layers), ""])
 
     def save(self, folder: str | Path) -> None:
         """Writes report.json, report.md and plan.json.
@@ -322,5 +322,7 @@ def _kept(fraction: float | None) -> str:
     return "?" if fraction is None else f"{percent(fraction)} ({1 / fraction:.2f}x)"
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *rows)]
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the lines of a table in Markdown."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, ("---",) * len(header), *rows)]
+    return [f"| {' | '.join(row)} |" for row in cells]

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from lightning_compress.analysis.trace import ExampleInput
-from lightning_compress.cli.config import make
-from lightning_compress.cli.parts import example_of, find_own_modules, make_data, make_task
+from lightning_compress.cli.config import make, or_exit
+from lightning_compress.cli.parts import example_of, find_own_modules, make_data, make_task, tested
 from lightning_compress.cli.read_report import read_report
 from lightning_compress.cli.report import Report
 from lightning_compress.core.checks import did_you_mean, path_of
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.export.running import Runner
-from lightning_compress.export.subject import tensors_in
+from lightning_compress.export.subject import Inputs, as_inputs, tensors_in, with_batch
 from lightning_compress.surgery.save import load_compressed
 
 COMPRESSED = "compressed"
@@ -91,12 +91,22 @@ class RunFolder:
         """
         task, net = self.task(compressed=runner is None)
         if runner is not None:
-            net.__dict__["forward"] = lambda *args, **kwargs: runner(*args, *kwargs.values())
+            net.__dict__["forward"] = self._by_position(runner)
         settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
         trainer = make(self.cfg.trainer, "trainer", Trainer, **settings, devices=1)
-        run: Any = trainer.test if is_overridden("test_step", task) else trainer.validate
-        results = run(task, datamodule=self.data, verbose=False)
-        return {name: float(value) for result in results for name, value in result.items()}
+        return tested(trainer, task, self.data)
+
+    def _by_position(self, runner: Runner) -> Callable[..., Any]:
+        """Returns a file as a function that takes arguments by name too, in the order in which it was exported."""
+        inputs = self.inputs(1, stage="test")[0]
+        names = tuple(inputs) if isinstance(inputs, Mapping) else ()
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            ordered = [kwargs[name] for name in names if name in kwargs]
+            others = [value for name, value in kwargs.items() if name not in names]
+            return runner(*args, *ordered, *others)
+
+        return run
 
 
 def open_run(folder: str | Path) -> RunFolder:
@@ -165,6 +175,34 @@ def _first(inputs: Any, count: int) -> Any:
     if isinstance(inputs, Tensor):
         return inputs[:count].clone()
     return {name: value[:count].clone() for name, value in inputs.items()}
+
+
+def run_command(
+    words: Sequence[str] | None,
+    known: Mapping[str, Any],
+    usage: str,
+    work: Callable[[str, dict[str, Any]], None],
+) -> None:
+    """Runs a command on the folder of a run; one that asks for help gets the usage.
+
+    Args:
+        words: Of the command line; None for those of this process.
+        known: See `arguments_of`.
+        usage: Likewise.
+        work: What the command does with the folder and its settings.
+    """
+    words = sys.argv[1:] if words is None else words
+    if any(word in ("-h", "--help") for word in words):
+        print(usage)
+        return
+    quieten()
+    or_exit(lambda: work(*arguments_of(words, known, usage)))
+
+
+def batch_of(inputs: Any, size: int) -> Inputs:
+    """Returns what a network is given, as `RunFolder.inputs` has it, by position and with so many samples."""
+    given = tuple(inputs.values()) if isinstance(inputs, Mapping) else (inputs,)
+    return with_batch(as_inputs(given, (), len(given)), size)
 
 
 def rows_of(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:

@@ -22,8 +22,18 @@ def say(message: str, *, error: bool = False) -> None:
         message: One or more lines.
         error: Whether it goes to the standard error stream and is logged as an error.
     """
-    Console(stderr=error).print(message, soft_wrap=True, highlight=False, emoji=False)
+    show(message, error=error)
     log(Text.from_markup(message, emoji=False).plain, error=error)
+
+
+def show(message: str, *, error: bool = False) -> None:
+    """Prints a message with rich's markup, for what is no part of a run's log.
+
+    Args:
+        message: One or more lines.
+        error: Whether it goes to the standard error stream.
+    """
+    Console(stderr=error).print(message, soft_wrap=True, highlight=False, emoji=False)
 
 
 def log(text: str, *, error: bool = False) -> None:

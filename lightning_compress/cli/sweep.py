@@ -19,8 +19,10 @@ from rich.table import Table
 from lightning_compress.cli.objectives import KEPT, is_smaller_better, main_metric
 from lightning_compress.cli.read_report import read_report
 from lightning_compress.cli.records import FINISHED, KILLED, RECORD, RUNNING, JobRecord, write_whole
-from lightning_compress.cli.report import Report
+from lightning_compress.cli.report import Report, markdown_table
+from lightning_compress.cli.run_log import show
 from lightning_compress.core.errors import DataNotFoundError, OutputFolderError, PlanError, UnsupportedError
+from lightning_compress.core.plan import percent
 
 UNFINISHED = "unfinished"
 _IGNORED = (".earlier", ".submitit", "dense")
@@ -245,12 +247,12 @@ def to_markdown(sweep: Sweep) -> str:
     lines = [f"# Sweep of {len(sweep.runs)} runs", "", headline(sweep), ""]
     head, rows = table_of(sweep, list(sweep.best().values()))
     if rows:
-        lines += [f"## Best {sweep.metric} of each budget", "", *_markdown(head, rows), ""]
+        lines += [f"## Best {sweep.metric} of each budget", "", *markdown_table(head, rows), ""]
         head, rows = table_of(sweep, sweep.finished)
-        lines += ["## Finished", "", *_markdown(head, rows), ""]
+        lines += ["## Finished", "", *markdown_table(head, rows), ""]
     if sweep.unfinished:
         rows = [(run.name, run.status, own_settings(sweep, run), run.reason or "") for run in sweep.unfinished]
-        lines += ["## Not finished", "", *_markdown(("run", "status", "settings", "reason"), rows), ""]
+        lines += ["## Not finished", "", *markdown_table(("run", "status", "settings", "reason"), rows), ""]
     lines += [f"{note}\n" for note in notes(sweep)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -298,19 +300,10 @@ def table_of(sweep: Sweep, runs: Sequence[Run]) -> tuple[tuple[str, ...], list[t
         assert report is not None
         end, start = sweep.value(run), report.dense.metrics.get(sweep.metric, float("nan"))
         zero_shot = report.zero_shot.metrics.get(sweep.metric, float("nan"))
-        kept = [_share(report.kept[name]) for name in ("params", "macs", "latency")]
+        kept = [percent(report.kept[name]) for name in ("params", "macs", "latency")]
         settings = [setting(run, key) for key in keys]
         rows.append((run.name, run.budget, *settings, *kept, f"{zero_shot:.4f}", f"{end:.4f}", f"{end - start:+.4f}"))
     return head, rows
-
-
-def _share(value: float | None) -> str:
-    return "?" if value is None else f"{100 * value:.1f} %"
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
-    return [f"| {' | '.join(row)} |" for row in cells]
 
 
 def write_sweep(sweep: Sweep, *, plot: bool = True) -> list[Path]:
@@ -336,14 +329,14 @@ def write_sweep(sweep: Sweep, *, plot: bool = True) -> list[Path]:
         try:
             written.append(plot_sweep(sweep, sweep.folder / "pareto.png"))
         except UnsupportedError as error:
-            _say(f"no plot: {escape(str(error))}")
+            show(f"no plot: {escape(str(error))}")
     return written
 
 
 def show_sweep(sweep: Sweep) -> None:
     """Prints the best run of each budget and what did not finish, reasons in short."""
     head, rows = table_of(sweep, list(sweep.best().values()))
-    _say(f"[bold]{escape(headline(sweep))}[/]")
+    show(f"[bold]{escape(headline(sweep))}[/]")
     if rows:
         table = Table(title=f"Best {sweep.metric} of each budget", title_justify="left")
         shown = [index for index, name in enumerate(head) if not name.startswith("zero-shot")]
@@ -354,10 +347,6 @@ def show_sweep(sweep: Sweep) -> None:
         Console().print(table)
     for run in sweep.unfinished:
         reason = (run.reason or "").split(". ")[0]
-        _say(f"run {run.name} [bold]{run.status}[/] ({escape(own_settings(sweep, run))}): {escape(reason)}")
+        show(f"run {run.name} [bold]{run.status}[/] ({escape(own_settings(sweep, run))}): {escape(reason)}")
     for note in notes(sweep):
-        _say(escape(note))
-
-
-def _say(message: str) -> None:
-    Console().print(message, soft_wrap=True, highlight=False, emoji=False)
+        show(escape(note))

@@ -12,12 +12,12 @@ from typing import Any
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback as HydraCallback
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.markup import escape
 from typing_extensions import override
 
 from lightning_compress.cli.config import or_exit
 from lightning_compress.cli.records import RUNNING
+from lightning_compress.cli.run_log import show
 from lightning_compress.cli.sweep import Sweep, read_sweep, show_sweep, write_sweep
 from lightning_compress.core.errors import LightningCompressError
 
@@ -95,7 +95,7 @@ def sum_up(folder: str | Path, metric: str | None = None, *, measure: bool = Tru
         sweep = read_sweep(folder, metric)
     files = write_sweep(sweep)
     show_sweep(sweep)
-    _say(f"written to {', '.join(escape(str(file)) for file in files)}")
+    show(f"written to {', '.join(escape(str(file)) for file in files)}")
     return sweep
 
 
@@ -106,13 +106,13 @@ def _measure_missing(sweep: Sweep) -> bool:
         return False
     from lightning_compress.cli.app import measure_again  # noqa: PLC0415, the application imports this module
 
-    _say(f"measuring the latency of {len(missing)} runs, one at a time")
+    show(f"measuring the latency of {len(missing)} runs, one at a time")
     for run in missing:
         assert run.record is not None
         try:
             measure_again(sweep.folder / run.name, run.record.config)
         except LightningCompressError as error:
-            _say(f"run {run.name}: its latency cannot be measured: {escape(str(error))}")
+            show(f"run {run.name}: its latency cannot be measured: {escape(str(error))}")
     return True
 
 
@@ -124,7 +124,3 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--no-measure", action="store_true", help="measure no latency that is missing")
     given = parser.parse_args(arguments)
     or_exit(lambda: sum_up(given.folder, given.metric, measure=not given.no_measure))
-
-
-def _say(message: str) -> None:
-    Console().print(message, soft_wrap=True, highlight=False, emoji=False)

@@ -11,8 +11,7 @@ import contextlib
 import functools
 import hashlib
 import os
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_compress.core.copies import digest_of
+from lightning_compress.core.whole_files import make_room, whole_file
 
 CACHE = "LIGHTNING_COMPRESS_CACHE"
 """Environment variable with the folder of the cache; "off" for none."""
@@ -81,35 +81,10 @@ def keep(key: str, tensors: Mapping[str, Tensor]) -> None:
     folder = cache_folder()
     with contextlib.suppress(OSError, SafetensorError):
         folder.mkdir(parents=True, exist_ok=True)
-        _make_room(folder, size)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
-            pass
-        part = Path(file.name)
-        try:
-            own = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        make_room(folder.glob("*.safetensors"), size, LIMIT)
+        own = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        with whole_file(folder / f"{key}.safetensors") as part:
             save_file({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in own.items()}, part)
-            part.replace(folder / f"{key}.safetensors")
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-
-
-def _make_room(folder: Path, size: int) -> None:
-    """Removes the entries that were not used for the longest time until so many bytes fit in."""
-    entries = sorted(_stated(folder.glob("*.safetensors")))
-    total = size + sum(length for _, length, _ in entries)
-    for _, length, path in entries:
-        if total <= LIMIT:
-            break
-        path.unlink(missing_ok=True)
-        total -= length
-
-
-def _stated(paths: Iterable[Path]) -> Iterable[tuple[float, int, Path]]:
-    for path in paths:
-        with contextlib.suppress(OSError):  # another process removed it
-            state = path.stat()
-            yield state.st_mtime, state.st_size, path
 
 
 @functools.cache

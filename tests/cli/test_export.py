@@ -15,7 +15,7 @@ from lightning_compress.cli.app import run
 from lightning_compress.cli.demo.models import SmallCNN
 from lightning_compress.cli.evaluate import evaluate_run
 from lightning_compress.cli.export import export_run
-from lightning_compress.cli.run_folder import open_run
+from lightning_compress.cli.run_folder import RunFolder, open_run
 from lightning_compress.core.errors import ConfigurationError, UnsupportedError, WeightsError
 from tests.support.cli import TINY_CNN, compose, measure_quickly
 
@@ -61,6 +61,13 @@ def test_command_writes_tests_and_times_a_file(folder, tmp_path):
     evaluated = evaluate_run(folder, small.exported.path, seconds=0.002).report
     assert evaluated.fine_tuned.metrics == pytest.approx(dict(small.metrics), abs=1e-6)
     assert evaluated.fine_tuned.costs.bytes == small.exported.bytes
+
+
+def test_a_file_gets_arguments_by_name_in_the_order_in_which_it_was_exported(folder, monkeypatch):
+    monkeypatch.setattr(RunFolder, "inputs", lambda *_, **__: [{"tokens": 0, "mask": 0}])
+    called = open_run(folder)._by_position(lambda *args: args)
+    assert called(mask=2, tokens=1) == called(1, mask=2) == (1, 2)
+    assert called(mask=2, tokens=1, other=3) == (1, 2, 3)
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import platform
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from lightning_compress.core.checks import path_of, readable
 from lightning_compress.core.errors import CompressionWarning, TargetError
 from lightning_compress.core.plan import Plan
 from lightning_compress.core.store import CACHE, cache_folder, is_kept
+from lightning_compress.core.whole_files import whole_file
 
 FORMAT = "lightning_compress/latency"
 SCHEMA = 1
@@ -116,9 +116,8 @@ class LatencyTable:
         content = {**head, "digest": _digest(self.entries), "entries": self.entries}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-                file.write(json.dumps(content, indent=1))
-            Path(file.name).replace(path)
+            with whole_file(path) as part:
+                part.write_text(json.dumps(content, indent=1), encoding="utf-8")
         except OSError as error:
             msg = (
                 f"cannot write the table of latencies {str(path)!r}: {error}. Set {CACHE} to a folder that can be "
