@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_compress.analysis.usable import require_module
 from lightning_compress.core.checks import path_of, readable
+from lightning_compress.core.compiled_names import plan_as_named, renaming_for, state_as_named
 from lightning_compress.core.errors import OutputFolderError, PlanFormatError, WeightsError
 from lightning_compress.core.plan import Plan
 from lightning_compress.layers.factorised import HINT, FactorisedLayer
@@ -101,10 +102,12 @@ def load_compressed(model: nn.Module, folder: str | Path) -> Plan:
     for file in files:
         tensors |= read_tensors(file, "a folder that save_compressed wrote").tensors
     where = files[0] if len(files) == 1 else folder
+    rename = renaming_for(model)
+    plan, named = plan_as_named(plan, rename), state_as_named(tensors, rename)
     replacements = apply_shells_(model, plan)
     try:
-        require_fitting(model, _shapes_of(tensors), where)
-        copy_into_(model, tensors, where)
+        require_fitting(model, _shapes_of(named), where)
+        copy_into_(model, named, where)
     except BaseException:
         uninstall(model, replacements)
         raise
@@ -128,6 +131,7 @@ def load_weights_(model: nn.Module, path: str | Path) -> None:
     path = path_of("path", path)
     pickled = path.suffix != ".safetensors"
     state = _unpickled(path) if pickled else read_tensors(path, _STATE_DICT).tensors
+    state = state_as_named(state, renaming_for(model))
     require_fitting(model, _shapes_of(state), path)
     copy_into_(model, state, path)
 

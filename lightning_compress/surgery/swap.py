@@ -16,6 +16,7 @@ from lightning_compress.analysis.statistics import Statistics, require_inputs
 from lightning_compress.analysis.trace import ExampleInput
 from lightning_compress.analysis.usable import require_module, require_usable_weights
 from lightning_compress.core.checks import did_you_mean
+from lightning_compress.core.compiled_names import plan_as_named, renaming_for
 from lightning_compress.core.errors import ConfigurationError, ForwardMismatchError, PlanMismatchError
 from lightning_compress.core.interrupts import uninterrupted
 from lightning_compress.core.plan import LayerPlan, Plan
@@ -113,6 +114,8 @@ def apply_checked_(
     require_usable_weights(model)
     require_inputs(example_input, None, statistics)
     report = reporting(progress)
+    if isinstance(cast(Any, plan), Plan):
+        plan = plan_as_named(plan, renaming_for(model))
     with unfusing_as_the_model_allows(model, example_input):
         check = ForwardCheck.of(model, example_input) if example_input is not None else None
         replacements = _replace(model, plan, report, statistics, decompose=decompose)

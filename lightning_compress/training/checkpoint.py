@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_compress.core.checks import readable
+from lightning_compress.core.compiled_names import renaming_for, state_as_named
 from lightning_compress.core.errors import ResumeError, WeightsError
 from lightning_compress.layers.factorised import FactorisedLayer
 from lightning_compress.surgery.embodied import embodied_plan
@@ -112,7 +113,7 @@ class CompressedCheckpointMixin:
             ResumeError: If what the checkpoint holds of it is damaged or of another version.
             PlanError: If its plan cannot be read or does not fit.
         """
-        module, payload = cast(LightningModule, self), payload_of(checkpoint)
+        module, payload = cast(LightningModule, self), _payload_as_named(cast(LightningModule, self), checkpoint)
         forget_hints(checkpoint)
         if payload is None or _is_shadowed(module, "on_load_checkpoint", _on_load):
             cast(Any, super()).on_load_checkpoint(checkpoint)
@@ -184,7 +185,7 @@ def _on_load(pl_module: LightningModule, own: Callable[[Any], None] | None, chec
     if callback is not None and pl_module.trainer.optimizers is not callback.optimizers_before:
         _call_own(pl_module, own, "on_load_checkpoint", checkpoint)
         return
-    payload = payload_of(checkpoint)
+    payload = _payload_as_named(pl_module, checkpoint)
     forget_hints(checkpoint)
     if payload is not None and fitting:
         require_no_averages(pl_module.trainer, pl_module)
@@ -202,6 +203,16 @@ def _on_load(pl_module: LightningModule, own: Callable[[Any], None] | None, chec
         _call_own(pl_module, own, "on_load_checkpoint", checkpoint)
         if restoration.begun:
             restoration.await_weights(keep=fitting)
+
+
+def _payload_as_named(pl_module: LightningModule, checkpoint: dict[str, Any]) -> Payload | None:
+    """Returns what a checkpoint holds of its compression, its names and those of the weights as in this module."""
+    payload = payload_of(checkpoint)
+    if payload is None:
+        return None
+    rename = renaming_for(pl_module)
+    checkpoint["state_dict"] = state_as_named(checkpoint["state_dict"], rename)
+    return payload.renamed(rename)
 
 
 def _on_save(pl_module: LightningModule, own: Callable[[Any], None] | None, checkpoint: dict[str, Any]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,7 +167,7 @@ class Distillation:
         self._function = teacher.settings.imported()
         self._calls: list[Call] = []
         self._open: Call | None = None
-        self._recording = self._used = False
+        self._recording = self._used = self._called = False
         self._batch: Any = None
         self._names: tuple[str, ...] = ()
         self._handles: list[RemovableHandle] = []
@@ -178,9 +179,10 @@ class Distillation:
                 return step(*args, **kwargs)
             self._calls.clear()
             self._batch = args[0] if args else next(iter(kwargs.values()), None)
-            self._recording, self._used, self._open = True, False, None
+            self._recording, self._used, self._called, self._open = True, False, False, None
             try:
-                output = step(*args, **kwargs)
+                with self._direct_calls():
+                    output = step(*args, **kwargs)
                 return self._finished(output)
             finally:
                 self._recording, self._batch = False, None
@@ -205,8 +207,7 @@ class Distillation:
             _watch(target.get_submodule(name), name, lambda: self._open if self._recording else None)
             for name in self._names
         ]
-        if self._names:
-            self._handles.append(target.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._handles.append(target.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(target.register_forward_hook(self._record, with_kwargs=True))
         if _runs_compiled(self._root):
             torch.compiler.reset()  # compiled code does not look for hooks that came later
@@ -226,13 +227,40 @@ class Distillation:
 
         return wrapped
 
+    @contextlib.contextmanager
+    def _direct_calls(self) -> Iterator[None]:
+        """Notes calls of `forward` itself too, which pass by hooks; what is compiled has been compiled without."""
+        target = self._root.get_submodule(self._teacher.settings.module or "")
+        if is_compiled(target) or is_compiled_by_lightning(self._root):
+            yield
+            return
+        own, forward = vars(target).get("forward"), target.forward
+
+        @functools.wraps(forward)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            if self._called or not self._recording:
+                return forward(*args, **kwargs)
+            self._begin(target, args, kwargs)
+            output = forward(*args, **kwargs)
+            self._record(target, args, kwargs, output)
+            return output
+
+        vars(target)["forward"] = noted
+        try:
+            yield
+        finally:
+            if own is None:
+                vars(target).pop("forward", None)
+            else:
+                vars(target)["forward"] = own
+
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._recording:
-            self._open = Call(args, kwargs)
+            self._open, self._called = Call(args, kwargs), True
 
     def _record(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._recording:
-            call, self._open = self._open or Call(args, kwargs), None
+            call, self._open, self._called = self._open or Call(args, kwargs), None, False
             call.output = output
             self._calls.append(call)
 

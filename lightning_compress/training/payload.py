@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 from lightning_compress.core.checks import is_count, shown
+from lightning_compress.core.compiled_names import plan_as_named
 from lightning_compress.core.errors import ResumeError
 from lightning_compress.core.plan import Plan
 
@@ -64,6 +66,16 @@ class Payload:
         known = frozen is None or _is_names(frozen)
         _require(known, "'frozen' of its compression", frozen, "names of parameters")
         return cls(Plan.from_json(cast(str, plan)), schedule, optimizers, teacher, frozen)
+
+    def renamed(self, rename: Callable[[str], str]) -> Payload:
+        """Returns it with the names of layers and parameters changed."""
+        optimizers = self.optimizers and [
+            {**each, "groups": [[rename(name) for name in group] for group in each["groups"]]}
+            for each in self.optimizers
+        ]
+        frozen = self.frozen and [rename(name) for name in self.frozen]
+        plan = plan_as_named(self.plan, rename)
+        return dataclasses.replace(self, plan=plan, optimizers=optimizers, frozen=frozen)
 
 
 def payload_of(checkpoint: Mapping[str, Any]) -> Payload | None:

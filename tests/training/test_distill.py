@@ -134,6 +134,17 @@ class CallsTheNet(Student):
         return self.loss(self.net(batch[0]), batch)
 
 
+class CallsForward(Student):
+    # As the templates of Lightning and Hydra do.
+    def training_step(self, batch, batch_idx):
+        return self.loss(self.forward(batch[0]), batch)
+
+
+class CallsForwardOfTheNet(Student):
+    def training_step(self, batch, batch_idx):
+        return self.loss(self.net.forward(x=batch[0]), batch)
+
+
 class BatchOnly(TinyTask):
     def training_step(self, batch):
         return F.cross_entropy(self(batch[0]), batch[1])
@@ -156,8 +167,14 @@ class TwiceExplicit(Explicit):
 
 @pytest.mark.parametrize(
     ("cls", "explicit", "module"),
-    [(CallsTheNet, Explicit, "net"), (BatchOnly, Explicit, None), (Twice, TwiceExplicit, None)],
-    ids=["named submodule", "another signature", "several calls are averaged"],
+    [
+        (CallsTheNet, Explicit, "net"),
+        (CallsForward, Explicit, None),
+        (CallsForwardOfTheNet, Explicit, "net"),
+        (BatchOnly, Explicit, None),
+        (Twice, TwiceExplicit, None),
+    ],
+    ids=["named submodule", "forward", "forward of a submodule", "another signature", "several calls are averaged"],
 )
 def test_every_training_step_that_calls_the_logits_is_distilled(make_trainer, loader, cls, explicit, module):
     task = cls()
@@ -233,7 +250,8 @@ def test_teacher_is_no_part_of_module_optimizer_or_checkpoint(make_trainer, load
 def require_nothing_left(task: nn.Module) -> None:
     assert "training_step" not in task.__dict__
     assert task.training_step.__func__ is type(task).training_step
-    assert all(not m._forward_hooks for m in task.modules())
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in task.modules())
+    assert all("forward" not in vars(m) for m in task.modules())
 
 
 class Failing(Student):
