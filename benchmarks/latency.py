@@ -1,6 +1,7 @@
 """Smaller and faster: parameters and time of compressed networks over the dense ones, each ratio inside one run.
 
 python -m benchmarks.latency [--networks vgg resnet20 …] [--targets torch:1 torch:16 onnxruntime:1] [--free] [--plain]
+    [--fasterai]
 
 Every network is compressed for its target, and dense and compressed model are then timed in turns on it, on one thread,
 anew and not from the search's table: the dense model in the faster of the two memory formats, the median of all turns.
@@ -8,7 +9,8 @@ The reference networks are searched as the default does it (`accuracy` is that o
 compression), the others, whose weights are random, by their weights alone. `predicted` is what the search predicted
 over what it measured; `table` are the seconds of timing the layers, which the next search finds in the cache. --free
 adds a row without a bound on time, --plain what a loop over the layers does without a search: one share of ranks for
-all.
+all; --fasterai the same by the decomposers of fasterai (`pip install --no-deps fasterai einops`), a row for each method
+for convolutions, with the largest share of ranks that has no more parameters.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import importlib.metadata
 import statistics
 import time
 from collections.abc import Callable
@@ -36,6 +39,8 @@ from lightning_compress.core.effort import trying
 from lightning_compress.core.target import Backend
 
 PARAMS = 1 / 5.2
+FASTERAI = ("tucker", "svd", "spatial", "cp")
+"""Its methods for convolutions."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=["torch:1", "torch:16"])
     parser.add_argument("--free", action="store_true", help="also without a bound on time")
     parser.add_argument("--plain", action="store_true", help="what a plain loop does beside it, see `plain_loop`")
+    parser.add_argument("--fasterai", action="store_true", help="what fasterai's decomposers do beside it")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = {(row["network"], row["budget"], row["target"]): row for row in earlier_rows("latency")}
@@ -110,6 +116,8 @@ def main() -> None:
             bounds = [network.latency.get(target)] if not arguments.free else [None, network.latency.get(target)]
             found = [functools.partial(measure, name, network, target, bound) for bound in dict.fromkeys(bounds)]
             found += [functools.partial(plain_loop, name, network, target)] if arguments.plain else []
+            if arguments.fasterai:
+                found += [functools.partial(fasterai, name, network, target, method) for method in FASTERAI]
             for work in found:
                 row = work()
                 rows[row["network"], row["budget"], row["target"]] = row
@@ -153,6 +161,27 @@ def plain_loop(name: str, network: Network, target: str) -> dict[str, Any]:
     return _row(name, network, target, "plain Tucker-2 and SVD loop", dense, compressed, plan, _target(target))
 
 
+def fasterai(name: str, network: Network, target: str, method: str) -> dict[str, Any]:
+    """Returns the row of fasterai's decomposers: one share of ranks for all layers."""
+    from fasterai.misc.conv_decomposer import Conv_Decomposer  # noqa: PLC0415
+    from fasterai.misc.fc_decomposer import FC_Decomposer  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    dense = network.build().eval()
+    most = network.params * _size(dense)
+    for percent in range(1, 100):
+        small = Conv_Decomposer().decompose(dense, percent_removed=percent / 100, method=method)
+        small = cast(nn.Module, FC_Decomposer().decompose(small, percent_removed=percent / 100)).eval()
+        if _size(small) <= most:
+            break
+    budget, kept = f"fasterai {importlib.metadata.version('fasterai')}, {method}", _size(small) / _size(dense)
+    return _row(name, network, target, budget, dense, small, None, _target(target), kept=kept)
+
+
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
 def _row(  # noqa: PLR0917
     name: str,
     network: Network,
@@ -160,26 +189,29 @@ def _row(  # noqa: PLR0917
     budget: str,
     dense: nn.Module,
     compressed: nn.Module,
-    plan: Plan,
+    plan: Plan | None,
     on: Target,
     *,
     table: float = 0.0,
+    kept: float | None = None,
 ) -> dict[str, Any]:
+    kept = kept or (plan and plan.kept["params"]) or 1
+    timed = plan is not None and plan.target is not None
     before, after = timings(dense, compressed, network.example, on)
     return {
         "network": name,
         "budget": budget,
         "target": target,
-        "smaller": 1 / (plan.kept["params"] or 1),
+        "smaller": 1 / kept,
         "dense ms": 1e3 * before,
         "ms": 1e3 * after,
         "faster": before / after,
-        "predicted": (plan.predicted_latency or 0) / (plan.compressed.latency or 1) if plan.target else None,
+        "predicted": (plan.predicted_latency or 0) / (plan.compressed.latency or 1) if plan and timed else None,
         "accuracy": accuracy(compressed, fashion_mnist()[0]) if network.trained else None,
-        "format": plan.memory_format or "as it was",
-        "slower layers": len(plan.slower),
+        "format": (plan and plan.memory_format) or "as it was",
+        "slower layers": len(plan.slower) if plan and timed else None,
         "table": table,
-        "kinds": _kinds(plan),
+        "kinds": _kinds(plan) if plan else "",
     }
 
 

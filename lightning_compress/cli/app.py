@@ -234,7 +234,8 @@ def _report(job: _Job, stages: Sequence[_Tested], *, timed: bool) -> Report:
     several = [Round(s.budget, s.epochs, each) for s, each in zip(stages[1:-1], rounds, strict=True)]
     report = Report(
         plan_below(job.compress.plan, _name_in(job.task, job.net)),  # with the names of what is saved
-        *(dense, rounds[0], fine_tuned, job.compress.seconds, job.compress.budget),
+        *(dense, rounds[0], fine_tuned, {**job.compress.seconds, "fine-tuning": job.history.seconds}),
+        asked=job.compress.budget,
         rounds=several if len(several) > 1 else (),
     )
     report.save(job.folder)

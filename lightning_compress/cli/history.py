@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,17 +35,29 @@ class History(Callback):
         epochs: In order.
         loggers: Those of the last fit.
         steps: Optimizer steps of the last fit so far.
+        seconds: How long its training took, validation and later rounds included.
     """
 
     def __init__(self) -> None:
         self.epochs: list[Epoch] = []
         self.loggers: Sequence[Logger] = ()
         self.steps = 0
+        self.seconds = self._started = 0.0
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes where the fit logs."""
         self.loggers = tuple(trainer.loggers)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self._started = time.perf_counter()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops it."""
+        self.seconds = time.perf_counter() - self._started
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
