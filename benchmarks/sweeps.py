@@ -24,6 +24,7 @@ from typing import Any
 
 from benchmarks.common import publish
 
+OWN = str(Path(__file__).resolve().parent.parent)
 LAUNCHERS = ("basic", "joblib", "ray", "submitit_local")
 EIGHT = "compression.budget.params=0.5,0.4,0.3,0.25,0.2,0.15,0.1,0.08"
 TEN = "compression.budget.params=0.5,0.45,0.4,0.35,0.3,0.25,0.2,0.0005,0.0004,0.0003"
@@ -67,7 +68,7 @@ def main() -> None:
 def sweep(launcher: str, overrides: Sequence[str], threads: int) -> dict[str, Any]:
     """Returns what came of one sweep in a process of its own, and how long it took."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "sweep"
+        folder, cache = Path(scratch) / "sweep", f"{scratch}/cache"
         (Path(scratch) / "deadly.py").write_text(DEADLY)
         command = [sys.executable, "-m", "lightning_compress", "-m", *overrides, f"hydra.sweep.dir={folder}"]
         command += [f"hydra/launcher={launcher}"] if launcher != "basic" else []
@@ -75,7 +76,7 @@ def sweep(launcher: str, overrides: Sequence[str], threads: int) -> dict[str, An
         subprocess.run(
             command,
             cwd=scratch,
-            env={**os.environ, "LIGHTNING_COMPRESS_CACHE": f"{scratch}/cache", "OMP_NUM_THREADS": str(threads)},
+            env={**os.environ, "PYTHONPATH": OWN, "LIGHTNING_COMPRESS_CACHE": cache, "OMP_NUM_THREADS": str(threads)},
             check=True,
             stdout=subprocess.DEVNULL,
         )

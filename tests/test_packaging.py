@@ -175,6 +175,7 @@ def test_wheel_holds_the_package_the_configuration_and_the_plugins_only(wheel):
             *(path.relative_to(ROOT).as_posix() for path in (*code, *launchers)),
             "lightning_compress/py.typed",
             *(f"lightning_compress/conf/{name}" for name in CONF),
+            *(f"lightning_compress/weights/{path.name}" for path in (ROOT / "benchmarks" / "weights").iterdir()),
         ]
     )
     assert "hydra_plugins/__init__.py" not in names  # a namespace package, shared with other plugins

@@ -31,7 +31,15 @@ from typing_extensions import override
 from lightning_compress.analysis.costs import measure_costs
 from lightning_compress.analysis.latency.compare import measure_latency
 from lightning_compress.analysis.trace import ExampleInput
-from lightning_compress.cli.config import CONFIG_FOLDER, INTERRUPTED, check_config, make, or_exit, require_writable
+from lightning_compress.cli.config import (
+    CONFIG_FOLDER,
+    INTERRUPTED,
+    check_config,
+    make,
+    or_exit,
+    require_writable,
+    weights_file,
+)
 from lightning_compress.cli.dense_cache import DenseStore
 from lightning_compress.cli.engines import require_named_engines
 from lightning_compress.cli.history import History
@@ -134,7 +142,7 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Job:
     ]
     _logger(cfg, folder)
     if cfg.model.weights is not None:
-        load_weights_(net, cfg.model.weights)
+        load_weights_(net, weights_file(cfg.model.weights))
     # An impossible budget shows before the training; what the weights are does not matter for that.
     if compress.budget.max_error is None:
         compress.plan_for(task, example_input, method="uniform", objective="weight")

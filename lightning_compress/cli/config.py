@@ -31,6 +31,8 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 CONFIG_FOLDER = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 """In a wheel the configuration lies inside the package, in a checkout beside it."""
 
+_WEIGHTS = _PACKAGE / "weights" if (_PACKAGE / "weights").is_dir() else _PACKAGE.parent / "benchmarks" / "weights"
+
 warnings.filterwarnings("ignore", message=r"(?s).*is validated against ConfigStore schema with the same name")
 # the files of cli/conf set the defaults of engines, whose plugins describe the same groups; workers read them, too
 
@@ -68,6 +70,12 @@ _INSTEAD = {
 """Arguments of the trainer that have a group of their own."""
 
 _T = TypeVar("_T")
+
+
+def weights_file(name: object) -> str:
+    """Returns the file of `model.weights`: a path, or the name of one that this library comes with."""
+    own = _WEIGHTS / f"{name}.safetensors"
+    return str(own) if own.is_file() and not Path(str(name)).exists() else str(name)
 
 
 def make(settings: Any, where: str, kind: type[_T], **more: Any) -> _T:
