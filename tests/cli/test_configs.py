@@ -198,7 +198,7 @@ def test_callbacks_checkpoint_watches_a_metric_the_task_logs_in_the_output_folde
 )
 def test_fashion_experiments_and_the_weights_in_their_commands(experiment, net, params, limit):
     text = (CONFIG_FOLDER / "experiment" / f"{experiment}.yaml").read_text("utf-8")
-    command = shlex.split(text.splitlines()[0].removeprefix("# "))
+    command = shlex.split(text.splitlines()[1].removeprefix("# "))
     cfg = compose(*command[1:])
     made, compress = make(cfg.model.net), make(cfg.compression)
     assert type(made) is net
