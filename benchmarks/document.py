@@ -36,6 +36,9 @@ HEADINGS = {
     "architectures": "Architectures",
     "step_overhead": "A training step",
     "kill_resume": "Killed and resumed",
+    "lightning_suite": "Lightning's own tests",
+    "tensorised": "Large linear layers and tables",
+    "sweeps": "Sweeps",
 }
 """Benchmark to its heading, in the order of the page; others follow under their own names."""
 
@@ -43,7 +46,7 @@ INTRODUCTION = """\
 # Benchmarks
 
 Every figure on this page comes from a command of this repository, which writes it into a file in
-[`benchmarks/results/`](../benchmarks/results); `python -m benchmarks.document` makes the page from those files.
+`benchmarks/results/`; `python -m benchmarks.document` makes the page from those files.
 
 Under each table stand the machine it was measured on and the commit of the package that was measured. "Published in" is
 said of older figures, whose files did not tell: it is the commit that brought them. Rows kept from earlier runs are

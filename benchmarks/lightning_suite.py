@@ -1,11 +1,11 @@
 """Lightning's own tests with `Compress` in every Trainer: what passes without it and does not with it, and why.
 
-git clone https://github.com/Lightning-AI/pytorch-lightning && python -m benchmarks.lightning_suite pytorch-lightning
-[--folders callbacks checkpointing …] [--workers 2]
+python -m benchmarks.lightning_suite CHECKOUT [--folders callbacks checkpointing …] [--workers 2]
 
-The tests of the checkout run against the Lightning that is installed, which should be of about its version, once as
-they are and once with the plugin `benchmarks.lightning_plugin`. Tests that then differ do so for one of the reasons in
-`EXPECTED`, which are told apart by what the failure says; what fits none of them is printed and makes the command fail.
+The tests of the checkout (`git clone https://github.com/Lightning-AI/pytorch-lightning`) run against the
+Lightning that is installed, which should be of about its version, once as they are and once with the plugin
+`benchmarks.lightning_plugin`. Tests that then differ do so for one of the reasons in `EXPECTED`, which are told apart
+by what the failure says; what fits none of them is printed and makes the command fail.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def main() -> None:
         rows.append({"jobs": "8 budgets, two at once", "launcher": "joblib", **at_once})
     for row in rows:
         row["of one thread's speed"] = rows[0]["seconds"] / row["seconds"]
-        publish("sweeps", "Sweeps of the main job", rows)
+    publish("sweeps", "Sweeps of the main job", rows)
     for launcher in launchers:
         found = sweep(launcher, [*QUICK, TEN], threads=1)
         rows.append({"jobs": "10 budgets, 3 impossible, 1 killed", "launcher": launcher, **found})

@@ -70,6 +70,9 @@ from lightning_compress.core.target import Target
 from lightning_compress.surgery.save import load_compressed, load_weights_, save_compressed
 from lightning_compress.training.callback import Compress
 
+TIMED = 0.5
+"""Seconds that each network is timed for at least, for each batch size."""
+
 
 def run(cfg: DictConfig, folder: str | Path, *, dense: DenseStore | None = None, timed: bool = True) -> Report:
     """Does the whole job of one configuration.
@@ -87,7 +90,7 @@ def run(cfg: DictConfig, folder: str | Path, *, dense: DenseStore | None = None,
         LightningCompressError: With the cause in its message. Nothing is trained before the
             configuration, the folder, the weights file and the budget have been checked.
     """
-    job = _prepare(cfg, Path(folder))
+    job = _prepare(cfg, Path(folder), known=dense is not None and dense.has(cfg))
     before = _dense(job, dense)
     if cfg.seed is not None:
         seed_everything(cfg.seed, verbose=False)  # whether the dense model was trained here makes no difference
@@ -124,7 +127,8 @@ class _Tested:
     epochs: int = 0
 
 
-def _prepare(cfg: DictConfig, folder: Path) -> _Job:
+def _prepare(cfg: DictConfig, folder: Path, *, known: bool) -> _Job:
+    """Makes and checks everything; an impossible budget only where the dense model is not trained yet."""
     check_config(cfg)
     require_writable(folder)
     if cfg.seed is not None:
@@ -144,7 +148,7 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Job:
     if cfg.model.weights is not None:
         load_weights_(net, weights_file(cfg.model.weights))
     # An impossible budget shows before the training; what the weights are does not matter for that.
-    if compress.budget.max_error is None:
+    if compress.budget.max_error is None and not known:
         compress.plan_for(task, example_input, method="uniform", objective="weight")
     return _Job(cfg, folder, data, task, net, compress, callbacks, example_input, learning_rate_of(task))
 
@@ -261,9 +265,21 @@ def _report(job: _Job, stages: Sequence[_Tested], *, timed: bool) -> Report:
 
 
 def _times(nets: Sequence[nn.Module], example: ExampleInput) -> list[tuple[float | None, float | None]]:
-    """Returns seconds of a forward pass at batch 1, and inputs per second at batch 32, of each network."""
-    one, many = (measure_latency(nets, example, target=Target(batch=batch, threads=1)) for batch in (1, BATCH))
-    return [(latency, BATCH / seconds) for latency, seconds in zip(one, many, strict=True)]
+    """Returns seconds of a forward pass at batch 1, and inputs per second at batch 32, of each network.
+
+    Networks of the same layers, as after the swap and after the fine-tuning, are one network.
+    """
+    several = {_structure(net): net for net in nets}
+    batches = [Target(batch=batch, threads=1) for batch in (1, BATCH)]
+    one, many = (measure_latency([*several.values()], example, target=on, seconds=TIMED) for on in batches)
+    found = dict(zip(several, zip(one, many, strict=True), strict=True))
+    return [(found[_structure(net)][0], BATCH / found[_structure(net)][1]) for net in nets]
+
+
+def _structure(net: nn.Module) -> tuple[Any, ...]:
+    """Returns what decides how long a network takes, whatever its numbers are."""
+    modules = [(name, type(m), getattr(m, "merged", None)) for name, m in net.named_modules()]
+    return *modules, *((name, value.shape, value.stride()) for name, value in net.state_dict().items())
 
 
 def measure_again(folder: str | Path, config: Mapping[str, Any]) -> Report:

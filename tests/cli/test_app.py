@@ -90,7 +90,7 @@ def test_report_json_says_what_the_job_did(job):
         assert set(content[stage]["metrics"]) == {"accuracy", "loss"}
         assert content[stage]["latency_ms"] > 0
         assert content[stage]["throughput"] > 0
-    parts = ["synthetic inputs", "moments", "search", "swap", "regression", "distillation"]
+    parts = ["synthetic inputs", "moments", "search", "swap", "regression", "distillation", "fine-tuning"]
     assert list(content["seconds"]) == parts
     assert all(seconds > 0 for seconds in content["seconds"].values())
     found = {key: content["search"][key] for key in ("method", "objective", "source")}
@@ -275,7 +275,7 @@ def test_objective_healing_and_fine_tuning_can_be_switched_off(tmp_path):
     torch.save(net.state_dict(), tmp_path / "w.pt")
     report = run(cfg, tmp_path / "out")
     assert (report.plan.objective, report.plan.source, report.plan.output_distance) == ("weight", "weight", None)
-    assert set(report.seconds) == {"search", "swap"}
+    assert set(report.seconds) == {"search", "swap", "fine-tuning"}
     task = ClassificationTask(net)
     apply_plan_(task.net, report.plan)
     assert report.fine_tuned.metrics == report.zero_shot.metrics == figures_of(task.net)
