@@ -36,7 +36,7 @@ HEADINGS = {
     "architectures": "Architectures",
     "step_overhead": "A training step",
     "kill_resume": "Killed and resumed",
-    "lightning_suite": "Lightning's own tests",
+    "lightning_suite": "Tests of Lightning itself",
     "tensorised": "Large linear layers and tables",
     "sweeps": "Sweeps",
 }

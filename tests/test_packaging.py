@@ -200,7 +200,7 @@ def test_wheel_says_what_it_is(wheel):
     assert (metadata["Version"], metadata["License-Expression"]) == (version, "Apache-2.0")
     assert metadata["Requires-Python"] == ">=3.10"
     extras = "plots demo vision onnx openvino executorch torchao pretrained dev"
-    engines = "joblib optuna ray submitit huggingface sweeps"
+    engines = "joblib optuna ray submitit huggingface sweeps docs"
     assert set(metadata.get_all("Provides-Extra")) == {*extras.split(), *engines.split()}
 
 
