@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -85,6 +86,18 @@ def expected_seconds(
         found[MOMENTS] += sum(_moment_operations(layer, inspection, macs) for layer in layers) * EFFICIENCY / rate
         found[FITTING] = FITS * fits
     return found, speed
+
+
+def without_slow_kinds(layers: Sequence[Layer]) -> tuple[tuple[Layer, ...], str | None]:
+    """Returns layers without the kinds that are fitted in sweeps, where they have others, and what to say of it."""
+    found, left_out = [], set()
+    for layer in layers:
+        quick = tuple(kind for kind in layer.kinds if not DECOMPOSITIONS[kind].fits_roughly)
+        if quick and quick != layer.kinds:
+            left_out |= {*layer.kinds} - {*quick}
+            layer = replace(layer, kinds=quick)  # noqa: PLW2901
+        found.append(layer)
+    return tuple(found), f"without {', '.join(sorted(left_out))}" if left_out else None
 
 
 def _passes(inspection: Inspection, macs: int, *, heals: bool) -> Mapping[str, float]:

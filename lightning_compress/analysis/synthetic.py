@@ -53,6 +53,8 @@ VARIETY = 0.1
 LEAST_COUNT = 16
 LEAST_UNMATCHED = 8
 """Likewise of inputs that are not optimised."""
+DRAWN_PASSES = 10
+"""Forward passes that an input drawn for the moments costs about."""
 PASSES = 6
 """Forward passes that the moments of an input cost as much as: one for the inputs, two gradients for the outputs."""
 LEAST_STEPS = 10
@@ -130,7 +132,8 @@ def synthesise(
         batches, mismatch, whole = found_or_made(model, batches, steps, make)
         source = "batch norm" if whole else source
     if source == "batch norm" and scarce and _shows_textures(example):
-        more = max(1, min(effort.drawn, work // (10 * max(1, macs))) // BATCH)
+        granted = min(work, forecast.work(MOMENTS, everywhere=True))
+        more = max(1, min(effort.drawn, granted // (DRAWN_PASSES * max(1, macs))) // BATCH)
         drawn = [_draw(model, example, BATCH, generator)[0] for _ in range(more)]
     *drawn, judging = (_laid_out(a, channels_last=channels_last) for a in (*drawn, _judging(model, example, generator)))
     progress("synthetic inputs", 1.0)

@@ -32,6 +32,8 @@ LATE = 1.1
 """By which a compression may exceed its limit without a word."""
 LEAST_FITS = 0.1
 """Share of the sweeps of iterative fits that are made at least."""
+LEAST_SHARE = 0.2
+"""Share of what decomposing layers is expected to take below which kinds that are fitted in sweeps are left out."""
 
 
 class Forecast:
@@ -107,9 +109,19 @@ class Forecast:
         if share == 1:
             return own
         fits = own.fits * max(LEAST_FITS, share)
-        self.note(DECOMPOSING, f"{fits / own.fits:.0%} of the sweeps")
+        self.cut.setdefault(DECOMPOSING, f"{fits / own.fits:.0%} of the sweeps")
         self.tried = replace(own, fits=fits, solver_seconds=max(1.0, own.solver_seconds * share))
         return self.tried
+
+    def leaves_out_fits(self) -> bool:
+        """Returns whether there is too little time for kinds that are fitted in sweeps; it is then the other parts'.
+
+        All processes that share the work must ask.
+        """
+        if self.grant(DECOMPOSING, everywhere=True) >= LEAST_SHARE * self._expected.get(DECOMPOSING, 0.0):
+            return False
+        self._expected |= {FITTING: 0.0, DECOMPOSING: LEAST_SHARE * self._expected[DECOMPOSING]}
+        return True
 
     def note(self, part: str, how: str) -> None:
         """Notes that a part was cut short."""

@@ -11,14 +11,14 @@ from torch import nn
 from typing_extensions import Unpack
 
 from lightning_compress.analysis.agreement import unfusing_as_the_model_allows
-from lightning_compress.analysis.forecast import expected_seconds
+from lightning_compress.analysis.forecast import expected_seconds, without_slow_kinds
 from lightning_compress.analysis.inspection import Inspection, inspect_model
 from lightning_compress.analysis.statistics import Statistics, require_inputs
 from lightning_compress.analysis.trace import ExampleInput
 from lightning_compress.analysis.usable import require_usable_weights
 from lightning_compress.core.effort import trying
 from lightning_compress.core.errors import ConfigurationError, ExampleInputError, InfeasibleBudgetError
-from lightning_compress.core.forecast import current_forecast, forecasting
+from lightning_compress.core.forecast import DECOMPOSING, current_forecast, forecasting
 from lightning_compress.core.memory import freed_memory_kept
 from lightning_compress.core.parallel import current_processes, from_first
 from lightning_compress.core.plan import Plan
@@ -146,6 +146,7 @@ def _search_unfused(  # noqa: PLR0917
         inspection, strategy, settings, example_input, calibration, statistics, report
     )
     searched = time.perf_counter()
+    inspection = _with_time_for(inspection)
     units = units_of(inspection.layers)
     compared = compared_resources(budget.budgeted, timed=timed)
     try:
@@ -165,6 +166,17 @@ def _search_unfused(  # noqa: PLR0917
     if strategy.thorough:
         warn_of_layers_given_up(plan)
     return from_first("the search", plan), found.statistics
+
+
+def _with_time_for(inspection: Inspection) -> Inspection:
+    """Returns the inspection without the kinds that a limit leaves no time for."""
+    forecast = current_forecast()
+    if not forecast.leaves_out_fits():
+        return inspection
+    layers, what = without_slow_kinds(inspection.layers)
+    if what is not None:
+        forecast.note(DECOMPOSING, what)
+    return replace(inspection, layers=layers)
 
 
 def _search(  # noqa: PLR0917

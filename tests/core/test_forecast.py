@@ -163,6 +163,26 @@ def test_what_takes_too_long_is_cut_and_said_and_the_budget_holds(less_work):
     assert Plan.from_json(plan.to_json()) == plan
 
 
+@pytest.mark.usefixtures("slow_machine", "less_work")
+@pytest.mark.filterwarnings("ignore:.*the compression took.*")
+def test_kinds_that_are_fitted_in_sweeps_are_left_out_where_there_is_no_time_for_them():
+    kinds = ["cp3", "cp", "channel_svd", "svd"]
+    net, budget = trained_like(), Budget(params=0.5)
+    plan = search_ranks(net, budget, example_input=SHAPE, kinds=kinds, target=None, time_limit=0.01)
+    assert {layer.kind for layer in plan.factorised} <= {"channel_svd", "svd"}
+    assert plan.cut[DECOMPOSING] == "without cp, cp3"
+    assert plan.kept["params"] <= 0.5
+
+
+def test_time_that_fits_would_have_taken_is_the_other_parts(clock):
+    forecast = limited(100.0, {DECOMPOSING: 1000.0, FITTING: 800.0, HEALING: 200.0})
+    assert forecast.leaves_out_fits()
+    assert forecast.grant(HEALING) == pytest.approx(95.0)
+    assert forecast.grant(DECOMPOSING) == pytest.approx(95.0 * 200 / 400)
+    assert not limited(1000.0, {DECOMPOSING: 1000.0, FITTING: 800.0, HEALING: 200.0}).leaves_out_fits()
+    assert not limited(None, {DECOMPOSING: 1000.0}).leaves_out_fits()
+
+
 @pytest.mark.usefixtures("less_work")
 def test_a_search_alone_warns_of_a_limit_that_it_missed():
     with pytest.warns(CompressionWarning, match=r"the compression took .* s, time_limit=1e-06"):
