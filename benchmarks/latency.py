@@ -211,7 +211,7 @@ def _row(  # noqa: PLR0917
         "format": (plan and plan.memory_format) or "as it was",
         "slower layers": len(plan.slower) if plan and timed else None,
         "table": table,
-        "kinds": _kinds(plan) if plan else "",
+        "kinds": _kinds(plan) if plan else "its own",
     }
 
 

@@ -27,4 +27,4 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Turns links out of the folder of the pages into links to what was added."""
-    return markdown.replace("](../README.md#use-it)", "](howto.md)").replace("](../", "](")
+    return markdown.replace("](../", "](")
