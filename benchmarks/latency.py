@@ -31,6 +31,7 @@ from torch import nn
 from benchmarks.common import IMAGE, earlier_rows, fashion_mnist, publish, reference
 from benchmarks.zero_shot import accuracy
 from lightning_compress import Budget, Plan, Target, apply_plan_, compress_, search_ranks
+from lightning_compress.analysis.costs import measure_costs
 from lightning_compress.analysis.latency.compare import measure_latency
 from lightning_compress.analysis.latency.onnx import OnnxRuntime
 from lightning_compress.analysis.trace import ExampleInput, whole_arguments
@@ -168,18 +169,15 @@ def fasterai(name: str, network: Network, target: str, method: str) -> dict[str,
 
     torch.manual_seed(0)
     dense = network.build().eval()
-    most = network.params * _size(dense)
+    whole = measure_costs(dense).params
     for percent in range(1, 100):
         small = Conv_Decomposer().decompose(dense, percent_removed=percent / 100, method=method)
         small = cast(nn.Module, FC_Decomposer().decompose(small, percent_removed=percent / 100)).eval()
-        if _size(small) <= most:
+        params = measure_costs(small).params
+        if params <= network.params * whole:
             break
-    budget, kept = f"fasterai {importlib.metadata.version('fasterai')}, {method}", _size(small) / _size(dense)
-    return _row(name, network, target, budget, dense, small, None, _target(target), kept=kept)
-
-
-def _size(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+    budget = f"fasterai {importlib.metadata.version('fasterai')}, {method}"
+    return _row(name, network, target, budget, dense, small, None, _target(target), kept=params / whole)
 
 
 def _row(  # noqa: PLR0917

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import publish
+from benchmarks.common import HERE, publish
 
 FOLDERS = ("callbacks", "checkpointing", "trainer", "loops", "core", "models", "tuner")
 """Of `tests/tests_pytorch`."""
@@ -79,13 +79,12 @@ def outcomes(checkout: Path, folder: str, workers: int, plugin: str | None) -> d
     tests = checkout.resolve() / "tests"
     command = [sys.executable, "-m", "pytest", f"tests_pytorch/{folder}", "-q", "-n", str(workers)]
     command += ["-p", "no:cacheprovider", "-o", "addopts=", "-W", "ignore", *(["-p", plugin] if plugin else [])]
-    own = str(Path(__file__).resolve().parent.parent)
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
         subprocess.run(
             [*command, f"--junitxml={report}", f"--basetemp={scratch}/tests"],
             cwd=tests,
-            env={**os.environ, "PYTHONPATH": f"{own}:{tests}", "LIGHTNING_COMPRESS_CACHE": f"{scratch}/cache"},
+            env={**os.environ, "PYTHONPATH": f"{HERE.parent}:{tests}", "LIGHTNING_COMPRESS_CACHE": f"{scratch}/cache"},
             check=False,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

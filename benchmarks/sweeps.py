@@ -22,9 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import publish
+from benchmarks.common import HERE, publish
 
-OWN = str(Path(__file__).resolve().parent.parent)
 LAUNCHERS = ("basic", "joblib", "ray", "submitit_local")
 EIGHT = "compression.budget.params=0.5,0.4,0.3,0.25,0.2,0.15,0.1,0.08"
 TEN = "compression.budget.params=0.5,0.45,0.4,0.35,0.3,0.25,0.2,0.0005,0.0004,0.0003"
@@ -76,7 +75,12 @@ def sweep(launcher: str, overrides: Sequence[str], threads: int) -> dict[str, An
         subprocess.run(
             command,
             cwd=scratch,
-            env={**os.environ, "PYTHONPATH": OWN, "LIGHTNING_COMPRESS_CACHE": cache, "OMP_NUM_THREADS": str(threads)},
+            env={
+                **os.environ,
+                "PYTHONPATH": str(HERE.parent),
+                "LIGHTNING_COMPRESS_CACHE": cache,
+                "OMP_NUM_THREADS": str(threads),
+            },
             check=True,
             stdout=subprocess.DEVNULL,
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from lightning_compress.cli.config import settings_of
+from lightning_compress.cli.config import settings_of, weights_file
 from lightning_compress.cli.parts import find_own_modules
 from lightning_compress.core.store import key_of
 
@@ -32,7 +32,9 @@ def key_of_job(cfg: DictConfig, folder: str | Path) -> str:
 
 
 def _key(what: str, settings: dict[str, Any]) -> str:
-    data = [_state_of(Path(text)) for text in sorted(set(_texts(settings))) if _is_path(text)]
+    weights = settings["model"].get("weights")
+    texts = {*_texts(settings), *([] if weights is None else [weights_file(weights)])}
+    data = [_state_of(Path(text)) for text in sorted(texts) if _is_path(text)]
     find_own_modules()
     code = [_version_of(target) for target in sorted(set(_targets(settings)))]
     return key_of(what, json.dumps(settings, sort_keys=True, default=str), data, code)

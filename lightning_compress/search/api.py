@@ -146,7 +146,7 @@ def _search_unfused(  # noqa: PLR0917
         inspection, strategy, settings, example_input, calibration, statistics, report
     )
     searched = time.perf_counter()
-    inspection = _with_time_for(inspection)
+    inspection, left_out = _with_time_for(inspection)
     units = units_of(inspection.layers)
     compared = compared_resources(budget.budgeted, timed=timed)
     try:
@@ -156,9 +156,13 @@ def _search_unfused(  # noqa: PLR0917
                 return cast(Plan, from_first("the search", None)), statistics
             found = _search(inspection, units, tables, budget, settings, statistics, objective, example_input, report)
     except InfeasibleBudgetError as error:
-        if asked.of is None:
+        msg = str(error)
+        if asked.of is not None:
+            msg = f"{asked} cannot be kept; as bounds on the whole model, of which nothing else is compressed: {msg}"
+        if left_out is not None:
+            msg = f"{msg} Kinds were left out to keep time_limit={forecast.limit:g} ({left_out}): allow more time."
+        if msg == str(error):
             raise
-        msg = f"{asked} cannot be kept; as bounds on the whole model, of which nothing else is compressed: {error}"
         raise InfeasibleBudgetError(msg) from error
     parts = {**(statistics.seconds if statistics is not None else {}), "search": time.perf_counter() - searched}
     plan = to_plan(found, inspection, asked, settings, parts)
@@ -168,15 +172,15 @@ def _search_unfused(  # noqa: PLR0917
     return from_first("the search", plan), found.statistics
 
 
-def _with_time_for(inspection: Inspection) -> Inspection:
-    """Returns the inspection without the kinds that a limit leaves no time for."""
+def _with_time_for(inspection: Inspection) -> tuple[Inspection, str | None]:
+    """Returns the inspection without the kinds that a limit leaves no time for, and which they are."""
     forecast = current_forecast()
     if not forecast.leaves_out_fits():
-        return inspection
+        return inspection, None
     layers, what = without_slow_kinds(inspection.layers)
     if what is not None:
         forecast.note(DECOMPOSING, what)
-    return replace(inspection, layers=layers)
+    return replace(inspection, layers=layers), what
 
 
 def _search(  # noqa: PLR0917

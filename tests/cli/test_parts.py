@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_compress.cli import config
 from lightning_compress.cli.app import run
 from lightning_compress.cli.data import ImageFolderDataModule, TableDataModule, classes_in
 from lightning_compress.cli.engines import require_engines, require_named_engines, set_optuna_
@@ -108,6 +109,14 @@ def test_key_of_the_dense_model_follows_what_decides_it_and_nothing_else(tmp_pat
         assert key_of_dense(compose(*OF_OWN, more)) != key
     (tmp_path / "own_parts.py").write_text(OWN + "\n# another version")
     assert key_of_dense(cfg) != key
+
+
+def test_key_of_the_dense_model_follows_the_weights_that_come_with_the_library(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "_WEIGHTS", tmp_path)
+    (tmp_path / "ours.safetensors").write_bytes(b"one")
+    keys = [key_of_dense(compose(*TINY_MLP, "model.weights=ours")) for _ in range(2)]
+    (tmp_path / "ours.safetensors").write_bytes(b"another")
+    assert keys[0] == keys[1] != key_of_dense(compose(*TINY_MLP, "model.weights=ours"))
 
 
 def test_key_of_a_job_is_that_of_its_settings_wherever_it_writes(tmp_path):

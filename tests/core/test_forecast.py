@@ -12,7 +12,7 @@ from lightning_compress import Budget, Plan, compress_, search_ranks
 from lightning_compress.analysis import forecast as of_models
 from lightning_compress.core import forecast as forecasts
 from lightning_compress.core.effort import EFFORTS, current_effort
-from lightning_compress.core.errors import CompressionWarning, ConfigurationError
+from lightning_compress.core.errors import CompressionWarning, ConfigurationError, InfeasibleBudgetError
 from lightning_compress.core.forecast import (
     DECOMPOSING,
     FITTING,
@@ -172,6 +172,16 @@ def test_kinds_that_are_fitted_in_sweeps_are_left_out_where_there_is_no_time_for
     assert {layer.kind for layer in plan.factorised} <= {"channel_svd", "svd"}
     assert plan.cut[DECOMPOSING] == "without cp, cp3"
     assert plan.kept["params"] <= 0.5
+
+
+@pytest.mark.usefixtures("slow_machine", "less_work")
+@pytest.mark.filterwarnings("ignore:.*the compression took.*")
+def test_a_budget_that_cannot_be_kept_without_the_kinds_left_out_names_them():
+    settings = {"example_input": SHAPE, "kinds": ["cp3", "channel_svd", "svd"], "target": None, "time_limit": 0.01}
+    with pytest.raises(
+        InfeasibleBudgetError, match=r"smallest reachable.*time_limit=0\.01 \(without cp3\): allow more"
+    ):
+        search_ranks(trained_like(), Budget(params=1e-3), **settings)
 
 
 def test_time_that_fits_would_have_taken_is_the_other_parts(clock):
