@@ -16,7 +16,8 @@ from torch import Tensor
 
 from benchmarks.common import publish, reference
 from lightning_compress.kinds.cp import _Canonical
-from lightning_compress.kinds.cp_fit import Problem, _random_filters
+from lightning_compress.kinds.cp_fit import _random_filters
+from lightning_compress.kinds.cp_problem import Problem
 from lightning_compress.kinds.registry import DECOMPOSITIONS
 
 STARTS = 10

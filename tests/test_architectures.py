@@ -127,7 +127,7 @@ def test_whole_network_is_compressed_and_healed(name):
     def compress(model, example):
         return compress_(model, Budget(params=0.5), example_input=example)
 
-    assert require_half(name, compress).objective == "end_to_end"
+    assert require_half(name, compress).objective == "moments"
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -37,7 +37,7 @@ def check(model: nn.Module, example, *, keep: float = 0.7, source: str | None = 
     before = remembered(model)
     done = compressed_model(model, Budget(params=keep), example_input=example)
     plan = done.plan
-    assert plan.objective == "end_to_end"
+    assert plan.objective == "moments"
     assert plan.kept["params"] <= keep
     assert source is None or plan.source == source
     assert done.healing.after <= done.healing.before

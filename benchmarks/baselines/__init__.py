@@ -1,10 +1,12 @@
 """Published methods that comparisons alone need; importing this package registers them with `lightning_compress`.
 
-The strategy "alds" and its kinds "split2_svd" and "split4_svd", through `register_strategy` and `register_kind`. A
-folder that was saved with such a kind is loaded once this package is imported.
+The strategies "balf" and "alds", and the kinds of the latter, "split2_svd" and "split4_svd", come through
+`register_strategy` and `register_kind`. A folder that was saved with such a kind is loaded once this package is
+imported.
 """
 
 from benchmarks.baselines.alds import operator_norm_errors, search_alds
+from benchmarks.baselines.balf import plain, search_balf
 from benchmarks.baselines.split_svd import SplitSvd
 
-__all__ = ["SplitSvd", "operator_norm_errors", "search_alds"]
+__all__ = ["SplitSvd", "operator_norm_errors", "plain", "search_alds", "search_balf"]

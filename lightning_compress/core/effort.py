@@ -60,7 +60,7 @@ class Effort:
     healing_steps: int = 240
     timed_sizes: int = 8
     timing_seconds: float = 0.03
-    timing_limit: float = 60.0
+    timing_limit: float = 30.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

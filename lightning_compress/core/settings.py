@@ -292,12 +292,11 @@ class SearchSettings:
             was registered by `register_strategy`.
         objective: What is minimised: "weight", Σ −log(1 − e) over the relative errors e of the weights; "moments", the
             same over what the errors do to the model's outputs, for inputs with known second moments; "end_to_end",
-            that plus log D, D the distance of the model's outputs on synthetic inputs. "auto" is the best that the
-            method takes and that inputs allow: with an example input, statistics or calibration "end_to_end", or
-            "moments" for models so large that it would take long; else "weight". "uniform" and "energy" are "weight"
-            too unless statistics are given. Where the model fails on synthetic inputs the search falls back, with a
-            `CompressionWarning`. Where time is measured a small term for it is part of all of them, so that where
-            little is lost either way the faster kinds are chosen.
+            that plus log D, D the distance of the model's outputs on synthetic inputs, which takes longer and rarely
+            leads elsewhere. "auto" is "moments" with an example input, statistics or calibration, if the method takes
+            it, else "weight"; "uniform" and "energy" are "weight" too unless statistics are given. Where the model
+            fails on synthetic inputs the search falls back, with a `CompressionWarning`. Where time is measured a small
+            term for it is part of all of them, so that where little is lost either way the faster kinds are chosen.
         kinds: "auto", a kind of decomposition, or a list of kinds to choose from. "auto" is svd, interpolative,
             channel_svd, spatial_svd, tucker2, tt, cp3, cp for large kernels, tt_embedding for very large
             embeddings, or what the method says. Kinds that were registered by `register_kind` are used where

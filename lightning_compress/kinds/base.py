@@ -152,6 +152,16 @@ class Decomposition(ABC):
         """Returns whether "auto" tries the kind on a layer it applies to; not where little can be gained."""
         return True
 
+    def fit_work(self, shape: tuple[int, ...], ranks: tuple[int, ...], *, in_metric: bool) -> float:  # noqa: ARG002
+        """Returns about how many multiply-adds `factorise` takes beyond a closed form.
+
+        Args:
+            shape: Of the weight.
+            ranks: Of the kind.
+            in_metric: Whether in that of all inputs.
+        """
+        return 0.0
+
     @abstractmethod
     def max_ranks(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the ranks at which a weight of this shape is reproduced exactly."""

@@ -21,7 +21,8 @@ from lightning_compress.kinds.base import (
     equalise_norms,
     pointwise,
 )
-from lightning_compress.kinds.cp_fit import TINY, Components, Problem, drafted, fitted, refitted, sweep_work
+from lightning_compress.kinds.cp_fit import drafted, fit_work, fitted, refitted, sweep_work
+from lightning_compress.kinds.cp_problem import TINY, Components, Problem
 from lightning_compress.kinds.slices import Slices
 from lightning_compress.kinds.svd import axes_of, needs_spatial_kernel
 
@@ -106,6 +107,10 @@ class _Canonical(Decomposition):
         The norm of a component is shared out evenly over its factors.
         """
         return self._factors(weight, ranks[0], metric, fitted)
+
+    @override
+    def fit_work(self, shape: tuple[int, ...], ranks: tuple[int, ...], *, in_metric: bool) -> float:
+        return fit_work(self._dims(shape), ranks[0], in_metric=in_metric)
 
     @override
     def draft(self, weight: Tensor, ranks: tuple[int, ...], metric: Tensor | None = None) -> dict[str, Tensor]:

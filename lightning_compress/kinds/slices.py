@@ -8,6 +8,9 @@ from torch import Tensor
 from lightning_compress.kinds.base import tail_errors
 from lightning_compress.kinds.multilinear import in_bases, mode_basis
 
+LARGE = 256
+"""Slices whose smaller side is at least this long are decomposed in float32: fits only start from them."""
+
 
 class Slices:
     """The exact sum of the SVDs of all kernel slices, after a rotation of the filters' modes to their main axes.
@@ -21,7 +24,9 @@ class Slices:
         self._bases = [mode_basis(weight, mode) for mode in modes]
         core = in_bases(weight, self._bases, modes)
         self._sizes = tuple(weight.shape[2:])
-        _, values, rows = torch.linalg.svd(core.flatten(2).movedim(2, 0), full_matrices=False)
+        places = core.flatten(2).movedim(2, 0)
+        places = places.float() if min(places.shape[1:]) >= LARGE else places
+        _, values, rows = (part.to(weight) for part in torch.linalg.svd(places, full_matrices=False))
         self._rows = rows.flatten(0, 1)  # (slices * min(out, in), in)
         self._order = values.flatten().argsort(descending=True, stable=True)
         self._values = values.shape[1]

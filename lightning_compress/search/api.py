@@ -29,9 +29,9 @@ from lightning_compress.kinds.registry import is_automatic
 from lightning_compress.layers.unfused import unfused
 from lightning_compress.search.candidates import Candidates
 from lightning_compress.search.choice import Choice, choose, never_behind_the_weights
-from lightning_compress.search.end_to_end import evaluator_of
 from lightning_compress.search.latency import timings_of
 from lightning_compress.search.objective import statistics_for, weighs_alone
+from lightning_compress.search.outputs import evaluator_of
 from lightning_compress.search.part import of_the_whole, outside_excluded
 from lightning_compress.search.quality_target import within_error
 from lightning_compress.search.strategies import strategy_of

@@ -10,10 +10,11 @@ from lightning_compress.analysis.statistics import Statistics
 from lightning_compress.core.errors import CompressionWarning
 from lightning_compress.core.progress import Progress
 from lightning_compress.kinds.base import Ints
-from lightning_compress.search.end_to_end import OutputEvaluator, search_outputs
+from lightning_compress.search.end_to_end import search_outputs
 from lightning_compress.search.exact import solve
+from lightning_compress.search.outputs import OutputEvaluator
 from lightning_compress.search.problem import Problem
-from lightning_compress.search.refine import Ratios, refined
+from lightning_compress.search.refine import Corrections, refined
 from lightning_compress.search.safeguards import spend_what_is_left, weights_alone
 from lightning_compress.search.sensitivity import nearer
 from lightning_compress.search.strategies import RegisteredStrategy, search_continuous
@@ -48,9 +49,9 @@ def choose(
 ) -> tuple[Problem, Ints, str]:
     """Returns the problem that a strategy has solved, its choice, and the objective it is of."""
     if outputs is not None and strategy.thorough:
-        predicted, ratios = problem, Ratios()
-        problem = refined(predicted, outputs, lambda done: progress("fitting layers", done), ratios)
-        problem = nearer(problem, predicted, ratios, outputs, progress)
+        predicted, known = problem, Corrections()
+        problem = refined(predicted, outputs, lambda done: progress("fitting layers", done), known)
+        problem = nearer(problem, predicted, known, outputs, progress)
     rows, objective = _solved(problem, strategy, objective, outputs, progress)
     if strategy.thorough:
         rows = spend_what_is_left(problem, rows)

@@ -25,29 +25,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
-from lightning_compress.analysis.distance import NEGLIGIBLE, OutputDistance, squared_error
-from lightning_compress.analysis.inspection import Inspection
-from lightning_compress.analysis.statistics import Statistics
-from lightning_compress.analysis.trace import Arguments, inference, output_tensors, sample_counts
-from lightning_compress.core.compat import tree_map
+from lightning_compress.analysis.distance import NEGLIGIBLE, squared_error
 from lightning_compress.core.effort import current_effort
-from lightning_compress.core.forecast import SEARCHING, current_forecast
 from lightning_compress.core.parallel import in_threads
 from lightning_compress.core.plan import DENSE
 from lightning_compress.kinds.base import Ints
 from lightning_compress.kinds.registry import DECOMPOSITIONS, Operator, gated_weight
 from lightning_compress.search.exact import solve
+from lightning_compress.search.outputs import GROUP, OutputEvaluator, output_distance, outputs_with
 from lightning_compress.search.problem import Problem
 from lightning_compress.search.space import Space, around
-from lightning_compress.search.units import SingleLayer, Unit
 
 LEARNING_RATE = 0.05
 TEMPERATURES = (0.1, 0.01)
@@ -58,11 +52,6 @@ PENALTY = 20.0
 NEAR = 0.05
 """Fraction of a bound within which it counts."""
 RETRACTIONS = 3
-GROUP = 16
-"""Inputs that go through the model at once."""
-CACHED = 2**24
-"""Numbers of the dense model's outputs that are kept at most; beyond it they are worked out again."""
-LEAST_INPUTS = 4
 """With fewer affordable inputs per step "auto" leaves the outputs out."""
 REACH = 1.5
 """Ranks are searched up to this factor above and below the start."""
@@ -71,96 +60,6 @@ LARGEST_LOGIT = 10.0
 WINDOW = 8
 WEIGHTS = (0.2, 5.0)
 """Bounds of w_l."""
-
-
-@dataclass(frozen=True)
-class OutputEvaluator:
-    """What the distance of a model's outputs is worked out from.
-
-    Attributes:
-        model: The dense model.
-        units: Those of the problem, in its order.
-        statistics: With the synthetic inputs, and the metric in which factors are fitted.
-        inputs: Synthetic inputs per step.
-        measured: Distances that were worked out, by kinds and ranks: a search asks for some twice.
-        fitted: Factors, by layer, kind and ranks: choices that are compared have most in common.
-        cached: Outputs of the dense model, by batch, size of the groups and group.
-    """
-
-    model: nn.Module
-    units: tuple[Unit, ...]
-    statistics: Statistics
-    inputs: int = field(default_factory=lambda: current_effort().descent_inputs)
-    measured: dict[tuple[Any, ...], float] = field(default_factory=dict, compare=False, repr=False)
-    fitted: dict[tuple[int, str, tuple[int, ...]], dict[str, Tensor]] = field(
-        default_factory=dict, compare=False, repr=False
-    )
-    cached: dict[tuple[int, int, int], list[Tensor]] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def exist(self) -> bool:
-        """Whether the model returns any floating-point tensor."""
-        args, kwargs = _groups(self.statistics.batches[0], 2, 2)[0]
-        with inference(self.model):
-            return bool(output_tensors(self.model(*args, **kwargs)))
-
-    def on(self, batches: Sequence[Arguments]) -> OutputEvaluator:
-        """Returns the same on other inputs, with the factors that are fitted already."""
-        return replace(self, statistics=replace(self.statistics, batches=tuple(batches)), measured={}, cached={})
-
-    def within(self, inputs: int) -> OutputEvaluator:
-        """Returns the same on at most so many inputs: whole batches, or a part of the first."""
-        batches = self.statistics.batches
-        totals = np.cumsum([min(sample_counts(batch), default=1) for batch in batches])
-        whole = int((totals <= inputs).sum())
-        if whole == len(batches):
-            return self
-        return self.on(batches[:whole] or _groups(batches[0], inputs, inputs)[:1])
-
-    def groups(self, step: int) -> list[Arguments]:
-        """Returns the inputs of a step in groups."""
-        batches = self.statistics.batches
-        return _groups(batches[step % len(batches)], self.inputs, GROUP)
-
-    def targets(self, key: tuple[int, int, int], arguments: Arguments) -> list[Tensor]:
-        """Returns the dense model's outputs on a group of inputs, kept as long as there is room."""
-        if key in self.cached:
-            return self.cached[key]
-        with inference(self.model):
-            found = [t.clone() for t in output_tensors(self.model(*arguments[0], **arguments[1]))]
-        if sum(t.numel() for kept in (*self.cached.values(), found) for t in kept) <= CACHED:
-            self.cached[key] = found
-        return found
-
-    def kept_factors(self, layer: int, kind: str, ranks: tuple[int, ...]) -> dict[str, Tensor]:
-        """Returns `factors`, fitted once."""
-        key = layer, kind, ranks
-        if key not in self.fitted:
-            self.fitted[key] = self.factors(*key)
-        return self.fitted[key]
-
-    def dense_weight(self, layer: int, kind: str, ranks: tuple[int, ...]) -> Tensor:
-        """Returns the canonical weight that a layer's fitted factors are equivalent to."""
-        return self.units[layer].multiplied_out(kind, self.kept_factors(layer, kind, ranks))
-
-    def lost_energy(self, layer: int, kind: str, ranks: tuple[int, ...]) -> float:
-        """Returns ‖G^½ (W − Ŵ) S^½‖² of a layer's fitted factors; see `Candidates.energy`."""
-        unit = cast(SingleLayer, self.units[layer])
-        return unit.lost_energy(self.dense_weight(layer, kind, ranks), self.statistics)
-
-    def factors(self, layer: int, kind: str, ranks: tuple[int, ...], *, draft: bool = False) -> dict[str, Tensor]:
-        """Returns a layer's factors in the metric, in the weight's dtype; for `draft` see `Unit.fit`."""
-        return self.units[layer].fit(kind, ranks, self.statistics, draft=draft)
-
-
-def evaluator_of(inspection: Inspection, units: tuple[Unit, ...], statistics: Statistics) -> OutputEvaluator | None:
-    """Returns the outputs of a model on as many inputs as it can afford, None if it has none."""
-    if not statistics.batches:
-        return None
-    traced = inspection.trace
-    inputs = max(LEAST_INPUTS, affordable_inputs(traced.macs)) if traced is not None else LEAST_INPUTS
-    outputs = OutputEvaluator(inspection.model, units, statistics, inputs)
-    return outputs if outputs.exist else None
 
 
 def search_outputs(problem: Problem, outputs: OutputEvaluator, start: Ints, progress: Callable[[float], None]) -> Ints:
@@ -196,37 +95,6 @@ def search_outputs(problem: Problem, outputs: OutputEvaluator, start: Ints, prog
 def composite_loss(problem: Problem, outputs: OutputEvaluator, choice: Ints) -> float:
     """Returns log D + Σ_l ε_l of whole ranks, over all synthetic inputs."""
     return math.log(max(output_distance(outputs, problem, choice), 1e-12)) + problem.loss_of(choice)
-
-
-def output_distance(outputs: OutputEvaluator, problem: Problem, choice: Ints) -> float:
-    """Returns D of whole ranks over all synthetic inputs, see `OutputDistance`."""
-    key = tuple((layer.kinds[row], layer.ranks[row]) for layer, row in zip(problem.layers, choice, strict=True))
-    if key not in outputs.measured:
-        outputs.measured[key] = _measure(outputs, problem, choice)
-    return outputs.measured[key]
-
-
-def _measure(outputs: OutputEvaluator, problem: Problem, choice: Ints) -> float:
-
-    def weight_of(index: int) -> Tensor | None:
-        table, row = problem.layers[index], choice[index]
-        return None if table.kinds[row] == DENSE else outputs.dense_weight(index, table.kinds[row], table.ranks[row])
-
-    found_weights = in_threads(weight_of, range(len(choice)))
-    weights = {index: weight for index, weight in enumerate(found_weights) if weight is not None}
-    distance = OutputDistance()
-    with torch.no_grad():
-        for number, batch in enumerate(outputs.statistics.batches):
-            for index, group in enumerate(_groups(batch, None, 4 * GROUP)):
-                targets = outputs.targets((number, 4 * GROUP, index), group)
-                distance.add(_outputs_with(outputs, weights, group), targets)
-    return distance.value
-
-
-def affordable_inputs(macs: int) -> int:
-    """Returns how many inputs a step can take at most, for a model of so many MACs; see `Effort`."""
-    effort, work = current_effort(), current_forecast().work(SEARCHING)
-    return min(effort.descent_inputs, work // (3 * effort.descent_steps * max(1, macs)))
 
 
 @dataclass(frozen=True)
@@ -362,38 +230,10 @@ def _gradient_of_log_distance(outputs: OutputEvaluator, mixed: dict[int, Tensor]
     number = step % len(outputs.statistics.batches)
     for index, group in enumerate(outputs.groups(step)):
         targets = outputs.targets((number, GROUP, index), group)
-        error = squared_error(_outputs_with(outputs, leaves, group), targets)
+        error = squared_error(outputs_with(outputs, leaves, group), targets)
         gradients = torch.autograd.grad(error, list(leaves.values()), allow_unused=True)
         lost += float(error.detach())
         for layer, gradient in zip(leaves, gradients, strict=True):
             if gradient is not None:
                 sums[layer] += gradient
     return {layer: value / max(lost, 1e-30) for layer, value in sums.items()}
-
-
-def _outputs_with(outputs: OutputEvaluator, weights: dict[int, Tensor], arguments: Arguments) -> list[Tensor]:
-    """Returns the model's outputs with some weights in the place of the layers' own."""
-    names = {}  # of aliases one is enough: they share the module
-    for index, weight in weights.items():
-        own = outputs.units[index].dense_weights(weight)
-        names.update({f"{name}.weight": part for name, part in own.items()})
-    tied = any(outputs.units[index].is_tied for index in weights)
-    model = outputs.model
-    args, kwargs = arguments
-    differentiable = torch.is_grad_enabled()
-    with inference(model), torch.set_grad_enabled(differentiable):
-        return output_tensors(functional_call(model, names, args, kwargs, tie_weights=tied))
-
-
-def _groups(batch: Arguments, inputs: int | None, size: int) -> list[Arguments]:
-    """Returns the first inputs of a batch in groups; all at once where the tensors differ in their number."""
-    counts = sample_counts(batch)
-    if len(counts) != 1:
-        return [batch]
-    count = min(inputs or max(counts), *counts)
-
-    def cut(start: int) -> Arguments:
-        end = min(start + size, count)
-        return cast(Arguments, tree_map(lambda t: t[start:end] if isinstance(t, Tensor) and t.ndim else t, batch))
-
-    return [cut(start) for start in range(0, count, size)]

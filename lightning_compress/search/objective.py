@@ -12,7 +12,6 @@ from lightning_compress.analysis.trace import ExampleInput
 from lightning_compress.core.errors import CompressionWarning, ExampleInputError
 from lightning_compress.core.progress import Progress
 from lightning_compress.core.settings import SearchSettings
-from lightning_compress.search.end_to_end import LEAST_INPUTS, affordable_inputs
 from lightning_compress.search.strategies import RegisteredStrategy
 
 
@@ -40,7 +39,7 @@ def statistics_for(  # noqa: PLR0917
     progress: Progress,
 ) -> tuple[Statistics | None, str]:
     """Returns the statistics an objective needs, and the objective that can be had with them; see `search_ranks`."""
-    objective, best = settings.objective, strategy.objectives[-1]
+    objective = settings.objective
     known = given is not None or example_input is not None or calibration is not None
     if weighs_alone(strategy, settings, known=known, given=given is not None):
         return None, "weight"
@@ -63,8 +62,4 @@ def statistics_for(  # noqa: PLR0917
                 raise
             warn(f"the search falls back to objective='weight': {error}", CompressionWarning, stacklevel=3)
             return None, "weight"
-    if objective != "auto":
-        return statistics, objective
-    traced = inspection.trace
-    few = traced is not None and affordable_inputs(traced.macs) < LEAST_INPUTS
-    return statistics, "moments" if few else best
+    return statistics, "moments" if objective == "auto" else objective

@@ -16,10 +16,10 @@ from lightning_compress.core.progress import Progress, silent
 from lightning_compress.core.settings import Budget
 from lightning_compress.kinds.base import Ints
 from lightning_compress.search.candidates import Candidates
-from lightning_compress.search.end_to_end import OutputEvaluator, output_distance
 from lightning_compress.search.exact import solve
 from lightning_compress.search.feasibility import is_feasible, smallest_share
 from lightning_compress.search.latency import Timing
+from lightning_compress.search.outputs import OutputEvaluator, output_distance
 from lightning_compress.search.problem import Problem, problem_of
 from lightning_compress.search.sensitivity import weighted
 from lightning_compress.search.strategies import RegisteredStrategy

@@ -17,8 +17,8 @@ from lightning_compress.core.parallel import in_threads
 from lightning_compress.core.plan import BETTER_ELSEWHERE, DENSE, LayerPlan
 from lightning_compress.kinds.base import Ints
 from lightning_compress.kinds.registry import DECOMPOSITIONS
-from lightning_compress.search.end_to_end import OutputEvaluator, output_distance
 from lightning_compress.search.exact import solve
+from lightning_compress.search.outputs import OutputEvaluator, output_distance
 from lightning_compress.search.problem import Problem
 from lightning_compress.search.tables import compared_resources
 from lightning_compress.search.units import SingleLayer

@@ -25,10 +25,10 @@ from lightning_compress.core.plan import DENSE
 from lightning_compress.core.progress import Progress
 from lightning_compress.kinds.base import Ints
 from lightning_compress.search.candidates import Candidates
-from lightning_compress.search.end_to_end import LEAST_INPUTS, OutputEvaluator, output_distance
 from lightning_compress.search.exact import solve
+from lightning_compress.search.outputs import LEAST_INPUTS, OutputEvaluator, output_distance
 from lightning_compress.search.problem import Problem
-from lightning_compress.search.refine import Ratios, refined
+from lightning_compress.search.refine import Corrections, refined
 
 LEAST_LOSS = 1e-6
 """Smaller losses and distances count as this much: a layer is never free."""
@@ -37,7 +37,7 @@ RANGE = 100.0
 
 
 def nearer(
-    problem: Problem, predicted: Problem, ratios: Ratios, outputs: OutputEvaluator, progress: Progress
+    problem: Problem, predicted: Problem, known: Corrections, outputs: OutputEvaluator, progress: Progress
 ) -> Problem:
     """Returns the problem with measured weights if its optimum leaves the outputs nearer, else as it is.
 
@@ -46,7 +46,7 @@ def nearer(
     Args:
         problem: The separable problem, without weights, corrected by `refined`.
         predicted: The same before it was corrected.
-        ratios: With which it was.
+        known: With which it was.
         outputs: Of the model.
         progress: Called with what is being done and the fraction done.
     """
@@ -55,11 +55,13 @@ def nearer(
     if before is None or measured is problem:
         return problem
     measured = replace(predicted, weights=measured.weights)
-    measured = refined(measured, outputs, lambda done: progress("fitting layers", done), ratios)
+    measured = refined(measured, outputs, lambda done: progress("fitting layers", done), known)
     after = solve(measured).choice
     if after is None:
         return problem
-    closer = output_distance(outputs, measured, after) < output_distance(outputs, problem, before)
+    closer = output_distance(outputs, measured, after, nearly=True) < output_distance(
+        outputs, problem, before, nearly=True
+    )
     return measured if closer else problem
 
 
@@ -89,7 +91,7 @@ def weighted(
         alone = dense.copy()
         alone[index] = row
         losses[index] = max(table.losses[row], LEAST_LOSS)
-        distances[index] = max(np.log1p(output_distance(affordable, problem, alone)), LEAST_LOSS)
+        distances[index] = max(np.log1p(output_distance(affordable, problem, alone, nearly=True)), LEAST_LOSS)
     progress(1.0)
     known = np.isfinite(losses) & np.isfinite(distances)
     if not known.any():

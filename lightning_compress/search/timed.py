@@ -75,9 +75,9 @@ def timed_problem(
         require_feasible(plain, dense, budget)
         return plain
     found = [_in_format(tables, units, dense, budget, timing, no_slower=no_slower) for timing in timings]
-    feasible = [each for each in found if is_feasible(each[1])]
-    _, best = min(feasible or found, key=lambda each: each[0])
-    require_feasible(best, dense, budget)
+    objective, best = min(found, key=lambda each: each[0])
+    if objective == np.inf:
+        require_feasible(best, dense, budget)
     return best
 
 
@@ -94,17 +94,15 @@ def _in_format(
     for step in range(CORRECTIONS + 1):
         filled = timing.filled(units, tables)
         problem = problem_of(filled, dense, budget, units, timing)
-        if not is_feasible(problem):
+        best = _roughly_best(problem)
+        if best is None:
             return np.inf, problem
-        choice = _roughly_best(problem)
+        choice: Ints = best
         if no_slower:
             bounded = problem_of(filled, dense, budget, units, timing, no_slower=True)
-            if bounded.fits(choice):
-                problem = bounded
-            elif is_feasible(bounded):
-                fast = _roughly_best(bounded)
-                if not _is_dear(signal_loss(bounded, fast), signal_loss(problem, choice)):
-                    problem, choice = bounded, fast
+            fast = choice if bounded.fits(choice) else _roughly_best(bounded)
+            if fast is not None and not _is_dear(signal_loss(bounded, fast), signal_loss(problem, choice)):
+                problem, choice = bounded, fast
         predicted = latency_of(filled, choice, timing)
         reading = timing.whole(units, filled, choice) if step < CORRECTIONS else None
         if reading is None or abs(reading.seconds - predicted) <= NEAR_ENOUGH * reading.seconds:
@@ -114,9 +112,12 @@ def _in_format(
     return problem.loss_of(choice) + TIME_WEIGHT * (predicted - layers) / timing.best, problem
 
 
-def _roughly_best(problem: Problem) -> Ints:
+def _roughly_best(problem: Problem) -> Ints | None:
+    """Returns a choice that keeps the budgets, None if there is none."""
+    if not (problem.limits > 0).all():
+        return None
     best = solve(problem, rel_gap=ROUGH_GAP).choice
-    return smallest(problem) if best is None else best
+    return best if best is not None else smallest(problem) if is_feasible(problem) else None
 
 
 def _is_dear(loss: float, free: float) -> bool:

@@ -14,8 +14,8 @@ from lightning_compress.core.plan import DENSE, LayerPlan, Plan, percent
 from lightning_compress.core.settings import Budget, SearchSettings
 from lightning_compress.kinds.base import Ints
 from lightning_compress.search.choice import Choice
-from lightning_compress.search.end_to_end import output_distance
 from lightning_compress.search.exact import solve
+from lightning_compress.search.outputs import output_distance
 from lightning_compress.search.problem import Problem, costs_after
 from lightning_compress.search.safeguards import MOST_OF_A_LAYER, gives_up_most
 from lightning_compress.search.units import Unit, planned_layer

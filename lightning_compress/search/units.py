@@ -92,6 +92,10 @@ class Unit(ABC):
             draft: Whether a quick fit will do, see `Decomposition.draft`.
         """
 
+    def fit_work(self, kind: str, ranks: tuple[int, ...], statistics: Statistics) -> float:  # noqa: ARG002
+        """Returns about how many multiply-adds `fit` takes beyond a closed form."""
+        return 0.0
+
     @abstractmethod
     def dense_weights(self, weight: Tensor) -> dict[str, Tensor]:
         """Returns a canonical weight as the dense weight of each layer, by name and in its own layout."""
@@ -153,6 +157,12 @@ class SingleLayer(Unit):
             metric = metric_of(self.layer, statistics)
             found = fit_factors(kind, self.double_weight(), ranks, metric, self.operator.groups, draft=draft)
         return _as_weight(found, self.layer.weight)
+
+    @override
+    def fit_work(self, kind: str, ranks: tuple[int, ...], statistics: Statistics) -> float:
+        metric, operator = metric_of(self.layer, statistics), self.operator
+        in_metric = metric is not None and metric.inputs is not None
+        return operator.groups * DECOMPOSITIONS[kind].fit_work(operator.shape, ranks, in_metric=in_metric)
 
     def lost_energy(self, weight: Tensor, statistics: Statistics) -> float:
         """Returns ‖G^½ (W − Ŵ) S^½‖² of a canonical weight Ŵ; see `Candidates.energy`."""

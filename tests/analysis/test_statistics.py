@@ -30,7 +30,7 @@ def test_calibration_takes_real_batches_and_says_so(net, images):
     expected = input_moments(net, [((images,), {})], ["fc2"])["fc2"].second
     torch.testing.assert_close(statistics.metric("fc2").inputs, expected, rtol=1e-5, atol=1e-7)
     plan = search_ranks(net, Budget(params=0.5), statistics=statistics)
-    assert (plan.objective, plan.source, plan.data_free) == ("end_to_end", "real", False)
+    assert (plan.objective, plan.source, plan.data_free) == ("moments", "real", False)
     assert {layer.source for layer in plan.factorised} == {"real"}
     again = search_ranks(net, Budget(params=0.5), calibration=[images[:3], images[3:]])
     assert (again.layers, again.data_free) == (plan.layers, False)
@@ -89,5 +89,5 @@ def test_errors_of_a_plan_are_those_of_the_outputs():
     net = trained_like()
     statistics = gather_statistics(net, SHAPE)
     plan = search_ranks(net, Budget(params=0.4), statistics=statistics, example_input=SHAPE)
-    assert (plan.objective, plan.source) == ("end_to_end", "batch norm")
+    assert (plan.objective, plan.source) == ("moments", "batch norm")
     require_planned_errors(net, plan, statistics)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from benchmarks.common import reference
 from lightning_compress.analysis.inventory import take_inventory
 from lightning_compress.kinds import cp_fit
+from lightning_compress.kinds.cp_problem import Problem, unit_columns
 from lightning_compress.kinds.registry import DECOMPOSITIONS
 from lightning_compress.kinds.slices import Slices
 from lightning_compress.layers.families import children_of
@@ -112,8 +113,8 @@ def test_components_of_a_degenerate_tensor_stay_bounded(size):
     factors = DECOMPOSITIONS["cp3"].factorise(tensor, (2,))
     assert float(component_norms(factors).prod(dim=0).norm() / tensor.norm()) <= cp_fit.LARGEST
     assert error_of("cp3", tensor, factors) < 0.02
-    problem = cp_fit.Problem.of(tensor, None)
-    near = cp_fit._unit(torch.stack([a + b / 500, a], dim=1))
+    problem = Problem.of(tensor, None)
+    near = unit_columns(torch.stack([a + b / 500, a], dim=1))
     diverging = problem.solve([near, near])
     assert diverging.size > 100
     assert diverging.error < 1e-4
@@ -124,7 +125,7 @@ def test_components_of_a_degenerate_tensor_stay_bounded(size):
 
 def test_correction_shrinks_norms_at_hardly_more_error():
     weight = trained("vgg", "features.3.0")
-    problem = cp_fit.Problem.of(weight, None)
+    problem = Problem.of(weight, None)
     free = problem.run(Slices(problem.weight).filters(22), 150)
     found, _ = cp_fit._corrected(problem, free, 6)
     assert found.size < 0.97 * free.size
@@ -166,7 +167,7 @@ def test_fit_in_a_metric_beats_the_plain_one_in_it_and_its_own_start(kind):
     for rank in (6, 24):
         plain = error_of(kind, weight, decomposition.factorise(weight, (rank,)), metric)
         fitted = error_of(kind, weight, decomposition.factorise(weight, (rank,), metric), metric)
-        problem = cp_fit.Problem.of(weight.reshape(decomposition._dims(weight.shape)), metric)
+        problem = Problem.of(weight.reshape(decomposition._dims(weight.shape)), metric)
         slices = Slices(problem.weight).filters(rank)
         start = problem.solve(cp_fit._separable(problem).run(slices, 60).filters).error
         assert fitted < 0.8 * plain

@@ -19,7 +19,7 @@ from tests.support.searching import VECTOR
 @pytest.mark.parametrize(
     ("method", "given", "objective"),
     [
-        *(("continuous", given, "end_to_end") for given in ("example_input", "statistics", "calibration")),
+        *(("continuous", given, "moments") for given in ("example_input", "statistics", "calibration")),
         *(("exact", given, "moments") for given in ("example_input", "statistics", "calibration")),
         *((method, None, "weight") for method in ("continuous", "exact")),
         *((method, "example_input", "weight") for method in ("uniform", "energy", "paper")),

@@ -17,8 +17,8 @@ from lightning_compress.core.plan import BETTER_ELSEWHERE, DENSE, LayerPlan
 from lightning_compress.core.progress import silent
 from lightning_compress.kinds.registry import DECOMPOSITIONS, fit_factors, weighted_energy
 from lightning_compress.search.candidates import tabulate
-from lightning_compress.search.end_to_end import OutputEvaluator, output_distance
 from lightning_compress.search.exact import solve
+from lightning_compress.search.outputs import OutputEvaluator, output_distance
 from lightning_compress.search.problem import Problem, problem_of
 from lightning_compress.search.refine import refined
 from lightning_compress.search.safeguards import gives_up_most, spend_what_is_left

@@ -116,7 +116,7 @@ def test_plan_says_what_was_minimised_and_on_what(known):
     net, statistics = known
     plan = search_ranks(net, Budget(params=0.5), example_input=SHAPE, statistics=statistics)
     found = (plan.objective, plan.source, plan.data_free, plan.method)
-    assert found == ("end_to_end", "batch norm", True, "continuous")
+    assert found == ("moments", "batch norm", True, "continuous")
     sources = {layer.name: layer.source for layer in plan.layers}
     assert sources == {**dict.fromkeys(("conv1", "conv2", "point", "fc1", "fc2"), "batch norm"), "norm": None}
     assert set(plan.timings) == {"synthetic inputs", "moments", "search"}

@@ -58,7 +58,7 @@ def test_fit_leaves_a_smaller_trained_module(make_trainer, loader, method):
 @pytest.mark.parametrize(
     ("method", "objective", "precision"),
     [
-        pytest.param("continuous", "end_to_end", "32-true", marks=pytest.mark.slow),
+        pytest.param("continuous", "moments", "32-true", marks=pytest.mark.slow),
         pytest.param("exact", "moments", "32-true", marks=pytest.mark.slow),
         ("exact", "moments", "bf16-true"),
     ],

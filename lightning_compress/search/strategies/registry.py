@@ -31,7 +31,7 @@ class RegisteredStrategy:
     Attributes:
         name: What a user passes as `method`.
         solve: The strategy.
-        objectives: Which it takes, the best one last; objective "auto" is that where there are inputs. "end_to_end"
+        objectives: Which it takes; objective "auto" is "moments" where it takes that and there are inputs. "end_to_end"
             goes on from the exact optimum and does not call the strategy.
         kinds: What kinds="auto" stands for, None for the usual ones.
         thorough: Whether all is done for it that is done for the default: inputs are made for objective "auto" (with
