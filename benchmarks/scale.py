@@ -98,9 +98,9 @@ def main() -> None:
             before = run(name, options.threads, options.limit, options.before)
             row.update({f"{key} before": value for key, value in before.items()})
         rows[name] = row
-        publish(
-            "scale", f"A compression to {100 * KEEP:.0f} % of the parameters with default settings", [*rows.values()]
-        )
+        columns = dict.fromkeys(column for each in rows.values() for column in each)
+        filled = [{**columns, **each} for each in rows.values()]
+        publish("scale", f"A compression to {100 * KEEP:.0f} % of the parameters with default settings", filled)
 
 
 def run(name: str, threads: int, limit: float, folder: Path | None) -> dict[str, Any]:

@@ -34,6 +34,8 @@ LEAST_POSITIONS, NUMBERS = 2**10, 2**22
 """Fewer, down to the first, where they are so long that all together would hold more than the second."""
 
 
+FEW, WAITING = 2**16, 2**22
+"""Inputs of at most so many numbers wait for those of the layer's other calls in the batch, up to the second."""
 LARGEST, LARGEST_OF_KERNEL = 6144, 2048
 """Rows of the largest second moment that is kept (300 MB), and of the largest over the places of a kernel.
 
@@ -149,6 +151,7 @@ def input_moments(
             inputs_seen += gatherer.running
             for output in output_tensors(run(model, arguments, f"{source} inputs")):
                 finite = finite and bool(torch.isfinite(output).all())
+            gatherer.finish_batch()
     large = {name for name in gatherer.sums if not is_small(operator_of(gatherer.layers[name]))}
     estimates = {name: gatherer.sums.pop(name).estimate() for name in list(gatherer.sums)}  # one at a time
     _require_finite({name: estimate.second for name, estimate in estimates.items()}, source, outputs=finite)
@@ -173,12 +176,14 @@ class _InputSums:
         layers: By name.
         running: Independent inputs in the batch that is running.
         sums: By name, of the layers that were called.
+        waiting: Small inputs of earlier calls of the batch that is running, by name: recurrent layers make hundreds.
         unknown: Names of layers of whose inputs there is nothing to know: indices, or inputs that are too long.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         self.layers, self.running = layers, 1
         self.sums: dict[str, SampleSums] = {}
+        self.waiting: dict[str, list[Tensor]] = {}
         self.unknown: set[str] = set()
 
     def hooks(self) -> Iterator[RemovableHandle]:
@@ -196,8 +201,27 @@ class _InputSums:
             self.unknown.add(name)
             return
         samples = _by_sample(rows, self.running, most)
+        if samples.numel() > FEW:
+            self._add(name, samples)
+            return
+        waiting = self.waiting.setdefault(name, [])
+        waiting.append(samples.clone())  # what follows may change it in place
+        if len(waiting) * samples.numel() >= WAITING:
+            self._add_waiting(name)
+
+    def finish_batch(self) -> None:
+        """Adds what is waiting; called after each batch."""
+        for name in list(self.waiting):
+            self._add_waiting(name)
+
+    def _add_waiting(self, name: str) -> None:
+        for samples in _as_positions(self.waiting.pop(name)):
+            self._add(name, samples)
+
+    def _add(self, name: str, samples: Tensor) -> None:
         if name not in self.sums:
-            self.sums[name] = SampleSums(samples, _grouped_weight(layer) if small else None)
+            layer = self.layers[name]
+            self.sums[name] = SampleSums(samples, _grouped_weight(layer) if is_small(operator_of(layer)) else None)
         self.sums[name].add(samples)
 
 
@@ -258,6 +282,12 @@ def _by_sample(rows: Tensor, samples: int, most: int) -> Tensor:
     return rows[:, :, :: max(1, rows.shape[1] * rows.shape[2] // most)]
 
 
+def _as_positions(calls: list[Tensor]) -> list[Tensor]:
+    """Returns (groups, B, P, D) of several calls as the positions of the same samples, as they are if B differs."""
+    alike = len({call.shape[:2] for call in calls}) == 1
+    return [torch.cat(calls, dim=2)] if alike else calls
+
+
 def output_moments(
     model: nn.Module, batches: Iterable[Arguments], names: Iterable[str], *, seed: int = 0
 ) -> Mapping[str, Tensor]:
@@ -294,10 +324,13 @@ def output_moments(
                     outputs = [out for out in output_tensors(model(*arguments[0], **arguments[1])) if out.requires_grad]
                     for direction in range(PROBES if outputs and seen else 0):
                         gradients = _gradients(outputs, [probed for _, probed in seen], generator, direction)
+                        rows: dict[str, list[Tensor]] = {}
                         for (name, _), gradient in zip(seen, gradients, strict=True):
                             if gradient is not None:
-                                rows = _gradient_rows(layers[name], gradient)
-                                samples = _by_sample(rows, _samples_in(arguments), POSITIONS)
+                                own = _gradient_rows(layers[name], gradient)
+                                rows.setdefault(name, []).append(_by_sample(own, _samples_in(arguments), POSITIONS))
+                        for name, calls in rows.items():
+                            for samples in _as_positions(calls):
                                 sums.setdefault(name, SampleSums(samples, centred=False)).add(samples)
             except (RuntimeError, NotImplementedError):
                 return {}

@@ -5,15 +5,16 @@ networks up to three times the error that its fitted factors have. The search wo
 layers and turn to kinds whose errors are exact. So what fits typically leave (`Decomposition.leaves`) is
 expected of every layer until one of its own is known: the layers for which the optimum takes such a kind
 are fitted there, all errors of the kind in the layer are scaled by the ratio that was found, interpolated
-between the ranks that were fitted, and the problem is solved again, until every layer of the optimum has been fitted
-at nearly as many parameters, or the fits would take too much work: a layer whose fit is too dear is expected to leave
-what those of the same kind leave elsewhere.
+between the ranks that were fitted, and the problem is solved again, until the optimum has been fitted
+throughout, or the fits would take too much work: a layer whose fit is too dear is expected to leave what those of the
+same kind leave elsewhere. (To let a fit stand for ranks with up to 15 % more or fewer parameters cost the reference VGG
+0.2 points at 20 %.)
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -24,7 +25,7 @@ from lightning_compress.core.parallel import in_threads
 from lightning_compress.core.plan import DENSE
 from lightning_compress.kinds.registry import DECOMPOSITIONS
 from lightning_compress.search.exact import solve
-from lightning_compress.search.outputs import NEAR_SIZE, OutputEvaluator
+from lightning_compress.search.outputs import OutputEvaluator
 from lightning_compress.search.problem import Problem
 
 LEAST_ERROR = 1e-12
@@ -82,7 +83,7 @@ def refined(
         if choice is None:
             break
         chosen = [(i, problem.layers[i].kinds[row], int(row)) for i, row in enumerate(choice)]
-        rows = [item for item in chosen if item[:2] in ratios and not _is_known(problem, item, ratios[item[:2]])]
+        rows = [(i, kind, row) for i, kind, row in chosen if (i, kind) in ratios and row not in ratios[i, kind]]
         rows = _affordable(problem, outputs, rows, known)
         if not rows:
             break
@@ -110,13 +111,6 @@ def _affordable(
         else:
             known.without.add(item[:2])
     return sorted(affordable)
-
-
-def _is_known(problem: Problem, item: tuple[int, str, int], fitted: Iterable[int]) -> bool:
-    """Returns whether a fit says what one of a row leaves."""
-    index, _, row = item
-    sizes = np.log(problem.layers[index].costs[:, 0])
-    return any(abs(sizes[row] - sizes[own]) <= NEAR_SIZE for own in fitted)
 
 
 def _ratio(problem: Problem, outputs: OutputEvaluator, item: tuple[int, str, int]) -> float:
