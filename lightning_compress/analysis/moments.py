@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import cast
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from lightning_compress.analysis.trace import (
     run,
     sample_counts,
 )
-from lightning_compress.core.errors import ExampleInputError
+from lightning_compress.core.errors import CompressionWarning, ExampleInputError
 from lightning_compress.kinds.base import Operator
 from lightning_compress.kinds.metric import Metric
 from lightning_compress.kinds.shrinkage import Folds, SampleSums, few_outputs, shrunk
@@ -332,10 +333,18 @@ def output_moments(
                         for name, calls in rows.items():
                             for samples in _as_positions(calls):
                                 sums.setdefault(name, SampleSums(samples, centred=False)).add(samples)
-            except (RuntimeError, NotImplementedError):
+            except (RuntimeError, NotImplementedError) as error:
+                _warn_of_alike(f"the model cannot be differentiated ({type(error).__name__}: {error})")
                 return {}
+    if layers and not sums:
+        _warn_of_alike("the model cannot be differentiated: no output depends on a layer's with a gradient")
     found = {name: _joined(each.estimate().second) for name, each in sums.items()}
     return {name: value for name, value in found.items() if bool(torch.isfinite(value).all()) and bool(value.any())}
+
+
+def _warn_of_alike(why: str) -> None:
+    msg = f"errors count alike in all outputs of a layer, whatever they do to the model's: {why}."
+    warn(msg, CompressionWarning, stacklevel=2)
 
 
 def _gradients(
