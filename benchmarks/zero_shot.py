@@ -4,9 +4,10 @@ python -m benchmarks.zero_shot [--seeds 3] [--networks vgg resnet20] [--keep 0.1
 
 Fashion-MNIST, all 10,000 test images. "moments + healing" is the default (healing acts only where the outputs are more
 than 2 % apart); where that row is missing, "end_to_end + healing" is that of the version that had it as its default.
-"1,024 real images" is a ceiling, a search on images of the training set. Seconds are those of search, swap and healing; synthetic inputs and their moments ("statistics seconds") come before them, once for all.
-Methods without random numbers run once. Rows of the results that are not measured again are kept. With --plot nothing
-is measured: accuracy against parameters kept is drawn from the results.
+"1,024 real images" is a ceiling, a search on images of the training set. Seconds are those of search, swap and healing;
+synthetic inputs and their moments ("statistics seconds") come before them, once for all. Methods without random numbers
+run once. Rows of the results that are not measured again are kept. With --plot nothing is measured: accuracy against
+parameters kept is drawn from the results.
 """
 
 from __future__ import annotations
