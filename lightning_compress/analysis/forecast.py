@@ -49,6 +49,8 @@ SWEEPS = 60
 """Sweeps of those over a weight at half of its parameters."""
 EFFICIENCY = 1 / 15
 """Of the speed of a matrix product that decompositions reach: ResNet-20's tables took 15 times what it lets expect."""
+MEASURED = 64
+"""Inputs on which single layers are measured at most."""
 FITS = 12
 """Whole fits that correct the profiles, in profiles: ResNet-20's took 14 s beside 1.5 s for all tables."""
 SOLVING = 0.02
@@ -105,12 +107,11 @@ def _passes(inspection: Inspection, macs: int, *, heals: bool) -> Mapping[str, f
     effort, most = current_effort(), current_effort().work / macs
     count, steps = _inputs(inspection.model, macs)
     optimised = bool(running_norms(inspection.model))
-    few = min(effort.descent_inputs, most / (BACKWARD * effort.descent_steps))
     return {
         INPUTS: min(most, BACKWARD * count * steps) if optimised else 0.0,
         MOMENTS: (2 + 2 * PROBES) * count,
-        MEASURING: min(most, (len(inspection.chosen) + 2) * count),
-        SEARCHING: BACKWARD * effort.descent_steps * few + 4 * count,
+        MEASURING: min(most, len(inspection.chosen) * min(count, MEASURED)) + 2 * count,
+        SEARCHING: 4 * count,
         HEALING: (PASSES * count + min(most, DISTILLED * effort.healing_steps * min(BATCH, count))) if heals else 0.0,
     }
 
