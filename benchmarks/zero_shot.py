@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
-from benchmarks.baselines import plain
+from benchmarks.baselines import inputs_alone
 from benchmarks.common import IMAGE, NETWORKS, RESULTS, earlier_rows, fashion_mnist, publish, reference
 from lightning_compress import Budget, apply_plan_, search_ranks
 from lightning_compress.analysis.statistics import Statistics, gather_statistics
@@ -87,7 +87,7 @@ def _statistics(
     method: str, settings: dict[str, Any], synthetic: list[Statistics], real: Statistics
 ) -> list[Statistics | None]:
     if "real" in method:
-        return [plain(real) if settings.get("method") == "balf" else real]
+        return [inputs_alone(real) if settings.get("method") == "balf" else real]
     return list(synthetic) if settings.get("objective") == "moments" else [None]
 
 
@@ -121,7 +121,7 @@ def plot() -> None:
         result = json.loads((RESULTS / f"zero_shot_{name}.json").read_text(encoding="utf-8"))
         for method in dict.fromkeys(row["method"] for row in result["rows"]):
             rows = [row for row in result["rows"] if row["method"] == method]
-            ours = method.startswith("moments")
+            ours = method.startswith(("moments", "end_to_end"))
             style = {"linestyle": ":" if "real" in method else "-" if ours else "--", "linewidth": 2 if ours else 1}
             axis.plot([r["keep"] for r in rows], [r["accuracy"] for r in rows], marker="o", label=method, **style)
         axis.axhline(result["dense"], color="grey", linewidth=1, label="dense")

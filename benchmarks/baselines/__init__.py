@@ -6,7 +6,7 @@ imported.
 """
 
 from benchmarks.baselines.alds import operator_norm_errors, search_alds
-from benchmarks.baselines.balf import plain, search_balf
+from benchmarks.baselines.balf import inputs_alone, search_balf
 from benchmarks.baselines.split_svd import SplitSvd
 
-__all__ = ["SplitSvd", "operator_norm_errors", "plain", "search_alds", "search_balf"]
+__all__ = ["SplitSvd", "inputs_alone", "operator_norm_errors", "search_alds", "search_balf"]

@@ -43,7 +43,7 @@ def search_balf(problem: Problem, *, progress: Progress) -> Ints:
     return found
 
 
-def plain(statistics: Statistics) -> Statistics:
+def inputs_alone(statistics: Statistics) -> Statistics:
     """Returns statistics with the second moments of the inputs alone, as the method has them."""
     moments = {name: replace(own, outputs=None, folds=None) for name, own in statistics.moments.items()}
     return replace(statistics, moments=moments)

@@ -58,7 +58,13 @@ SOLVING = 0.02
 
 
 def expected_seconds(
-    inspection: Inspection, example_input: ExampleInput | None, *, inputs: bool, timed: bool, heals: bool
+    inspection: Inspection,
+    example_input: ExampleInput | None,
+    *,
+    inputs: bool,
+    timed: bool,
+    heals: bool,
+    descends: bool,
 ) -> tuple[dict[str, float], float]:
     """Returns the seconds of each part, see `core.forecast`, and the MACs per second of the model's forward pass.
 
@@ -68,6 +74,7 @@ def expected_seconds(
         inputs: Whether synthetic inputs are made, so that there are moments.
         timed: Whether layers are timed.
         heals: Whether the factors are repaired.
+        descends: Whether the search descends on the outputs.
     """
     rate = EFFICIENCY * _operations_per_second()
     layers = inspection.chosen
@@ -83,7 +90,7 @@ def expected_seconds(
     if timed:
         found[TIMING] = _timing(layers, macs / speed)
     if inputs:
-        passes = _passes(inspection, macs, heals=heals)
+        passes = _passes(inspection, macs, heals=heals, descends=descends)
         found.update({part: found.get(part, 0.0) + count * macs / speed for part, count in passes.items()})
         found[MOMENTS] += sum(_moment_operations(layer, inspection, macs) for layer in layers) * EFFICIENCY / rate
         found[FITTING] = FITS * fits
@@ -102,16 +109,17 @@ def without_slow_kinds(layers: Sequence[Layer]) -> tuple[tuple[Layer, ...], str 
     return tuple(found), f"without {', '.join(sorted(left_out))}" if left_out else None
 
 
-def _passes(inspection: Inspection, macs: int, *, heals: bool) -> Mapping[str, float]:
+def _passes(inspection: Inspection, macs: int, *, heals: bool, descends: bool) -> Mapping[str, float]:
     """Returns the forward passes of one input that each part takes about."""
     effort, most = current_effort(), current_effort().work / macs
     count, steps = _inputs(inspection.model, macs)
     optimised = bool(running_norms(inspection.model))
+    few = min(effort.descent_inputs, most / (BACKWARD * effort.descent_steps)) if descends else 0.0
     return {
         INPUTS: min(most, BACKWARD * count * steps) if optimised else 0.0,
         MOMENTS: (2 + 2 * PROBES) * count,
         MEASURING: min(most, len(inspection.chosen) * min(count, MEASURED)) + 2 * count,
-        SEARCHING: 4 * count,
+        SEARCHING: BACKWARD * effort.descent_steps * few + 4 * count,
         HEALING: (PASSES * count + min(most, DISTILLED * effort.healing_steps * min(BATCH, count))) if heals else 0.0,
     }
 

@@ -35,8 +35,11 @@ LEAST_POSITIONS, NUMBERS = 2**10, 2**22
 """Fewer, down to the first, where they are so long that all together would hold more than the second."""
 
 
-FEW, WAITING = 2**16, 2**22
-"""Inputs of at most so many numbers wait for those of the layer's other calls in the batch, up to the second."""
+FEW, WAITING = 2**16, 2**24
+"""Inputs of at most so many numbers wait for those of the layer's other calls in the batch, up to the second (64 MB).
+
+What is beyond it counts as other positions of as many samples again, so that a shorter rest weighs as much as that.
+"""
 LARGEST, LARGEST_OF_KERNEL = 6144, 2048
 """Rows of the largest second moment that is kept (300 MB), and of the largest over the places of a kernel.
 
@@ -325,13 +328,14 @@ def output_moments(
                     outputs = [out for out in output_tensors(model(*arguments[0], **arguments[1])) if out.requires_grad]
                     for direction in range(PROBES if outputs and seen else 0):
                         gradients = _gradients(outputs, [probed for _, probed in seen], generator, direction)
-                        rows: dict[str, list[Tensor]] = {}
+                        by_layer: dict[str, list[Tensor]] = {}
                         for (name, _), gradient in zip(seen, gradients, strict=True):
                             if gradient is not None:
-                                own = _gradient_rows(layers[name], gradient)
-                                rows.setdefault(name, []).append(_by_sample(own, _samples_in(arguments), POSITIONS))
-                        for name, calls in rows.items():
-                            for samples in _as_positions(calls):
+                                by_layer.setdefault(name, []).append(gradient)
+                        for name, own in by_layer.items():  # the rows of one layer at a time
+                            calls = (_gradient_rows(layers[name], gradient) for gradient in own)
+                            count = _samples_in(arguments)
+                            for samples in _as_positions([_by_sample(rows, count, POSITIONS) for rows in calls]):
                                 sums.setdefault(name, SampleSums(samples, centred=False)).add(samples)
             except (RuntimeError, NotImplementedError) as error:
                 _warn_of_alike(f"the model cannot be differentiated ({type(error).__name__}: {error})")

@@ -141,7 +141,9 @@ def _search_unfused(  # noqa: PLR0917
     if forecast.is_wanted:
         alone = weighs_alone(strategy, settings, known=example_input is not None)
         made = (forecast.heals or not alone) and calibration is None and statistics is None
-        forecast.expect(*expected_seconds(inspection, example_input, inputs=made, timed=timed, heals=forecast.heals))
+        descends = settings.objective == "end_to_end"
+        known = {"inputs": made, "timed": timed, "heals": forecast.heals, "descends": descends}
+        forecast.expect(*expected_seconds(inspection, example_input, **known))
     statistics, objective = statistics_for(
         inspection, strategy, settings, example_input, calibration, statistics, report
     )

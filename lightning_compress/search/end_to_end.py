@@ -52,7 +52,6 @@ PENALTY = 20.0
 NEAR = 0.05
 """Fraction of a bound within which it counts."""
 RETRACTIONS = 3
-"""With fewer affordable inputs per step "auto" leaves the outputs out."""
 REACH = 1.5
 """Ranks are searched up to this factor above and below the start."""
 START_LOGIT = 3.0

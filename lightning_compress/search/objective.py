@@ -24,7 +24,7 @@ def weighs_alone(strategy: RegisteredStrategy, settings: SearchSettings, *, know
         known: Whether there is anything to make statistics of.
         given: Whether they are there already.
     """
-    if "weight" in (settings.objective, strategy.objectives[-1]):
+    if "weight" in (settings.objective, strategy.automatic):
         return True
     return settings.objective == "auto" and not given and not (known and strategy.thorough)
 
@@ -62,4 +62,4 @@ def statistics_for(  # noqa: PLR0917
                 raise
             warn(f"the search falls back to objective='weight': {error}", CompressionWarning, stacklevel=3)
             return None, "weight"
-    return statistics, "moments" if objective == "auto" else objective
+    return statistics, strategy.automatic if objective == "auto" else objective

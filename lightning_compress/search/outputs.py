@@ -30,6 +30,7 @@ GROUP = 16
 CACHED = 2**24
 """Numbers of the dense model's outputs that are kept at most; beyond it they are worked out again."""
 LEAST_INPUTS = 4
+"""With fewer affordable inputs layers are not measured, and the descent takes so many all the same."""
 NEAR_SIZE = 0.15
 """What was fitted stands for ranks whose parameters differ by at most this factor."""
 
@@ -113,7 +114,8 @@ class OutputEvaluator:
         if not DECOMPOSITIONS[kind].fits_roughly or (layer, kind, ranks) in self.fitted:
             return self.dense_weight(layer, kind, ranks)
         unit = self.units[layer]
-        others = [own for index, other, own in self.fitted if (index, other) == (layer, kind)]
+        known = list(self.fitted)  # other threads add theirs
+        others = [own for index, other, own in known if (index, other) == (layer, kind)]
         sizes = np.log(DECOMPOSITIONS[kind].parameters(unit.operator.shape, np.array([ranks, *others])))
         away = np.abs(sizes[1:] - sizes[0])
         if len(away) and away.min() <= NEAR_SIZE:

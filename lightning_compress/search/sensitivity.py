@@ -18,6 +18,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from lightning_compress.analysis.forecast import MEASURED
 from lightning_compress.analysis.trace import flop_counter, inference, sample_counts
 from lightning_compress.core.effort import current_effort
 from lightning_compress.core.forecast import MEASURING, current_forecast
@@ -30,8 +31,6 @@ from lightning_compress.search.outputs import LEAST_INPUTS, OutputEvaluator, out
 from lightning_compress.search.problem import Problem
 from lightning_compress.search.refine import Corrections, refined
 
-MOST_INPUTS = 64
-"""On which each layer is measured."""
 LEAST_LOSS = 1e-6
 """Smaller losses and distances count as this much: a layer is never free."""
 RANGE = 100.0
@@ -116,7 +115,7 @@ def _affordable(outputs: OutputEvaluator) -> OutputEvaluator | None:
     each = flops.get_total_flops() // 2 // min(sample_counts((args, kwargs)), default=1)
     forecast, work = current_forecast(), current_effort().work
     granted = forecast.work(MEASURING)
-    inputs = min(MOST_INPUTS, granted // max(1, each * len(outputs.units)))
+    inputs = min(MEASURED, granted // max(1, each * len(outputs.units)))
     if granted < work:
         forecast.note(MEASURING, f"on {inputs} inputs" if inputs >= LEAST_INPUTS else "left out")
     return outputs.within(inputs) if inputs >= LEAST_INPUTS else None

@@ -21,6 +21,35 @@ from tests.support.nets import IMAGE, pooled
 from tests.support.unchanged import Unchanged
 
 
+class Steps(nn.Module):
+    """A linear layer over a sequence, step by step or at once."""
+
+    def __init__(self, *, at_once: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.at_once = nn.Linear(5, 4), at_once
+
+    def forward(self, x):
+        if self.at_once:
+            return self.linear(x).tanh()
+        return torch.stack([self.linear(x[:, step]) for step in range(x.shape[1])], dim=1).tanh()
+
+
+@pytest.mark.parametrize("room", [2**22, 90])
+def test_calls_of_one_batch_are_positions_of_the_same_samples(room, monkeypatch):
+    monkeypatch.setattr(moments, "WAITING", room)
+    batches = [((torch.randn(6, 9, 5, generator=torch.Generator().manual_seed(seed)),), {}) for seed in range(2)]
+    stepwise, whole = (Steps(at_once=own) for own in (False, True))
+    found, expected = (input_moments(model, batches, ["linear"])["linear"] for model in (stepwise, whole))
+    torch.testing.assert_close(found.mean, expected.mean)
+    assert found.samples == expected.samples == 12
+    if room > 90:  # else they are added in parts
+        torch.testing.assert_close(found.second, expected.second)
+        assert found.shrinkage == pytest.approx(expected.shrinkage)
+    gradients = [output_moments(model, batches, ["linear"])["linear"] for model in (stepwise, whole)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_moments_are_those_of_the_rows_that_enter_the_layer(net, images):
     found = input_moments(net.train(), [((images[:2],), {}), ((images[2:],), {})], ["conv2", "fc1"])
     net.eval()

@@ -123,6 +123,19 @@ def test_components_of_a_degenerate_tensor_stay_bounded(size):
     assert bounded.error < 0.02
 
 
+def test_large_products_in_single_precision_change_nothing_but_the_time(monkeypatch):
+    weight, metric = trained("vgg", "features.3.0"), random_metric(288)
+    problem = Problem.of(weight, metric)
+    start = Slices(problem.weight).filters(22)
+    double = problem.run(start, 30).error
+    monkeypatch.setattr("lightning_compress.kinds.cp_problem.LARGE", 0.0)
+    found = problem.run(start, 30)
+    assert found.error == pytest.approx(double, rel=1e-2)
+    assert found.expand.dtype == torch.float64
+    exact = separable((8, 7, 9), 3).reshape(8, 7, 3, 3)
+    assert error_of("cp3", exact, DECOMPOSITIONS["cp3"].factorise(exact, (3,))) < 1e-5
+
+
 def test_correction_shrinks_norms_at_hardly_more_error():
     weight = trained("vgg", "features.3.0")
     problem = Problem.of(weight, None)

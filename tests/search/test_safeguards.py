@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -47,13 +49,49 @@ def test_errors_of_iterative_fits_in_the_plan_are_those_of_the_fitted_factors(kn
         assert planned.error == pytest.approx(fitted, rel=1e-6 if objective == "moments" else 0.1)
 
 
-def test_correction_scales_the_rough_kinds_alone_and_by_what_is_found(known):
+def uncorrected(known):
+    """The problem of keeping 40 % of the parameters with the profiles' errors, and the outputs; nothing is fitted."""
     net, statistics = known
+    fresh = {name: replace(moments) for name, moments in statistics.moments.items()}
+    statistics = replace(statistics, moments=fresh)
     layers = tuple(layer for layer in take_inventory(net) if layer.reason is None)
     tables = tuple(tabulate(own, compared=("params",), metric=statistics.metric(own.name)) for own in layers)
     limit = 0.4 * sum(table.costs[-1, 0] for table in tables)
-    problem = Problem(tables, ("params",), np.array([limit]))
-    outputs = OutputEvaluator(net, units_of(layers), statistics)
+    return Problem(tables, ("params",), np.array([limit])), OutputEvaluator(net, units_of(layers), statistics)
+
+
+def test_fits_that_are_too_dear_are_not_made_and_expected_to_leave_what_is_typical(known, monkeypatch):
+    problem, outputs = uncorrected(known)
+    monkeypatch.setattr("lightning_compress.search.refine.WORK", 0.0)
+    corrected = refined(problem, outputs, lambda _: None)
+    assert not outputs.fitted
+    ratios = np.concatenate(
+        [a.errors[:-1] / b.errors[:-1] for a, b in zip(corrected.layers, problem.layers, strict=True)]
+    )
+    leaves = DECOMPOSITIONS["cp3"].leaves
+    assert set(np.round(ratios, 6)) == {1.0, leaves}
+
+
+def test_factors_nearby_stand_for_those_that_were_not_fitted(known):
+    problem, outputs = uncorrected(known)
+    index = next(i for i, table in enumerate(problem.layers) if "cp3" in table.kinds)
+    unit = outputs.units[index]
+    dense, drafted = (
+        unit.canonical_weight(),
+        unit.multiplied_out("cp3", outputs.factors(index, "cp3", (20,), draft=True)),
+    )
+    found = outputs.near_weight(index, "cp3", (20,))
+    torch.testing.assert_close((found - dense).norm(), DECOMPOSITIONS["cp3"].leaves ** 0.5 * (drafted - dense).norm())
+    assert not outputs.fitted
+    fitted = outputs.dense_weight(index, "cp3", (21,))
+    torch.testing.assert_close(outputs.near_weight(index, "cp3", (20,)), fitted)
+    assert not torch.equal(outputs.near_weight(index, "cp3", (10,)), fitted)
+    assert set(outputs.fitted) == {(index, "cp3", (21,))}
+
+
+def test_correction_scales_the_rough_kinds_alone_and_by_what_is_found(known):
+    problem, outputs = uncorrected(known)
+    tables = problem.layers
     corrected = refined(problem, outputs, lambda _: None)
     rough = {kind for kind, decomposition in DECOMPOSITIONS.items() if decomposition.fits_roughly}
     changed = set()

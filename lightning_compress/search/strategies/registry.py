@@ -31,7 +31,7 @@ class RegisteredStrategy:
     Attributes:
         name: What a user passes as `method`.
         solve: The strategy.
-        objectives: Which it takes; objective "auto" is "moments" where it takes that and there are inputs. "end_to_end"
+        objectives: Which it takes; objective "auto" is `automatic` where there are inputs. "end_to_end"
             goes on from the exact optimum and does not call the strategy.
         kinds: What kinds="auto" stands for, None for the usual ones.
         thorough: Whether all is done for it that is done for the default: inputs are made for objective "auto" (with
@@ -44,6 +44,11 @@ class RegisteredStrategy:
     objectives: tuple[str, ...] = ("weight", "moments")
     kinds: tuple[str, ...] | None = None
     thorough: bool = False
+
+    @property
+    def automatic(self) -> str:
+        """What objective "auto" is where there are inputs."""
+        return "moments" if "moments" in self.objectives else self.objectives[-1]
 
 
 STRATEGIES: dict[str, RegisteredStrategy] = {}
