@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -110,7 +111,13 @@ def _start(cfg: DictConfig, folder: Path, record: JobRecord, work: Work, *, alon
 
 
 def _context() -> Any:
-    """Returns how processes are made: from a server that has imported all there is, which computes nothing itself."""
+    """Returns how processes are made: as copies of one that has imported all there is and computes nothing itself.
+
+    That is this process where it has no other threads, as one that holds a lock would leave it locked in the copy; else
+    a server that imports everything once more.
+    """
+    if sys.platform == "linux" and threading.active_count() == 1:
+        return multiprocessing.get_context("fork")
     if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
         multiprocessing.set_start_method("spawn", force=True)  # joblib's workers have one that is not known elsewhere
     if "forkserver" not in multiprocessing.get_all_start_methods():

@@ -39,7 +39,7 @@ AUTOMATIC = ("svd", "interpolative", "channel_svd", "spatial_svd", "tucker2", "t
 """The kinds that "auto" chooses from, where they say so (`Decomposition.automatic`)."""
 
 _OWN = "lightning_compress."
-"""Where the kinds are from whose fits are kept on disk: this library knows when their code changes."""
+"""Where the kinds are from whose errors and fits are kept on disk."""
 
 _D = TypeVar("_D", bound=Decomposition)
 
@@ -147,6 +147,39 @@ def rank_errors(
     return RankProfile(profiles[0].ranks, np.sum([s * p.errors for s, p in zip(shares, profiles, strict=True)], axis=0))
 
 
+def kept_rank_errors(
+    kinds: Sequence[str], weight: Tensor, metric: Metric | None = None, groups: int = 1
+) -> list[RankProfile]:
+    """Returns the `rank_errors` of some kinds, found again on disk where all of them are our own; see `core.store`.
+
+    Args:
+        kinds: Keys of `DECOMPOSITIONS`.
+        weight: See `rank_errors`.
+        metric: See `rank_errors`.
+        groups: See `rank_errors`.
+    """
+    if not all(_is_own(DECOMPOSITIONS[kind]) for kind in kinds):
+        return [rank_errors(kind, weight, metric, groups) for kind in kinds]
+    own = metric.digest if metric is not None else None
+    name = store.key_of("profiles", tuple(kinds), groups, current_effort().fits, weight, own)
+    stored = store.find(name)
+    if stored is None:
+        profiles = [rank_errors(kind, weight, metric, groups) for kind in kinds]
+        parts = {
+            f"{kind}.{part}": value
+            for kind, found in zip(kinds, profiles, strict=True)
+            for part, value in vars(found).items()
+        }
+        store.keep(name, {part: torch.from_numpy(value) for part, value in parts.items()})
+        return profiles
+    return [RankProfile(stored[f"{kind}.ranks"].numpy(), stored[f"{kind}.errors"].numpy()) for kind in kinds]
+
+
+def _is_own(decomposition: Decomposition) -> bool:
+    """Returns whether a kind is of this library, which knows when its code changes."""
+    return type(decomposition).__module__.startswith(_OWN)
+
+
 def _profile(decomposition: Decomposition, weight: Tensor, metric: Metric | None) -> RankProfile:
     metric = _usable(decomposition, metric)
     if metric is None:
@@ -224,7 +257,7 @@ def fit_factors(
         return factors if draft else decomposition.finished(factors)  # gates need components in their order
     key = (decomposition.kind, ranks, draft, current_effort().fits, _digest(weight))
     if key not in metric.fits:
-        name = store.key_of("fit", *key, metric.digest) if type(decomposition).__module__.startswith(_OWN) else None
+        name = store.key_of("fit", *key, metric.digest) if _is_own(decomposition) else None
         stored = store.find(name) if name is not None else None
         if stored is None:
             factors = outsourced(_fitted, weight, ranks, metric, fit)

@@ -17,7 +17,7 @@ from lightning_compress.core.settings import RESOURCES
 from lightning_compress.kinds.base import Floats, Ints, LayerCall, RankProfile, threads_for
 from lightning_compress.kinds.joint_svd import joint_errors
 from lightning_compress.kinds.metric import Metric
-from lightning_compress.kinds.registry import DECOMPOSITIONS, rank_errors, weighted_energy
+from lightning_compress.kinds.registry import DECOMPOSITIONS, kept_rank_errors, weighted_energy
 from lightning_compress.kinds.shrinkage import UnseenErrors
 
 Mask = npt.NDArray[np.bool_]
@@ -103,9 +103,9 @@ def tabulate(
     columns = [RESOURCES.index(name) for name in compared]
     found: list[tuple[str, Ints, Floats, Floats]] = []
     in_bounds = False
-    for kind in layer.kinds:
-        with threads_for(weight):
-            profile = rank_errors(kind, weight, metric, groups)
+    with threads_for(weight):
+        profiles = kept_rank_errors(layer.kinds, weight, metric, groups)
+    for kind, profile in zip(layer.kinds, profiles, strict=True):
         rows = np.flatnonzero(_allowed(layer, profile.ranks, rank_multiple))
         in_bounds = in_bounds or len(rows) > 0
         found.append((kind, *_worth_considering(layer, kind, profile, rows, columns)))

@@ -16,7 +16,7 @@ from lightning_compress.analysis.inventory import Layer
 from lightning_compress.analysis.latency.arguments import target_arguments
 from lightning_compress.analysis.latency.clock import Clock, TimedModel, device_of
 from lightning_compress.analysis.latency.shells import Forms, put_shells_
-from lightning_compress.analysis.latency.turns import LAYER_TURNS, Reading, in_turns
+from lightning_compress.analysis.latency.turns import CERTAIN, LAYER_TURNS, Reading, in_turns
 from lightning_compress.analysis.trace import ExampleInput, inference, output_tensors, run
 from lightning_compress.core.compat import is_compiled, uncompiled
 from lightning_compress.core.copies import detached_copy
@@ -179,7 +179,8 @@ class TorchBench(CopyingBench):
     def _beside_dense(self, model: nn.Module, memory_format: str) -> Reading:
         models = [self._finished(each) for each in (self._kept_dense(memory_format), model)]
         with self.measuring():
-            dense, own = in_turns([self._runner(each) for each in models], 8 * current_effort().timing_seconds)
+            runs, seconds = [self._runner(each) for each in models], 8 * current_effort().timing_seconds
+            dense, own = in_turns(runs, seconds, certain=CERTAIN)
         ratio = Reading.of([b / a for a, b in zip(dense, own, strict=True)])
         return Reading(ratio.seconds * self.dense()[memory_format].seconds, ratio.spread)
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import nn
 
 from lightning_compress.analysis.latency.bench import TorchBench
-from lightning_compress.analysis.latency.turns import in_turns
+from lightning_compress.analysis.latency.turns import CERTAIN, in_turns
 from lightning_compress.analysis.trace import ExampleInput, inference
 from lightning_compress.core.memory import freed_memory_kept
 from lightning_compress.core.target import MemoryFormat, Target
@@ -35,7 +35,7 @@ def measure_latency(
         models: Modules that accept the same input.
         example_input: What to run them on.
         target: With `backend="torch"`; its memory format is left aside.
-        seconds: How long the turns of each take together at least.
+        seconds: How long the turns of each take together at least, if their ratios are not certain before.
         faster: Which models count in the faster of the memory formats they work in; the others run as they are.
     """
     owners, runs = [], []
@@ -49,6 +49,6 @@ def measure_latency(
             owners += [index] * len(found)
             runs += found
         stack.enter_context(bench.measuring())
-        turns = in_turns(runs, seconds)
+        turns = in_turns(runs, seconds, certain=CERTAIN)
     medians = [statistics.median(own) for own in turns]
     return [min(t for owner, t in zip(owners, medians, strict=True) if owner == index) for index in range(len(models))]

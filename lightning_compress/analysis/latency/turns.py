@@ -19,6 +19,10 @@ SLOW = 0.05
 """Seconds of a forward pass above which one run warms up and two turns are enough: it is short ones that are noisy."""
 NOISY = 0.15
 """Spread of a time above which it says little."""
+CERTAIN = 0.005
+"""Standard error of a ratio of whole models' times that is small enough."""
+MEDIAN_ERROR = 1.86
+"""Standard error of the median of n normal values, in their spread (see `Reading`) over √n: √(π/2) / 0.6745."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +47,18 @@ class Reading:
         return cls(middle, (high - low) / (2 * middle) if middle > 0 else 0.0)
 
 
-def in_turns(runs: Sequence[Callable[[], float]], seconds: float, least: int = TURNS) -> list[list[float]]:
+def in_turns(
+    runs: Sequence[Callable[[], float]], seconds: float, least: int = TURNS, *, certain: float = 0.0
+) -> list[list[float]]:
     """Returns the median seconds of each turn for each of some things that are run in turns.
 
     A machine whose speed drifts slows all of them alike: use ratios within one turn.
 
     Args:
         runs: Each runs once and returns its seconds.
-        seconds: How long the turns of each take together at least.
+        seconds: How long the turns of each take together at least, if their ratios are not known before.
         least: Turns of each at least.
+        certain: Standard error of the ratios to the first one at which they are known; 0 takes all turns.
     """
     once = [run() for run in runs]  # warms up
     if max(once) < SLOW:
@@ -63,8 +70,15 @@ def in_turns(runs: Sequence[Callable[[], float]], seconds: float, least: int = T
     found: list[list[float]] = [[] for _ in runs]
     deadline = time.perf_counter() + 4 * len(runs) * max(seconds, least * max(once))
     for done in range(rounds):
-        if done >= least and time.perf_counter() > deadline:
+        if done >= least and (time.perf_counter() > deadline or _are_certain(found, certain)):
             break
         for run, count, turns in zip(runs, counts, found, strict=True):
             turns.append(statistics.median(run() for _ in range(count)))
     return found
+
+
+def _are_certain(found: Sequence[Sequence[float]], error: float) -> bool:
+    """Returns whether the ratios of turns to those of the first thing have a standard error of at most so much."""
+    first, *others = found
+    ratios = [[own / max(one, 1e-12) for one, own in zip(first, turns, strict=True)] for turns in others]
+    return all(MEDIAN_ERROR * Reading.of(each).spread <= error * len(each) ** 0.5 for each in ratios or [first])
