@@ -48,7 +48,7 @@ class Reading:
 
 
 def in_turns(
-    runs: Sequence[Callable[[], float]], seconds: float, least: int = TURNS, *, certain: float = 0.0
+    runs: Sequence[Callable[[], float]], seconds: float, least: int = TURNS, *, certain: float = 0.0, rarer: int = 1
 ) -> list[list[float]]:
     """Returns the median seconds of each turn for each of some things that are run in turns.
 
@@ -59,6 +59,7 @@ def in_turns(
         seconds: How long the turns of each take together at least, if their ratios are not known before.
         least: Turns of each at least.
         certain: Standard error of the ratios to the first one at which they are known; 0 takes all turns.
+        rarer: By which the first one runs less often in a turn, where it only says how the machine drifts.
     """
     once = [run() for run in runs]  # warms up
     if max(once) < SLOW:
@@ -67,6 +68,7 @@ def in_turns(
         least -= 1
     counts = [max(1, min(MOST_RUNS, round(TURN_SECONDS / max(t, 1e-9)))) for t in once]
     rounds = max(least, round(seconds / max(t * n for t, n in zip(once, counts, strict=True))))
+    counts[0] = max(1, counts[0] // rarer)
     found: list[list[float]] = [[] for _ in runs]
     deadline = time.perf_counter() + 4 * len(runs) * max(seconds, least * max(once))
     for done in range(rounds):
