@@ -9,6 +9,7 @@ scores of text differ a little between them.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -82,8 +83,8 @@ class DepthwiseNet(nn.Module):
     def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 128, 256, 256)) -> None:
         super().__init__()
         parts: list[nn.Module] = [_normed(nn.Conv2d(1, widths[0], 3, padding=1, bias=False))]
-        for before, after in zip(widths, widths[1:], strict=False):
-            stride = 2 if after > before and before > widths[0] else 1
+        for before, after in itertools.pairwise(widths):
+            stride = 2 if widths[0] < before < after else 1
             depthwise = nn.Conv2d(before, before, 3, stride=stride, padding=1, groups=before, bias=False)
             parts += [_normed(depthwise), _normed(nn.Conv2d(before, after, 1, bias=False))]
         self.features = nn.Sequential(*parts)

@@ -2,8 +2,8 @@
 
 python -m benchmarks.train_references [NAME ...] [--minutes 12]
 
-AdamW with one cycle on one thread, whose length is a time: 5 minutes for the tones, 10 for the depthwise network, 15 for
-the GRU and the ViT and 30 for the transformers over bytes made the weights that are here.
+AdamW with one cycle on one thread, whose length is a time: the weights here took 5 minutes for the tones, 10 for the
+depthwise network, 15 for the GRU and the ViT, and 30 for the transformers over bytes.
 """
 
 from __future__ import annotations

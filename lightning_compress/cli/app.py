@@ -70,7 +70,7 @@ from lightning_compress.core.target import Target
 from lightning_compress.surgery.save import load_compressed, load_weights_, save_compressed
 from lightning_compress.training.callback import Compress
 
-TIMED = 0.25
+TIMED = 0.1
 """Seconds that each network is timed for at least, for each batch size."""
 
 

@@ -214,8 +214,8 @@ def spectrum_svg(layer: LayerSpectra) -> str:
     """Returns the singular values of a layer with the chosen ranks, as SVG."""
     colour = colour_of(layer.layer.kind)
     with _styled() as matplotlib:
-        figure = matplotlib.figure.Figure(figsize=(3.4, 2.3), layout="constrained")
-        axes = figure.subplots()
+        figure = matplotlib.figure.Figure(figsize=(3.4, 2.3))
+        axes = figure.subplots(gridspec_kw={"left": 0.2, "right": 0.98, "bottom": 0.21, "top": 0.89})
         for number, spectrum in enumerate(layer.spectra):
             steps = range(1, len(spectrum.values) + 1)
             style = ("-", "--")[number % 2]
@@ -254,8 +254,8 @@ def history_svg(
         rounds: Where rounds of compression begin: epochs done by then, and budget.
     """
     with _styled() as matplotlib:
-        figure = matplotlib.figure.Figure(figsize=(_WIDTH, 2.6), layout="constrained")
-        axes = figure.subplots()
+        figure = matplotlib.figure.Figure(figsize=(_WIDTH, 2.6))
+        axes = figure.subplots(gridspec_kw={"left": 0.11, "right": 0.98, "bottom": 0.19, "top": 0.9})
         epochs = [epoch for epoch, _ in values]
         axes.plot(epochs, [value for _, value in values], "o-", color=_COLOURS["svd"], ms=3, label=name)
         for (level, value), style in zip(levels.items(), (":", "--", "-."), strict=False):

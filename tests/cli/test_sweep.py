@@ -9,6 +9,7 @@ import os
 
 import pytest
 
+from lightning_compress.cli import jobs
 from lightning_compress.cli.objectives import is_smaller_better, main_metric, objectives_of
 from lightning_compress.cli.read_report import read_report
 from lightning_compress.cli.records import FAILED, FINISHED, KILLED, RUNNING, JobRecord
@@ -181,3 +182,16 @@ def test_main_metric_is_an_accuracy_else_the_first_that_is_no_loss():
     assert [name for name in ("accuracy", "loss", "test/mse", "params", "f1") if is_smaller_better(name)] == [
         *("loss", "test/mse", "params")
     ]
+
+
+def test_jobs_are_copies_of_a_process_without_other_threads(monkeypatch):
+    monkeypatch.setattr(jobs.threading, "active_count", lambda: 1)
+    monkeypatch.setattr(jobs.sys, "platform", "linux")
+    assert jobs._context().get_start_method() == "fork"
+
+
+@pytest.mark.parametrize(("threads", "platform"), [(2, "linux"), (1, "darwin")])
+def test_jobs_come_from_a_server_elsewhere(monkeypatch, threads, platform):
+    monkeypatch.setattr(jobs.threading, "active_count", lambda: threads)
+    monkeypatch.setattr(jobs.sys, "platform", platform)
+    assert jobs._context().get_start_method() == "forkserver"
