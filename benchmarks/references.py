@@ -230,7 +230,7 @@ class Reference:
         generator = torch.Generator().manual_seed(SEEDS[part])
         if self.draw is images:
             found, labels = _images(part)
-            yield from zip(found.split(size), labels.split(size), strict=True)
+            yield from zip(torch.split(found, size), torch.split(labels, size), strict=True)
             return
         for _ in range(0, self.scored, size):
             yield self.draw(part, size, generator)

@@ -13,11 +13,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from lightning_compress.analysis.enough import enough_inputs, is_small, positions_of
 from lightning_compress.analysis.inspection import Inspection
 from lightning_compress.analysis.inventory import Layer
 from lightning_compress.analysis.latency.clock import Clock, device_of
-from lightning_compress.analysis.moments import PROBES, is_small, positions_of
-from lightning_compress.analysis.synthetic import BATCH, PASSES, affordable, running_norms
+from lightning_compress.analysis.moments import PROBES
+from lightning_compress.analysis.synthetic import BATCH, PASSES, affordable, drawable, running_norms
 from lightning_compress.analysis.trace import Arguments, ExampleInput, as_arguments, inference
 from lightning_compress.core.effort import current_effort
 from lightning_compress.core.forecast import (
@@ -112,7 +113,7 @@ def without_slow_kinds(layers: Sequence[Layer]) -> tuple[tuple[Layer, ...], str 
 def _passes(inspection: Inspection, macs: int, *, heals: bool, descends: bool) -> Mapping[str, float]:
     """Returns the forward passes of one input that each part takes about."""
     effort, most = current_effort(), current_effort().work / macs
-    count, steps = _inputs(inspection.model, macs)
+    count, steps = _inputs(inspection, macs)
     optimised = bool(running_norms(inspection.model))
     few = min(effort.descent_inputs, most / (BACKWARD * effort.descent_steps)) if descends else 0.0
     return {
@@ -124,11 +125,12 @@ def _passes(inspection: Inspection, macs: int, *, heals: bool, descends: bool) -
     }
 
 
-def _inputs(model: nn.Module, macs: int) -> tuple[int, int]:
+def _inputs(inspection: Inspection, macs: int) -> tuple[int, int]:
     effort = current_effort()
-    if running_norms(model):
+    if running_norms(inspection.model):
         return affordable(macs, effort.inputs, effort.input_steps, effort.work)
-    return min(effort.inputs, max(1, effort.work // (PASSES * macs))), 1
+    enough = enough_inputs(inspection.model, inspection.trace.calls) if inspection.trace is not None else effort.inputs
+    return min(effort.inputs, drawable(macs, enough, effort.work)), 1
 
 
 def _operations(layer: Layer) -> float:
@@ -151,7 +153,7 @@ def _moment_operations(layer: Layer, inspection: Inspection, macs: int) -> float
     """Returns the floating-point operations of a layer's second moments."""
     size = math.prod(layer.operator.shape[1:]) if is_small(layer.operator) else layer.operator.shape[1]
     positions = sum(call.positions or 1 for call in layer.calls or ())
-    count, _ = _inputs(inspection.model, macs)
+    count, _ = _inputs(inspection, macs)
     rows = min(count * positions, math.ceil(count / BATCH) * positions_of(size))
     return float(layer.operator.groups) * (4 * rows * size**2 + OPERATIONS * size**3)
 

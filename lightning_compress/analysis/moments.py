@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_compress.analysis.enough import LARGEST, POSITIONS, is_small, positions_of
 from lightning_compress.analysis.synthetic import running_norms
 from lightning_compress.analysis.trace import (
     Arguments,
@@ -23,32 +24,16 @@ from lightning_compress.analysis.trace import (
     sample_counts,
 )
 from lightning_compress.core.errors import CompressionWarning, ExampleInputError
-from lightning_compress.kinds.base import Operator
 from lightning_compress.kinds.metric import Metric
 from lightning_compress.kinds.shrinkage import Folds, SampleSums, few_outputs, shrunk
 from lightning_compress.layers.adapters import entering
 from lightning_compress.layers.families import canonical, family_of, operator_of
-
-POSITIONS = 2**14
-"""Rows of an unfolded input that are taken at most per layer and batch, evenly spread."""
-LEAST_POSITIONS, NUMBERS = 2**10, 2**22
-"""Fewer, down to the first, where they are so long that all together would hold more than the second."""
-
 
 FEW, WAITING = 2**16, 2**24
 """Inputs of at most so many numbers wait for those of the layer's other calls in the batch, up to the second (64 MB).
 
 What is beyond it counts as other positions of as many samples again, so that a shorter rest weighs as much as that.
 """
-LARGEST, LARGEST_OF_KERNEL = 6144, 2048
-"""Rows of the largest second moment that is kept (300 MB), and of the largest over the places of a kernel.
-
-Of convolutions with longer inputs that of the channels is kept. The reference VGG at a tenth of its parameters has
-0.925 on 5,000 training images with whole moments, and 0.919 with those of channels from 500 rows on; ResNet-20 0.907
-and 0.906.
-"""
-
-
 OTHER_KIND = 0.2
 """Share of the covariance of drawn inputs that is put in the place of what real ones may not have."""
 
@@ -227,17 +212,6 @@ class _InputSums:
             layer = self.layers[name]
             self.sums[name] = SampleSums(samples, _grouped_weight(layer) if is_small(operator_of(layer)) else None)
         self.sums[name].add(samples)
-
-
-def positions_of(size: int) -> int:
-    """Returns how many rows of so many numbers are taken at most per batch."""
-    return min(POSITIONS, max(LEAST_POSITIONS, NUMBERS // size))
-
-
-def is_small(operator: Operator) -> bool:
-    """Returns whether the whole second moment of what enters a layer is kept."""
-    size = torch.Size(operator.shape[1:]).numel()
-    return size <= (LARGEST_OF_KERNEL if size > operator.shape[1] else LARGEST)
 
 
 def _channel_rows(layer: nn.Module, inputs: Tensor) -> Tensor | None:

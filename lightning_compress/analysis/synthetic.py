@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_compress.analysis.channels import channel_moments
 from lightning_compress.analysis.drawing import leaves, noise, textured
+from lightning_compress.analysis.enough import enough_inputs
 from lightning_compress.analysis.kept_inputs import found_or_made
 from lightning_compress.analysis.trace import (
     Arguments,
@@ -43,6 +44,7 @@ from lightning_compress.core.effort import current_effort
 from lightning_compress.core.forecast import INPUTS, MOMENTS, current_forecast
 from lightning_compress.core.parallel import Pace, shared_map
 from lightning_compress.core.progress import Progress, silent
+from lightning_compress.layers.unfused import unfused
 
 LEARNING_RATE = 0.2
 BATCH = 64
@@ -51,8 +53,9 @@ CONFIDENCE = 0.02
 VARIETY = 0.1
 """Weight of the entropy of the mean prediction, which is to be large."""
 LEAST_COUNT = 16
+"""Inputs that are made at least."""
 LEAST_UNMATCHED = 8
-"""Likewise of inputs that are not optimised."""
+"""Likewise where they are not optimised and too dear."""
 DRAWN_PASSES = 10
 """Forward passes that an input drawn for the moments costs about."""
 PASSES = 6
@@ -111,14 +114,16 @@ def synthesise(
     effort, generator = current_effort(), torch.Generator().manual_seed(seed)
     example = as_arguments(model, example_input)
     count, steps = (effort.inputs if count is None else count), (effort.input_steps if steps is None else steps)
-    norms, macs, scarce = running_norms(model), trace(model, example_input).macs, False
+    norms, traced, scarce = running_norms(model), trace(model, example_input), False
+    macs = traced.macs
     forecast = current_forecast()
     work = forecast.work(INPUTS if norms else MOMENTS, everywhere=True)
     if norms:
         example, macs, scarce = _affordable_example(model, example, macs, (count, steps), work)
         count, steps = affordable(macs, count, steps, work)
     else:
-        count = min(count, max(LEAST_UNMATCHED, work // (PASSES * max(1, macs))))
+        with unfused(model):
+            count = min(count, drawable(macs, enough_inputs(model, traced.calls), work))
     if work < effort.work:
         forecast.note(INPUTS, f"{count} inputs" + (f" in {steps} steps" if norms else ""))
     made = [_draw(model, example, min(BATCH, count - at), generator) for at in range(0, count, BATCH)]
@@ -220,6 +225,17 @@ def affordable(macs: int, count: int, steps: int, work: int) -> tuple[int, int]:
     passes = max(1, work // (3 * max(1, macs)))
     count = max(min(count, LEAST_COUNT), min(count, passes // steps))
     return count, max(min(steps, LEAST_STEPS), min(steps, passes // count))
+
+
+def drawable(macs: int, enough: int, work: int) -> int:
+    """Returns how many inputs to draw where none are optimised: what is enough, if it is affordable.
+
+    Args:
+        macs: MACs of one forward pass of one input.
+        enough: See `enough_inputs`.
+        work: MACs at most of their moments.
+    """
+    return max(LEAST_UNMATCHED, min(max(LEAST_COUNT, enough), work // (PASSES * max(1, macs))))
 
 
 def _draw(model: nn.Module, example: Arguments, size: int, generator: torch.Generator) -> tuple[Arguments, bool]:

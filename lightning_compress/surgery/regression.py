@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.analysis.moments import is_small, positions_of
+from lightning_compress.analysis.enough import is_small, positions_of
 from lightning_compress.analysis.trace import Arguments, hooked, inference
 from lightning_compress.kinds.base import threads_for
 from lightning_compress.kinds.metric import Metric

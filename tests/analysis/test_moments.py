@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_compress import Budget, apply_plan_, search_ranks
-from lightning_compress.analysis import moments
+from lightning_compress.analysis import enough, moments
 from lightning_compress.analysis.moments import OTHER_KIND, PROBES, batch_statistics, input_moments, output_moments
 from lightning_compress.analysis.statistics import gather_statistics
 from lightning_compress.analysis.synthetic import LEAST_SIDE, synthesise
@@ -133,7 +133,7 @@ def test_moments_of_drawn_inputs_are_the_mean_of_two_kinds_shrunk(scarce):
 def test_of_a_layer_with_very_many_inputs_the_moment_of_its_channels_is_kept(monkeypatch, net, images):
     whole = input_moments(net.eval(), [((images,), {})], ["conv1", "conv2"])
     size = net.conv2.weight[0].numel()
-    monkeypatch.setattr(moments, "LARGEST_OF_KERNEL", size - 1)
+    monkeypatch.setattr(enough, "LARGEST_OF_KERNEL", size - 1)
     found = input_moments(net, [((images,), {})], ["conv1", "conv2"])
     assert torch.equal(found["conv1"].second, whole["conv1"].second)
     assert found["conv2"].second is None
@@ -152,7 +152,7 @@ def test_of_a_layer_with_very_many_inputs_the_moment_of_its_channels_is_kept(mon
 
 def test_linear_layers_with_very_many_inputs_have_the_metric_of_their_outputs_alone(monkeypatch):
     model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 4))
-    monkeypatch.setattr(moments, "LARGEST", 35)
+    monkeypatch.setattr(enough, "LARGEST", 35)
     found = gather_statistics(model, (1, 40))
     assert found.metric("0").inputs is None
     assert found.metric("0").outputs.shape == (30, 30)

@@ -83,4 +83,4 @@ def _are_certain(found: Sequence[Sequence[float]], error: float) -> bool:
     """Returns whether the ratios of turns to those of the first thing have a standard error below that."""
     first, *others = found
     ratios = [[own / max(one, 1e-12) for one, own in zip(first, turns, strict=True)] for turns in others]
-    return all(MEDIAN_ERROR * Reading.of(each).spread < error * len(each) ** 0.5 for each in ratios or [first])
+    return all(MEDIAN_ERROR * Reading.of(each).spread < error * len(each) ** 0.5 for each in ratios or [list(first)])
