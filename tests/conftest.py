@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_compress.analysis.draws import LEAST_SIDE
 from lightning_compress.analysis.latency.bench import TorchBench
 from lightning_compress.analysis.statistics import Statistics, gather_statistics
-from lightning_compress.analysis.synthetic import LEAST_SIDE
 from lightning_compress.core import store
 from lightning_compress.core.effort import EFFORTS, trying
 from lightning_compress.kinds import shrinkage

@@ -24,8 +24,8 @@ from lightning_compress import (
     search_ranks,
 )
 from lightning_compress.analysis.costs import measure_costs
+from lightning_compress.analysis.draws import LEAST_SIDE
 from lightning_compress.analysis.statistics import gather_statistics
-from lightning_compress.analysis.synthetic import LEAST_SIDE
 from lightning_compress.core import errors as error_tree
 from lightning_compress.core.errors import (
     BudgetError,

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from lightning_compress import Budget, apply_plan_, search_ranks
 from lightning_compress.analysis import enough, moments
+from lightning_compress.analysis.draws import LEAST_SIDE
 from lightning_compress.analysis.moments import OTHER_KIND, PROBES, batch_statistics, input_moments, output_moments
 from lightning_compress.analysis.statistics import gather_statistics
-from lightning_compress.analysis.synthetic import LEAST_SIDE, synthesise
+from lightning_compress.analysis.synthetic import synthesise
 from lightning_compress.core.effort import Effort, trying
 from lightning_compress.kinds import shrinkage
 from lightning_compress.layers.families import family_of

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from lightning_compress.analysis.drawing import leaves, noise, textured
+from lightning_compress.analysis.draws import LEAST_SIDE
 from lightning_compress.analysis.statistics import gather_statistics
-from lightning_compress.analysis.synthetic import LEAST_COUNT, LEAST_SIDE, LEAST_STEPS, affordable, synthesise
+from lightning_compress.analysis.synthetic import LEAST_COUNT, LEAST_STEPS, affordable, synthesise
 from lightning_compress.core.effort import EFFORTS
 from tests.support.interruptions import failing_at
 from tests.support.nets import IMAGE, SHAPE, TinyNet, pooled, trained_like
