@@ -19,6 +19,7 @@ from lightning_compress.analysis.inventory import Layer
 from lightning_compress.analysis.latency.clock import Clock, device_of
 from lightning_compress.analysis.moments import PROBES
 from lightning_compress.analysis.synthetic import BATCH, PASSES, affordable, drawable, running_norms
+from lightning_compress.analysis.tokens import PASSES as GENERATED
 from lightning_compress.analysis.trace import Arguments, ExampleInput, as_arguments, inference
 from lightning_compress.core.effort import current_effort
 from lightning_compress.core.forecast import (
@@ -115,9 +116,10 @@ def _passes(inspection: Inspection, macs: int, *, heals: bool, descends: bool) -
     effort, most = current_effort(), current_effort().work / macs
     count, steps = _inputs(inspection, macs)
     optimised = bool(running_norms(inspection.model))
+    generated = any(isinstance(module, nn.Embedding) for module in inspection.model.modules())  # if it can
     few = min(effort.descent_inputs, most / (BACKWARD * effort.descent_steps)) if descends else 0.0
     return {
-        INPUTS: min(most, BACKWARD * count * steps) if optimised else 0.0,
+        INPUTS: min(most, BACKWARD * count * steps if optimised else GENERATED * count if generated else 0.0),
         MOMENTS: (2 + 2 * PROBES) * count,
         MEASURING: min(most, len(inspection.chosen) * min(count, MEASURED)) + 2 * count,
         SEARCHING: BACKWARD * effort.descent_steps * few + 4 * count,

@@ -54,7 +54,7 @@ class Moments:
             matters; g the gradient of a random combination of the model's outputs by those of the
             layer at one position; None if unknown.
         source: Where they come from: "batch norm" (synthetic inputs matched to running
-            statistics), "tokens" or "noise" (synthetic inputs of that kind), or "real".
+            statistics), "generated", "tokens" or "noise" (synthetic inputs of that kind), or "real".
         samples: How many independent inputs they are made from, positions of one not counted; None if from none.
         shrinkage: Share of the covariance that was put in the place of what so few samples do not show, see
             `shrinkage`; the largest of the groups.

@@ -38,6 +38,7 @@ from lightning_compress.cli.config import (
     make,
     or_exit,
     require_writable,
+    settings_of,
     weights_file,
 )
 from lightning_compress.cli.dense_cache import DenseStore
@@ -47,6 +48,7 @@ from lightning_compress.cli.html_report import Extras, renew_page, write_page
 from lightning_compress.cli.jobs import run_job
 from lightning_compress.cli.objectives import objectives_of
 from lightning_compress.cli.parts import (
+    below_task,
     copy_of,
     example_of,
     find_own_modules,
@@ -133,17 +135,18 @@ def _prepare(cfg: DictConfig, folder: Path, *, known: bool) -> _Job:
     require_writable(folder)
     if cfg.seed is not None:
         seed_everything(cfg.seed, verbose=False)
-    compress = make(cfg.compression, "compression", Compress)
+    make(cfg.compression, "compression", Compress)  # what is wrong with it shows before data is looked for
     data = make_data(cfg)
     task, net = make_task(cfg)
+    asked = settings_of(cfg.compression)
+    settings = OmegaConf.create({**asked, **below_task(asked, task, net)})
+    compress = make(settings, "compression", Compress)
     example_input = example_of(cfg, task, data)
     task.example_input_array = cast(Any, example_input)
     if compress.distill is not None and (reason := without_distillation(task, example_input)) is not None:
         say(f"no distillation: {escape(reason)}")
-        compress = make(OmegaConf.merge(cfg.compression, {"distill": None}), "compression", Compress)
-    callbacks = [
-        make(settings, f"callbacks.{name}", Callback) for name, settings in (cfg.callbacks or {}).items() if settings
-    ]
+        compress = make(OmegaConf.merge(settings, {"distill": None}), "compression", Compress)
+    callbacks = [make(own, f"callbacks.{name}", Callback) for name, own in (cfg.callbacks or {}).items() if own]
     _logger(cfg, folder)
     if cfg.model.weights is not None:
         load_weights_(net, weights_file(cfg.model.weights))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
 import os
 import sys
@@ -40,6 +41,34 @@ def find_own_modules() -> None:
     """Lets modules in the working folder be imported, after all others of the same name."""
     if os.getcwd() not in sys.path:  # noqa: PTH109
         sys.path.append(os.getcwd())  # noqa: PTH109
+
+
+def below_task(selection: Mapping[str, Any], task: nn.Module, net: nn.Module) -> dict[str, Any]:
+    """Returns what a configuration selects layers by with the names that they have in the task.
+
+    What is saved and reported is the network with its own names; both work.
+
+    Args:
+        selection: Settings of the compression; `include`, `exclude` and `overrides` are looked at.
+        task: The task.
+        net: Its network, or the task itself.
+    """
+    prefix = next(name for name, module in task.named_modules() if module is net)
+    own, whole = ([name for name, _ in each.named_modules()] for each in (net, task))
+
+    def named(pattern: Any) -> Any:
+        if not prefix or not isinstance(pattern, str) or fnmatch.filter(whole, pattern):
+            return pattern
+        return f"{prefix}.{pattern}" if fnmatch.filter(own, pattern) else pattern
+
+    found: dict[str, Any] = {}
+    for key in ("include", "exclude"):
+        given = selection.get(key)
+        if given is not None:
+            found[key] = named(given) if isinstance(given, str) else [named(pattern) for pattern in given]
+    if isinstance(overrides := selection.get("overrides"), Mapping):
+        found["overrides"] = {named(pattern): value for pattern, value in overrides.items()}
+    return found
 
 
 def make_data(cfg: DictConfig) -> LightningDataModule:

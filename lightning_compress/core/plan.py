@@ -138,7 +138,7 @@ class Plan:
         method: Search strategy.
         objective: What the search minimised: "weight" or "moments", `signal_loss` over the errors of the
             weights or of what they do to the outputs, or "end_to_end", that plus log `output_distance`.
-        source: Where the metric of the errors comes from: "weight" for none, "batch norm", "tokens",
+        source: Where the metric of the errors comes from: "weight" for none, "batch norm", "generated", "tokens",
             "noise" for synthetic inputs of that kind, "real" for real inputs.
         data_free: Whether no real data was used.
         optimality_gap: (objective − lower bound) / lower bound, 0.01 = at most 1 % above the

@@ -15,7 +15,7 @@ from lightning_compress.cli.app import run
 from lightning_compress.cli.data import ImageFolderDataModule, TableDataModule, classes_in
 from lightning_compress.cli.engines import require_engines, require_named_engines, set_optuna_
 from lightning_compress.cli.identity import key_of_dense, key_of_job
-from lightning_compress.cli.parts import example_of, make_data, make_task, set_learning_rate
+from lightning_compress.cli.parts import below_task, example_of, make_data, make_task, set_learning_rate
 from lightning_compress.cli.tasks import SupervisedTask, metric_of
 from lightning_compress.core.errors import ConfigurationError, DataNotFoundError, UnsupportedError
 from tests.support.cli import QUICK, TINY_MLP, compose, measure_quickly
@@ -244,3 +244,31 @@ def test_optuna_is_told_which_way_is_better_unless_the_command_line_says_so():
     config = compose(words[0], "hydra.sweeper.direction=[minimize]", "hydra.sweeper.n_jobs=4", return_hydra_config=True)
     set_optuna_(config)
     assert (list(config.hydra.sweeper.direction), config.hydra.sweeper.n_jobs) == (["minimize"], 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"exclude": "layers.1"}, {"exclude": "net.layers.1"}),
+        ({"exclude": ["net.layers.1", "layers.*", "Linear", "nothing"]}, None),
+        ({"include": ["layers.3"], "exclude": None}, {"include": ["net.layers.3"]}),
+        ({"overrides": {"layers.1": "dense", "*.3": {"max_rank": 2}}}, None),
+        ({"kinds": "svd"}, {}),
+    ],
+)
+def test_layers_are_named_as_in_the_network_or_as_in_the_task(given, expected):
+    task, net = make_task(compose(*TINY_MLP))
+    expected = {
+        "exclude": {"exclude": ["net.layers.1", "net.layers.*", "Linear", "nothing"]},
+        "overrides": {"overrides": {"net.layers.1": "dense", "*.3": {"max_rank": 2}}},
+    }[next(iter(given))] if expected is None else expected  # fmt: skip
+    assert below_task(given, task, net) == expected
+    assert below_task(given, net, net) == {key: value for key, value in given.items() if key != "kinds" and value}
+
+
+def test_excluded_layers_of_the_report_stay_dense(tmp_path):
+    names = ["compression.exclude=[layers.1]", "compression.overrides={layers.3:{kinds:[svd]}}"]
+    report = run(compose(*QUICK, *TINY_MLP, "compression.budget.params=0.8", *names), tmp_path)
+    kinds = {layer.name: (layer.kind, layer.reason) for layer in report.plan.layers}
+    assert kinds["layers.1"] == ("dense", "matched by exclude")
+    assert kinds["layers.3"][0] in {"svd", "dense"}
