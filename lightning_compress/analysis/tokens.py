@@ -30,7 +30,7 @@ PADDED = 0.9
 def vocabularies(model: nn.Module, example: Arguments) -> dict[int, int]:
     """Returns the sizes of the tables in which arguments are looked up, by their places among the leaves.
 
-    Of arguments that count upwards, as positions do, nothing is said. Where no argument is seen to enter an
+    Arguments that count upwards beside others are left out: they are positions. Where no argument is seen to enter an
     `nn.Embedding` as it is, all whole numbers are taken for indices of the first one.
 
     Args:
@@ -55,7 +55,8 @@ def vocabularies(model: nn.Module, example: Arguments) -> dict[int, int]:
         model(*example[0], **example[1])
     if not found:
         return dict.fromkeys(whole, tables[0].num_embeddings)
-    return {place: size for place, size in found.items() if not _counts_upwards(whole[place])}
+    others = {place: size for place, size in found.items() if not _counts_upwards(whole[place])}
+    return others or found
 
 
 def generates(model: nn.Module, batch: Arguments, tables: Mapping[int, int]) -> bool:

@@ -60,6 +60,10 @@ def test_positions_stay_as_they_are():
     assert (made.batches[0][1]["places"] == torch.arange(LENGTH)).all()
 
 
+def test_tokens_that_count_upwards_are_tokens_where_there_is_nothing_else():
+    assert vocabularies(Language(), ((torch.arange(6)[None],), {})) == {0: WORDS}
+
+
 def test_indices_that_are_copied_first_are_of_the_first_table():
     class Copying(Language):
         def forward(self, tokens):

@@ -86,7 +86,7 @@ def searched(model):
 def test_the_second_search_of_a_model_makes_nothing_again_and_finds_the_same(folder, monkeypatch):
     model = trained_like()
     first = searched(model)
-    assert {name.partition("-")[0] for name in names(folder)} == {"inputs", "fit"}
+    assert {name.partition("-")[0] for name in names(folder)} == {"inputs", "profiles", "fit"}
     before = names(folder)
 
     def never(*_, **__):
