@@ -26,6 +26,7 @@ HEADINGS = {
     "digits": "The default command",
     "fine_tuning": "After fine-tuning",
     "zero_shot": "Before any fine-tuning",
+    "other_networks": "Networks of other kinds",
     "ablation": "What each part is worth",
     "kinds": "Kinds alone and together",
     "latency": "Smaller and faster",

@@ -23,7 +23,6 @@ from lightning_compress import Budget, compress_
 
 KEEP: dict[str, tuple[float, ...]] = {
     "byte_transformer": (0.5, 0.35),
-    "byte_encoder": (0.5, 0.35),
     "byte_gru": (0.5, 0.3),
     "depthwise": (0.8, 0.6),
     "vit": (0.5, 0.35),
