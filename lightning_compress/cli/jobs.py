@@ -113,10 +113,12 @@ def _start(cfg: DictConfig, folder: Path, record: JobRecord, work: Work, *, alon
 def _context() -> Any:
     """Returns how processes are made: as copies of one that has imported all there is and computes nothing itself.
 
-    That is this process where it has no other threads, as one that holds a lock would leave it locked in the copy; else
-    a server that imports everything once more.
+    That is this process where it has no other threads, as one that holds a lock would leave it locked in the copy, and
+    no GPU, whose driver a copy cannot use; else a server that imports everything once more.
     """
-    if sys.platform == "linux" and threading.active_count() == 1:
+    import torch  # noqa: PLC0415
+
+    if sys.platform == "linux" and threading.active_count() == 1 and not torch.cuda.device_count():
         return multiprocessing.get_context("fork")
     if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
         multiprocessing.set_start_method("spawn", force=True)  # joblib's workers have one that is not known elsewhere

@@ -184,14 +184,17 @@ def test_main_metric_is_an_accuracy_else_the_first_that_is_no_loss():
     ]
 
 
-def test_jobs_are_copies_of_a_process_without_other_threads(monkeypatch):
-    monkeypatch.setattr(jobs.threading, "active_count", lambda: 1)
-    monkeypatch.setattr(jobs.sys, "platform", "linux")
-    assert jobs._context().get_start_method() == "fork"
-
-
-@pytest.mark.parametrize(("threads", "platform"), [(2, "linux"), (1, "darwin")])
-def test_jobs_come_from_a_server_elsewhere(monkeypatch, threads, platform):
+@pytest.mark.parametrize(
+    ("threads", "platform", "gpus", "way"),
+    [
+        (1, "linux", 0, "fork"),
+        (2, "linux", 0, "forkserver"),
+        (1, "darwin", 0, "forkserver"),
+        (1, "linux", 1, "forkserver"),
+    ],
+)
+def test_jobs_are_copies_of_this_process_where_that_is_safe(monkeypatch, threads, platform, gpus, way):
     monkeypatch.setattr(jobs.threading, "active_count", lambda: threads)
     monkeypatch.setattr(jobs.sys, "platform", platform)
-    assert jobs._context().get_start_method() == "forkserver"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert jobs._context().get_start_method() == way
