@@ -60,7 +60,7 @@ FORMATS = {
     **dict.fromkeys(("keep", "latency kept", "latency kept, batch 1", "latency kept, batch 16"), ".0%"),
     **dict.fromkeys(("MACs kept", "params kept", "hooks / step"), ".1%"),
     "gap": ".2%",
-    **dict.fromkeys(("accuracy", "dense", "zero_shot", "zero-shot", "fine_tuned", "fine-tuned"), ".4f"),
+    **dict.fromkeys(("accuracy", "score", "dense", "zero_shot", "zero-shot", "fine_tuned", "fine-tuned"), ".4f"),
     **dict.fromkeys(("predicted", "error", "best of ten", "worst of ten", "error / best"), ".4f"),
     **dict.fromkeys(("agreement", "spread", "layers / by hand", "step / by hand", "ratio"), ".3f"),
     **dict.fromkeys(("change", "auto − best alone"), POINTS),

@@ -41,10 +41,30 @@ def test_page_is_what_the_command_writes_and_shows_every_file_and_plot():
         assert f"(../benchmarks/results/{path.name})" in page
 
 
-def test_readmes_table_of_figures_is_the_pages():
+IN_README = {
+    "VGG": ("zero_shot_vgg", None, "uniform", "end_to_end + healing"),
+    "ResNet-20": ("zero_shot_resnet20", None, "uniform", "end_to_end + healing"),
+    "depthwise-separable net": ("other_networks", "depthwise", "uniform svd", "default"),
+    "1-D convolutions on noisy tones": ("other_networks", "tones", "uniform svd", "default"),
+    "GRU on bytes of source code": ("other_networks", "byte_gru", "uniform svd", "default, not healed"),
+    "transformer on the same": ("other_networks", "byte_transformer", "uniform svd", "default, not healed"),
+}
+"""Network of README's table to file, network and methods."""
+
+
+def test_readmes_table_of_figures_is_that_of_the_files():
     _pages, table = tables_in(README)
-    pretrained = json.loads((common.RESULTS / "pretrained.json").read_text(encoding="utf-8"))
-    assert table.rstrip("\n") == document.tables("pretrained", pretrained)[0]
+    _names, _line, *rows = map(cells_of, table.splitlines())
+    assert [network.partition(",")[0] for network, *_ in rows] == list(IN_README)
+    for network, kept, *figures in rows:
+        file, own, *methods = IN_README[network.partition(",")[0]]
+        content = json.loads((common.RESULTS / f"{file}.json").read_text(encoding="utf-8"))
+        found = {(f"{100 * r['keep']:.0f} %", r["method"]): r for r in content["rows"] if r.get("network") == own}
+        of_both = [found[kept, method] for method in methods]
+        scores = [row.get("score", row.get("accuracy")) for row in of_both]
+        expected = [of_both[0].get("dense", content.get("dense")), *scores]
+        digits = len(figures[0].partition(".")[2])
+        assert figures == [f"{value:.{digits}f}" for value in expected]
 
 
 def test_links_of_page_and_readme_lead_somewhere():
