@@ -36,6 +36,11 @@ def is_small(operator: Operator) -> bool:
     return size <= (LARGEST_OF_KERNEL if size > operator.shape[1] else LARGEST)
 
 
+def moment_size(operator: Operator) -> int:
+    """Returns the rows of the second moment that is kept of what enters a layer."""
+    return math.prod(operator.shape[1:]) if is_small(operator) else operator.shape[1]
+
+
 def enough_inputs(model: nn.Module, calls: Mapping[str, Sequence[LayerCall]]) -> int:
     """Returns how many inputs that are drawn at random say what there is to know of every layer.
 
@@ -48,6 +53,5 @@ def enough_inputs(model: nn.Module, calls: Mapping[str, Sequence[LayerCall]]) ->
         operator = operator_of(model.get_submodule(name))
         positions = sum(call.positions for call in own)
         if positions and not operator.lookup:
-            size = math.prod(operator.shape[1:]) if is_small(operator) else operator.shape[1]
-            needed = max(needed, math.ceil(ROWS * size / positions))
+            needed = max(needed, math.ceil(ROWS * moment_size(operator) / positions))
     return needed

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lightning_compress.analysis.enough import enough_inputs, is_small, positions_of
+from lightning_compress.analysis.enough import enough_inputs, moment_size, positions_of
 from lightning_compress.analysis.inspection import Inspection
 from lightning_compress.analysis.inventory import Layer
 from lightning_compress.analysis.latency.clock import Clock, device_of
@@ -94,7 +94,8 @@ def expected_seconds(
     if inputs:
         passes = _passes(inspection, macs, heals=heals, descends=descends)
         found.update({part: found.get(part, 0.0) + count * macs / speed for part, count in passes.items()})
-        found[MOMENTS] += sum(_moment_operations(layer, inspection, macs) for layer in layers) * EFFICIENCY / rate
+        count, _ = _inputs(inspection, macs)
+        found[MOMENTS] += sum(_moment_operations(layer, count) for layer in layers) * EFFICIENCY / rate
         found[FITTING] = FITS * fits
     return found, speed
 
@@ -151,11 +152,10 @@ def _iterative(layer: Layer) -> float:
     return sum(each for kind in layer.kinds if DECOMPOSITIONS[kind].fits_roughly)
 
 
-def _moment_operations(layer: Layer, inspection: Inspection, macs: int) -> float:
-    """Returns the floating-point operations of a layer's second moments."""
-    size = math.prod(layer.operator.shape[1:]) if is_small(layer.operator) else layer.operator.shape[1]
+def _moment_operations(layer: Layer, count: int) -> float:
+    """Returns the floating-point operations of a layer's second moments over so many inputs."""
+    size = moment_size(layer.operator)
     positions = sum(call.positions or 1 for call in layer.calls or ())
-    count, _ = _inputs(inspection, macs)
     rows = min(count * positions, math.ceil(count / BATCH) * positions_of(size))
     return float(layer.operator.groups) * (4 * rows * size**2 + OPERATIONS * size**3)
 

@@ -55,6 +55,7 @@ from lightning_compress.cli.parts import (
     learning_rate_of,
     make_data,
     make_task,
+    name_in,
     set_learning_rate,
     tested,
     without_distillation,
@@ -73,7 +74,7 @@ from lightning_compress.surgery.save import load_compressed, load_weights_, save
 from lightning_compress.training.callback import Compress
 
 TIMED = 0.1
-"""Seconds that each network is timed for at least, for each batch size."""
+"""Seconds that each network is timed for, for each batch size, if the ratios are not certain before."""
 
 
 def run(cfg: DictConfig, folder: str | Path, *, dense: DenseStore | None = None, timed: bool = True) -> Report:
@@ -248,7 +249,7 @@ def _report(job: _Job, stages: Sequence[_Tested], *, timed: bool) -> Report:
     )
     several = [Round(s.budget, s.epochs, each) for s, each in zip(stages[1:-1], rounds, strict=True)]
     report = Report(
-        plan_below(job.compress.plan, _name_in(job.task, job.net)),  # with the names of what is saved
+        plan_below(job.compress.plan, name_in(job.task, job.net)),  # with the names of what is saved
         *(dense, rounds[0], fine_tuned, {**job.compress.seconds, "fine-tuning": job.history.seconds}),
         asked=job.compress.budget,
         rounds=several if len(several) > 1 else (),
@@ -321,10 +322,6 @@ def _plot(report: Report, folder: Path) -> None:
         plot_plan(report.plan, folder / "plan.png")
     except UnsupportedError as error:
         say(f"no plot: {escape(str(error))}")
-
-
-def _name_in(task: LightningModule, net: nn.Module) -> str:
-    return next(str(name) for name, module in task.named_modules() if module is net)
 
 
 def _trainer(cfg: DictConfig, **settings: Any) -> Trainer:

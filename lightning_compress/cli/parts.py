@@ -43,6 +43,11 @@ def find_own_modules() -> None:
         sys.path.append(os.getcwd())  # noqa: PTH109
 
 
+def name_in(task: nn.Module, net: nn.Module) -> str:
+    """Returns the name of a network in its task, "" for the task itself."""
+    return next(str(name) for name, module in task.named_modules() if module is net)
+
+
 def below_task(selection: Mapping[str, Any], task: nn.Module, net: nn.Module) -> dict[str, Any]:
     """Returns what a configuration selects layers by with the names that they have in the task.
 
@@ -53,7 +58,7 @@ def below_task(selection: Mapping[str, Any], task: nn.Module, net: nn.Module) ->
         task: The task.
         net: Its network, or the task itself.
     """
-    prefix = next(name for name, module in task.named_modules() if module is net)
+    prefix = name_in(task, net)
     own, whole = ([name for name, _ in each.named_modules()] for each in (net, task))
 
     def named(pattern: Any) -> Any:

@@ -91,5 +91,5 @@ def digest_of(named: Iterable[tuple[str, Any]]) -> str:
     for name, value in named:
         digest.update(name.encode())
         if isinstance(value, Tensor):
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -158,7 +158,7 @@ def kept_rank_errors(
         metric: See `rank_errors`.
         groups: See `rank_errors`.
     """
-    if not all(_is_own(DECOMPOSITIONS[kind]) for kind in kinds):
+    if not store.is_kept() or not all(_is_own(DECOMPOSITIONS[kind]) for kind in kinds):
         return [rank_errors(kind, weight, metric, groups) for kind in kinds]
     own = metric.digest if metric is not None else None
     name = store.key_of("profiles", tuple(kinds), groups, current_effort().fits, weight, own)
